@@ -1,0 +1,31 @@
+# Everything below works on a fresh machine: each target first makes .venv and installs what it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: demo test style quality clean
+
+demo: $(VENV)/demo.installed
+	$(BIN)/hf-longspec demo $(ARGS)
+
+test: $(VENV)/test.installed
+	$(BIN)/python -m pytest $(ARGS)
+
+style: $(VENV)/dev.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: $(VENV)/dev.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# One environment; the stamp of an extra (demo, test, dev) says that it is installed there.
+$(VENV)/%.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Lossless LongSpec decoding inside `model.generate`."""

@@ -1,0 +1,1 @@
+"""The demo: a real small model built from package-registry files, and a long prompt of real source code."""
