@@ -1,0 +1,106 @@
+"""LongSpecCandidateGenerator: lets the draft grow one tree of guesses per round.
+
+Knows the draft's layer, the window it keeps and the target's prefix; knows nothing of verification.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention_longspec import Backend, attend
+from .cache_longspec import DraftWindow, SpeculativeCache
+from .target_longspec import BoundTarget
+from .tree_longspec import TokenTree
+
+
+class LongSpecCandidateGenerator:
+    """Grows token trees by beam search over cumulative draft log-probability, one draft forward per level."""
+
+    def __init__(self, draft: Any, target: BoundTarget, backend: Backend, batch: int):
+        config = draft.config
+        self.draft, self.target, self.backend = draft, target, backend
+        self.shape = tuple(config.tree_shape)
+        self.verify_tokens = config.verify_tokens
+        self.inner_nodes = 1 + sum(self.shape[:-1]) if self.shape else 0
+        self.scaling = config.head_dim**-0.5
+        heads = (batch, config.num_key_value_heads, config.head_dim)
+        self.window = DraftWindow(config.window, self.inner_nodes, heads, draft.dtype, target.device)
+
+    def prefill(self, embeds: Tensor, last_position: int) -> None:
+        """Fill the window from the text's embeddings (B, T, hidden), whose last token stands at `last_position`."""
+        if not self.shape:
+            return
+        embeds = embeds[:, -self.window.window :]
+        first = last_position + 1 - embeds.shape[1]
+        positions = torch.arange(first, last_position + 1, device=embeds.device).expand(embeds.shape[:2])
+        self.window.first = first
+        self.window.write(*self.draft.window_kv(embeds, positions), positions)
+
+    def advance(self, tokens: Tensor, positions: Tensor, real: Tensor | None = None) -> None:
+        """Add emitted tokens (B, T) at `positions` (B, T) to the window; rows that are not `real` (B, T) are padding."""
+        if self.shape:
+            self.window.write(*self.draft.window_kv(self.target.embed(tokens), positions), positions, real)
+
+    def grow(self, root: Tensor, position: Tensor, cache: SpeculativeCache, levels: int | None = None) -> TokenTree:
+        """The tree below `root` (B,), which stands at `position` (B,), pruned to `verify_tokens`.
+
+        levels: at most so many levels of the tree shape.
+        """
+        tree = TokenTree.from_root(root)
+        shape = self.shape[:levels]
+        if not shape:
+            return tree
+        batch = root.shape[0]
+        ancestry = torch.zeros(batch, 1, self.inner_nodes, dtype=torch.bool, device=root.device)
+        tokens, scores, first = tree.tokens, tree.scores, 0
+        for depth, width in enumerate(shape):
+            nodes = torch.arange(first, first + tokens.shape[1], device=root.device)
+            is_self = nodes[:, None] == torch.arange(self.inner_nodes, device=root.device)
+            ancestry = ancestry | is_self
+            logits = self._level_logits(tokens, position + depth, position, ancestry, first, cache)
+            tokens, parents, scores = best_children(logits, scores, width)
+            tree = tree.extend(tokens, parents + first, scores)
+            ancestry = ancestry.gather(1, parents[:, :, None].expand(-1, -1, self.inner_nodes))
+            first += len(nodes)
+        return tree.prune(self.verify_tokens)
+
+    def _level_logits(
+        self, tokens: Tensor, position: Tensor, root_position: Tensor, ancestry: Tensor, first: int, cache: SpeculativeCache
+    ) -> Tensor:
+        """Logits (B, T, vocab) of one level: nodes `first`… with `tokens` (B, T), all at `position` (B,)."""
+        window, layer = self.window, cache.layers[self.target.layer]
+        positions = position[:, None].expand_as(tokens)
+        mask = window.mask(positions, root_position, ancestry)
+        prefix = layer.prefix(cache.place(positions - root_position[:, None]))
+
+        def self_attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            window.place(key, value, first)
+            return attend(query, window.keys, window.values, mask, self.scaling)[0].to(query.dtype)
+
+        def cross_attend(query: Tensor) -> Tensor:
+            if prefix.mask is None:
+                out, _ = self.backend.prefix(query, prefix.key, prefix.value, self.scaling, None)
+            else:
+                out, _ = attend(query, prefix.key, prefix.value, prefix.mask, self.scaling)
+            return out.to(query.dtype)
+
+        embeds = self.target.embed(tokens)
+        hidden = self.draft.layer(embeds, positions, self.target.rotate, self_attend, cross_attend)
+        return self.target.logits(hidden)
+
+
+def best_children(logits: Tensor, scores: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `width` best continuations of nodes with cumulative log-probability `scores` (B, T), logits (B, T, V).
+
+    Returns tokens, parents (index into T), scores, each (B, width), best first. No node can have more than `width`
+    of them, so each node's own best `width` are candidates enough, and only they need a log-softmax.
+    """
+    logits = logits.float()
+    vocab = logits.shape[-1]
+    best, tokens = logits.topk(min(width, vocab), dim=-1)  # (B, T, k)
+    totals = scores[:, :, None] + best - logits.logsumexp(dim=-1, keepdim=True)
+    chosen, index = totals.flatten(1).topk(width, dim=-1)
+    return tokens.flatten(1).gather(1, index), index // best.shape[-1], chosen

@@ -1,0 +1,188 @@
+"""LongSpecConfig: the shape of a draft, the shape of its tree, and which target it belongs to.
+
+Knows the target only by its config. Architecture fields are fixed once a draft is trained; decoding options
+(`tree_shape`, `verify_tokens`, `attention_backend`, `profile`) may be changed on a loaded draft at any time.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers import DynamicCache, PreTrainedConfig
+
+ATTENTION_BACKENDS = ("auto", "eager", "torch")
+
+
+class LongSpecConfig(PreTrainedConfig):
+    r"""Configuration of a LongSpec draft (arXiv 2502.17421, section 3).
+
+    Args:
+        vocab_size, hidden_size, intermediate_size, hidden_act, mlp_bias, num_attention_heads, num_key_value_heads,
+        head_dim, rms_norm_eps, rope_parameters, max_position_embeddings: as in the target, see `from_target`.
+        window (`int`): reach of the draft's own self-attention in tokens, the current one included.
+        target_model_type (`str`): `model_type` of the target's text config.
+        target_num_hidden_layers (`int`): number of decoder layers of the target.
+        target_layer (`int`): the target layer whose cached keys and values the draft attends to.
+        final_norm (`bool`): an RMSNorm before the target's LM head; the published drafts have none.
+        tree_shape (`tuple[int, ...]`): nodes of each tree level below the root. `(1, 1, 1)` is a chain, `()` no speculation.
+        verify_tokens (`int`, *optional*): rows fed to the target, root included; the best ones of the tree. `None`: all.
+        attention_backend (`str`): how the target attends while it verifies: `"auto"`, `"eager"` or `"torch"`.
+        profile (`bool`): time each phase of a round (adds a device synchronization per phase).
+    """
+
+    model_type = "longspec"
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    hidden_act: str = "silu"
+    mlp_bias: bool = False
+    num_hidden_layers: int = 1
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    rope_parameters: dict | None = None
+    max_position_embeddings: int = 4096
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    window: int = 512
+    final_norm: bool = False
+    target_model_type: str = "llama"
+    target_num_hidden_layers: int = 32
+    target_layer: int = 31
+    tree_shape: tuple | list = (4, 16, 16, 16, 16)
+    verify_tokens: int | None = None
+    attention_backend: str = "auto"
+    profile: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.tree_shape = tuple(self.tree_shape)  # JSON has lists only
+        super().__post_init__(**kwargs)
+        self.check()
+
+    def check(self) -> None:
+        """Raises `ValueError` where a field cannot be meant. Called on construction and before every generation."""
+        positive = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+        for name in (*positive, "head_dim", "window"):
+            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be a positive integer, got {getattr(self, name)!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                "`num_attention_heads` must be a multiple of `num_key_value_heads`, got "
+                f"{self.num_attention_heads} and {self.num_key_value_heads}"
+            )
+        if not 0 <= self.target_layer < self.target_num_hidden_layers:
+            raise ValueError(
+                f"`target_layer` must be in 0..{self.target_num_hidden_layers - 1}, got {self.target_layer!r}"
+            )
+        if self.attention_backend not in ATTENTION_BACKENDS:
+            raise ValueError(f"`attention_backend` must be one of {ATTENTION_BACKENDS}, got {self.attention_backend!r}")
+        if self.verify_tokens is not None and (not _is_int(self.verify_tokens) or self.verify_tokens < 1):
+            raise ValueError(f"`verify_tokens` must be None or a positive integer, got {self.verify_tokens!r}")
+        self._check_tree_shape()
+
+    def _check_tree_shape(self) -> None:
+        if not isinstance(self.tree_shape, (tuple, list)) or not all(_is_int(width) for width in self.tree_shape):
+            raise ValueError(f"`tree_shape` must be a tuple of integers, one width a level, got {self.tree_shape!r}")
+        parents = 1
+        for level, width in enumerate(self.tree_shape, start=1):
+            if width < 1:
+                raise ValueError(f"`tree_shape` widths must be at least 1, got {width} at level {level}")
+            if width > parents * self.vocab_size:
+                raise ValueError(
+                    f"`tree_shape` level {level} can have at most {parents} parents × {self.vocab_size} tokens = "
+                    f"{parents * self.vocab_size} nodes, got {width}"
+                )
+            parents = width
+
+    @classmethod
+    def from_target(cls, config: PreTrainedConfig, **fields: Any) -> LongSpecConfig:
+        """The config of a draft that fits a target with this config; `fields` override or add.
+
+        Raises `ValueError` for targets LongSpec cannot serve: encoder–decoder models, models without per-layer
+        key/value caches, RoPE whose frequencies depend on the current length (dynamic NTK).
+        """
+        text = config.get_text_config(decoder=True)
+        if config.is_encoder_decoder:
+            raise ValueError(f"LongSpec needs a decoder-only target, got the encoder–decoder {config.model_type!r}")
+        layer_kinds(text)
+        heads = text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        shape = {
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.hidden_size,
+            "intermediate_size": _first_int(getattr(text, "intermediate_size", None)) or 4 * text.hidden_size,
+            "hidden_act": getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None) or "silu",
+            "mlp_bias": getattr(text, "mlp_bias", False),
+            "num_attention_heads": heads,
+            "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+            "head_dim": head_dim,
+            "rms_norm_eps": getattr(text, "rms_norm_eps", 1e-6),
+            "initializer_range": getattr(text, "initializer_range", 0.02),
+            "rope_parameters": main_rope_parameters(text),
+            "max_position_embeddings": text.max_position_embeddings,
+            "target_model_type": text.model_type,
+            "target_num_hidden_layers": text.num_hidden_layers,
+            "target_layer": default_target_layer(text),
+            "pad_token_id": text.pad_token_id,
+            "bos_token_id": text.bos_token_id,
+            "eos_token_id": text.eos_token_id,
+        }
+        return cls(**(shape | fields))
+
+
+def layer_kinds(text_config: PreTrainedConfig) -> list[str]:
+    """`"full"`, `"sliding"` or `"shared"` (uses another layer's K/V) for each layer of a target.
+
+    Read off the cache transformers itself would build. Raises `ValueError` for any other kind of layer state.
+    """
+    if getattr(text_config, "attention_chunk_size", None) is not None:
+        raise ValueError(f"LongSpec does not serve chunked attention, got {text_config.model_type!r}")
+    names = {"DynamicLayer": "full", "DynamicSlidingWindowLayer": "sliding", "DummyLayer": "shared"}
+    layers = [type(layer).__name__ for layer in DynamicCache(config=text_config).layers]
+    if not layers or set(layers) - set(names):
+        raise ValueError(
+            "LongSpec needs a target with standard per-layer key/value caches, got "
+            f"{text_config.model_type!r} with {sorted(set(layers)) or 'none'}"
+        )
+    shared = getattr(text_config, "num_kv_shared_layers", None) or 0
+    owners = len(layers) if len(layers) < text_config.num_hidden_layers else len(layers) - shared
+    kinds = [names[layer] for layer in layers[:owners]]
+    return kinds + ["shared"] * (text_config.num_hidden_layers - len(kinds))
+
+
+def default_target_layer(text_config: PreTrainedConfig) -> int:
+    """The last full-attention layer that owns its K/V; where a target has none, the last sliding one."""
+    kinds = layer_kinds(text_config)
+    for kind in ("full", "sliding"):
+        if kind in kinds:
+            return len(kinds) - 1 - kinds[::-1].index(kind)
+    raise ValueError(f"no layer of {text_config.model_type!r} owns keys and values: {kinds}")
+
+
+def main_rope_parameters(text_config: PreTrainedConfig) -> dict:
+    """RoPE parameters of the target's full-attention layers, as one flat dict; default RoPE where it has none.
+
+    Raises `ValueError` for dynamic NTK, whose cached keys change meaning as the text grows.
+    """
+    parameters = getattr(text_config, "rope_parameters", None) or {}
+    if "full_attention" in parameters:
+        parameters = parameters["full_attention"]
+    parameters = copy.deepcopy(dict(parameters)) or {"rope_type": "default", "rope_theta": 10_000.0}
+    rope_type = parameters.get("rope_type", "default")
+    if "dynamic" in rope_type:
+        raise ValueError(f"LongSpec cannot serve a target whose RoPE depends on the length, got rope_type {rope_type!r}")
+    return parameters
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _first_int(value: int | list[int] | None) -> int | None:
+    return value[0] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,309 @@
+"""The decoding loop, and the door through which `target.generate(assistant_model=draft)` reaches it.
+
+A round: grow a tree, verify it in one target forward, accept a path, commit it. Knows the draft by its methods only.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel, StaticCache
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin, GenerationMode
+from transformers.utils import logging
+
+from .attention_longspec import Backend, resolve_backend
+from .cache_longspec import SpeculativeCache
+from .candidate_generator_longspec import LongSpecCandidateGenerator
+from .interface_longspec import Round, attending, switched
+from .rope_switch_longspec import RopeSwitch
+from .target_longspec import BoundTarget
+from .tree_longspec import TokenTree, ancestor_mask, node_depths
+from .verification_longspec import Text, accept
+
+logger = logging.get_logger(__name__)
+
+HEADROOM = 512  # tokens a call makes room for beyond its prompt before the cache has to grow
+
+
+@dataclass
+class LongSpecOutput(GenerateDecoderOnlyOutput):
+    """What `generate` returns with `return_dict_in_generate`, and besides:
+
+    accept_lengths: for each row, the number of tokens each round emitted; the prefill's own token is in none of them.
+    phase_seconds: seconds spent in prefill, grow, verify, accept and commit, if `draft.config.profile` is set.
+    """
+
+    accept_lengths: list[list[int]] | None = None
+    phase_seconds: dict[str, float] | None = None
+
+
+@torch.no_grad()
+def assisted_decoding(
+    draft: Any,
+    target: PreTrainedModel,
+    input_ids: Tensor,
+    *,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: GenerationConfig,
+    streamer: Any = None,
+    synced_gpus: bool = False,
+    **model_kwargs: Any,
+) -> LongSpecOutput | Tensor:
+    """Write what `target` alone would write, several tokens per forward; `generate` calls this for LongSpec drafts.
+
+    input_ids: (1, L) prompt. Returns (1, L + new) ids, or a `LongSpecOutput` with `return_dict_in_generate`.
+    Raises `ValueError` for what speculation cannot serve, before any work is done.
+    """
+    check_inputs(input_ids, generation_config, synced_gpus, model_kwargs)
+    bound = draft.bind(target)
+    backend = choose_backend(draft, target, bound)
+    draft.to(device=bound.device, dtype=bound.dtype)
+    clock = PhaseClock(draft.config.profile, bound.device)
+    text = Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+    past = model_kwargs["past_key_values"]
+    cache = make_cache(target, draft, past, input_ids, generation_config, model_kwargs)
+    generator = LongSpecCandidateGenerator(draft, bound, backend, batch=1)
+    rope_switch = RopeSwitch(target)
+    accept_lengths: list[int] = []
+    try:
+        with clock("prefill"):
+            cache.adopt(past)
+            root_position = prefill(target, text, cache, generator, generation_config, model_kwargs)
+        with switched(target), target._optimize_model_for_decode():
+            while not text.finished:
+                if rope_switch.drops_cache(text.ids, cache):
+                    text.emit(rope_switch.rebuild(text.ids, cache))
+                    generator.advance(text.ids[:, -2:-1], root_position[:, None])
+                    accepted = 1
+                else:
+                    with clock("grow"):
+                        tree = generator.grow(text.last_token, root_position, cache, rope_switch.levels(cache))
+                    with clock("verify"):
+                        logits = verify(target, tree, root_position, cache, backend)
+                    with clock("accept"):
+                        path = accept(tree, logits, text)
+                    with clock("commit"):
+                        accepted = commit(tree, path, root_position, cache, generator)
+                root_position = root_position + accepted
+                accept_lengths.append(accepted)
+    finally:
+        cache.abandon()
+        cache.hand_back(past)
+    if streamer is not None:
+        streamer.end()
+    if not generation_config.return_dict_in_generate:
+        return text.ids
+    return LongSpecOutput(
+        sequences=text.ids,
+        scores=text.scores,
+        logits=text.logits,
+        past_key_values=past,
+        accept_lengths=[accept_lengths],
+        phase_seconds=dict(clock.seconds) if draft.config.profile else None,
+    )
+
+
+def prefill(
+    target: PreTrainedModel,
+    text: Text,
+    cache: SpeculativeCache,
+    generator: LongSpecCandidateGenerator,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> Tensor:
+    """Read the prompt as plain `generate` does, emit its first token, fill the draft's window.
+
+    Returns the position (1,) of that token: the first root.
+    """
+    model_kwargs["past_key_values"] = cache
+    outputs = target._prefill(
+        text.ids, generation_config, model_kwargs, is_first_iteration=not generation_config.is_assistant
+    )
+    bound = generator.target
+    positions = model_kwargs.get("position_ids")
+    last = cache.length - cache.start - 1 if positions is None else int(positions[0, -1])
+    window = slice(-min(generator.draft.config.window, cache.length - cache.start), None)
+    if (embeds := model_kwargs.get("inputs_embeds")) is not None:
+        embeds = bound.scale(embeds[:, window])
+    else:
+        embeds = bound.embed(text.ids[:, window].to(bound.device))
+    generator.prefill(embeds, last)
+    text.emit(outputs.logits[:, -1])
+    return torch.full((1,), last + 1, device=bound.device)
+
+
+def verify(
+    target: PreTrainedModel, tree: TokenTree, root_position: Tensor, cache: SpeculativeCache, backend: Backend
+) -> Tensor:
+    """One target forward over the tree: logits (1, T, vocab) of every node. The cache is left inside the round."""
+    ancestors = ancestor_mask(tree.parents, tree.levels)
+    depths = node_depths(ancestors)
+    cache.begin_round(depths)
+    state = Round(cache, ancestors, backend, seen=set())
+    with attending(state):
+        outputs = target(
+            input_ids=tree.tokens,
+            position_ids=root_position[:, None] + depths,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+        )
+    expected = {index for index, layer in enumerate(cache.layers) if layer in cache.owners}
+    if state.seen != expected:
+        raise ValueError(
+            f"{type(target).__name__} does not follow transformers' attention interface: expected it to attend through "
+            f"it in layers {sorted(expected)}, it did in {sorted(state.seen)}"
+        )
+    return outputs.logits
+
+
+def commit(
+    tree: TokenTree, path: list[int], root_position: Tensor, cache: SpeculativeCache, generator: LongSpecCandidateGenerator
+) -> int:
+    """Keep the accepted path in both caches. Returns its length, the number of tokens this round emitted."""
+    steps = tree.levels + 1
+    padded = torch.tensor([path + [0] * (steps - len(path))], device=tree.tokens.device)
+    counts = torch.tensor([len(path)], device=tree.tokens.device)
+    cache.commit(padded, counts, len(path))
+    step = torch.arange(steps, device=tree.tokens.device)
+    generator.advance(tree.tokens.gather(1, padded), root_position[:, None] + step, step < counts[:, None])
+    return len(path)
+
+
+class PhaseClock:
+    """Seconds per phase of a call, if asked for: each phase then waits for the device at both ends."""
+
+    def __init__(self, enabled: bool, device: torch.device):
+        self.enabled, self.device = enabled, device
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = self._now()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += self._now() - began
+
+    def _now(self) -> float:
+        if self.enabled and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def choose_backend(draft: Any, target: PreTrainedModel, bound: BoundTarget) -> Backend:
+    softcap = getattr(target.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    backend = resolve_backend(draft.config.attention_backend, bound.device, draft.config.head_dim, softcap)
+    logger.info(f"LongSpec verifies with the {backend.name!r} attention backend")
+    return backend
+
+
+def make_cache(
+    target: PreTrainedModel,
+    draft: Any,
+    past: DynamicCache,
+    input_ids: Tensor,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> SpeculativeCache:
+    """An empty cache with room for the prompt, the first `HEADROOM` tokens of the answer and a tree."""
+    embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
+    prompt = past.get_seq_length() + (input_ids.shape[1] if embeds is None else embeds.shape[1])
+    answer = max(generation_config.max_length - input_ids.shape[1], 0)
+    tree_size = 1 + sum(draft.config.tree_shape)
+    text_config: PreTrainedConfig = target.config.get_text_config(decoder=True)
+    cache = SpeculativeCache(text_config, past, prompt + min(answer, HEADROOM) + tree_size, tree_size)
+    if mask is not None:
+        cache.start = int(mask[0].long().argmax())
+    return cache
+
+
+def check_inputs(
+    input_ids: Tensor, generation_config: GenerationConfig, synced_gpus: bool, model_kwargs: dict[str, Any]
+) -> None:
+    """Raises `ValueError` for inputs of a call that LongSpec cannot serve."""
+    if input_ids.shape[0] != 1:
+        raise ValueError(f"LongSpec decodes one sequence at a time, got a batch of {input_ids.shape[0]}")
+    if not model_kwargs.get("use_cache", True):
+        raise ValueError("LongSpec needs the target's cache, got use_cache=False")
+    past = model_kwargs.get("past_key_values")
+    if isinstance(past, StaticCache):
+        raise ValueError("LongSpec keeps its own cache in place; expected past_key_values=DynamicCache, got a StaticCache")
+    if type(past) is not DynamicCache or past.offloading:
+        raise ValueError(f"LongSpec needs a plain DynamicCache, got {past!r}")
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None and not bool((mask[:, 1:] >= mask[:, :-1]).all()):
+        raise ValueError("LongSpec needs padding on the left only, got an attention_mask with zeros behind ones")
+    positions = model_kwargs.get("position_ids")
+    if positions is not None and positions.dim() != 2:
+        raise ValueError(f"LongSpec needs position_ids of shape (batch, length), got {tuple(positions.shape)}")
+    if synced_gpus:
+        raise ValueError("LongSpec does not serve synced_gpus yet, got synced_gpus=True")
+    if generation_config.output_attentions or generation_config.output_hidden_states:
+        raise ValueError("LongSpec cannot return attentions or hidden states, got output_attentions or output_hidden_states")
+
+
+def check_generation(
+    draft: Any,
+    target: PreTrainedModel,
+    mode: GenerationMode,
+    generation_config: GenerationConfig,
+    mode_kwargs: dict[str, Any],
+) -> None:
+    """Refuse, before anything is allocated, what plain `generate` accepts and LongSpec cannot serve. Raises `ValueError`."""
+    draft.config.check()
+    if target.config.is_encoder_decoder:
+        raise ValueError(f"LongSpec needs a decoder-only target, got the encoder–decoder {type(target).__name__}")
+    if target._is_stateful:
+        raise ValueError(f"LongSpec needs a target with key/value caches, got the stateful {type(target).__name__}")
+    if generation_config.num_beams != 1:
+        raise ValueError(f"LongSpec needs num_beams=1, got num_beams={generation_config.num_beams}")
+    if generation_config.num_return_sequences not in (None, 1):
+        raise ValueError(
+            f"LongSpec decodes one sequence at a time, got num_return_sequences={generation_config.num_return_sequences}"
+        )
+    if generation_config.prompt_lookup_num_tokens is not None:
+        raise ValueError("expected a LongSpec draft or prompt_lookup_num_tokens, got both")
+    if generation_config.assistant_early_exit is not None:
+        raise ValueError("expected a LongSpec draft or assistant_early_exit, got both")
+    if generation_config.cache_implementation not in (None, "dynamic"):
+        raise ValueError(
+            "LongSpec keeps its own cache in place; expected cache_implementation None or 'dynamic', got "
+            f"{generation_config.cache_implementation!r}"
+        )
+    if mode is not GenerationMode.ASSISTED_GENERATION:
+        raise ValueError(f"LongSpec serves greedy decoding and sampling, got generation mode {mode.value!r}")
+    if mode_kwargs.get("assistant_tokenizer") is not None:
+        raise ValueError("a LongSpec draft shares the target's tokenizer, got assistant_tokenizer")
+    draft.bind(target)
+
+
+def install() -> None:
+    """Let `generate` reach drafts that offer `assisted_decoding`; every other assistant is served as before. Idempotent."""
+    _wrap("_assisted_decoding", lambda assistant: getattr(assistant, "assisted_decoding", None))
+    _wrap("_validate_generation_mode", lambda assistant: getattr(assistant, "check_generation", None))
+
+
+def _wrap(name: str, own_method: Callable[[Any], Callable | None]) -> None:
+    original = getattr(GenerationMixin, name)
+    if hasattr(original, "_longspec_original"):
+        return
+
+    @functools.wraps(original)
+    def dispatch(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        # `_validate_generation_mode` gets the assistant inside its last argument, `_assisted_decoding` by keyword
+        options = kwargs or (args[-1] if args and isinstance(args[-1], dict) else {})
+        method = own_method(options.get("assistant_model"))
+        return original(self, *args, **kwargs) if method is None else method(self, *args, **kwargs)
+
+    dispatch._longspec_original = original  # type: ignore[attr-defined]
+    setattr(GenerationMixin, name, dispatch)

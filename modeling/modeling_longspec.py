@@ -1,0 +1,212 @@
+"""LongSpecForCausalLM: the draft. One decoder layer between the target's embedding and the target's LM head.
+
+    x = x + self_attn(norm(x))      over the last `window` tokens
+    x = x + cross_attn(norm(x))     over the target's cached keys and values of one layer
+    x = x + mlp(norm(x))
+
+How the two attentions find their keys is the caller's: training runs them over whole samples, drafting over the
+window and the tree. Parameter names are those of the published checkpoints (github.com/sail-sg/LongSpec).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .configuration_longspec import LongSpecConfig
+from .generation_longspec import assisted_decoding, check_generation, install
+from .target_longspec import BoundTarget, bind
+
+SelfAttend = Callable[[Tensor, Tensor, Tensor], Tensor]
+CrossAttend = Callable[[Tensor], Tensor]
+
+_USAGE = (
+    "a LongSpec draft has no embedding, LM head or context of its own and cannot run alone; "
+    "pass it to its target: target.generate(**inputs, assistant_model=draft)"
+)
+
+
+class LongSpecRMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class LongSpecMLP(nn.Module):
+    def __init__(self, config: LongSpecConfig):
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LongSpecSelfAttention(nn.Module):
+    def __init__(self, config: LongSpecConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=True)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=True)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=True)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+
+class LongSpecCrossAttention(nn.Module):
+    def __init__(self, config: LongSpecConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        queries = config.num_attention_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=True)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+
+class LongSpecForCausalLM(PreTrainedModel):
+    """A LongSpec draft; see the module docstring for its layer and `LongSpecConfig` for its options.
+
+    It is used only through its target: `target.generate(**inputs, assistant_model=draft)`.
+    """
+
+    config_class = LongSpecConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    _no_split_modules = ["LongSpecForCausalLM"]
+
+    def __init__(self, config: LongSpecConfig):
+        super().__init__(config)
+        self.self_attn = LongSpecSelfAttention(config)
+        self.cross_attn = LongSpecCrossAttention(config)
+        self.mlp = LongSpecMLP(config)
+        self.input_layernorm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_self_attention_layernorm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_cross_attention_layernorm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps) if config.final_norm else nn.Identity()
+        # not a buffer: it must stay float32 when the draft is cast, and exist when it is built on the meta device
+        self._frequencies = {torch.device("cpu"): rope_frequencies(config)}
+        self.post_init()
+
+    def layer(
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        rotate: Callable[[Tensor, Tensor], Tensor],
+        self_attend: SelfAttend,
+        cross_attend: CrossAttend,
+    ) -> Tensor:
+        """The draft's forward pass, up to the input of the target's LM head.
+
+        Args:
+            embeds: (B, T, hidden), the target's embedding of the tokens.
+            positions: (B, T), their positions in the text.
+            rotate: the target's rotation of the cross-attention queries (`BoundTarget.rotate`).
+            self_attend: (query (B, H, T, D), key (B, K, T, D), value (B, K, T, D)) -> (B, H, T, D); all rotated.
+            cross_attend: query (B, H, T, D) -> (B, H, T, D) over the target's keys and values.
+        Returns: (B, T, hidden).
+        """
+        x = embeds.to(self.self_attn.q_proj.weight.dtype)
+        normed = self.input_layernorm(x)
+        angles = self.angles(positions)
+        query = rotate_half_pairs(_heads(self.self_attn.q_proj(normed), self.config.head_dim), *angles)
+        key, value = self._window_kv(normed, angles)
+        x = x + self.self_attn.o_proj(_merge_heads(self_attend(query, key, value)))
+        query = _heads(self.cross_attn.q_proj(self.post_self_attention_layernorm(x)), self.config.head_dim)
+        x = x + self.cross_attn.o_proj(_merge_heads(cross_attend(rotate(query, positions))))
+        x = x + self.mlp(self.post_cross_attention_layernorm(x))
+        return self.norm(x)
+
+    def window_kv(self, embeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, K, T, D) of the self-attention, functions of token and position only: what fills the window.
+
+        embeds: (B, T, hidden), the target's embedding of the tokens; positions: (B, T).
+        """
+        normed = self.input_layernorm(embeds.to(self.self_attn.k_proj.weight.dtype))
+        return self._window_kv(normed, self.angles(positions))
+
+    def _window_kv(self, normed: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        key = _heads(self.self_attn.k_proj(normed), self.config.head_dim)
+        value = _heads(self.self_attn.v_proj(normed), self.config.head_dim)
+        return rotate_half_pairs(key, *angles), value
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine (B, 1, T, rotary dims) of the target's main RoPE at `positions` (B, T), in float32."""
+        device = positions.device
+        frequencies, scaling = self._frequencies[torch.device("cpu")]
+        if device not in self._frequencies:
+            self._frequencies[device] = (frequencies.to(device), scaling)
+        frequencies, scaling = self._frequencies[device]
+        angles = positions[:, None, :, None].float() * frequencies
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos() * scaling, angles.sin() * scaling
+
+    def bind(self, target: PreTrainedModel) -> BoundTarget:
+        """What this draft borrows from `target`. Raises `ValueError` listing each mismatch if it does not fit."""
+        return bind(self.config, target)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the draft's decoding state for one sequence at its present dtype: window and tree, whatever the context."""
+        config = self.config
+        slots = config.window + 1 + 1 + sum(tuple(config.tree_shape)[:-1])
+        return 2 * config.num_key_value_heads * slots * config.head_dim * self.dtype.itemsize
+
+    # `target.generate(assistant_model=draft)` arrives here: see generation_longspec.py
+    assisted_decoding = assisted_decoding
+    check_generation = check_generation
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(_USAGE)
+
+    def generate(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(_USAGE)
+
+
+def rope_frequencies(config: LongSpecConfig) -> tuple[Tensor, float]:
+    """Inverse frequencies (rotary dims / 2,) and attention scaling of `config.rope_parameters`, in float32 on the CPU.
+
+    Length-dependent scalings give those of short texts: a window never spans more than `window` tokens.
+    """
+    parameters = config.rope_parameters or {}
+    rope_type = parameters.get("rope_type", "default")
+    if rope_type != "default":
+        return ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
+    dims = int(config.head_dim * parameters.get("partial_rotary_factor", 1.0))
+    exponents = torch.arange(0, dims, 2, dtype=torch.float32, device="cpu") / dims
+    return parameters.get("rope_theta", 10_000.0) ** -exponents, 1.0
+
+
+def rotate_half_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on x (B, H, T, D) with pairs (i, i + dims/2); dimensions beyond the rotary ones pass through."""
+    dims = cos.shape[-1]
+    rotary, rest = x[..., :dims], x[..., dims:]
+    first, second = rotary.chunk(2, dim=-1)
+    turned = rotary * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turned.to(x.dtype), rest], dim=-1)
+
+
+def _heads(x: Tensor, head_dim: int) -> Tensor:
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # (B, T, H·D) -> (B, H, T, D)
+
+
+def _merge_heads(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H·D)
+
+
+LongSpecConfig.register_for_auto_class()
+LongSpecForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+install()

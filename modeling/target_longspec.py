@@ -1,0 +1,152 @@
+"""BoundTarget: what a draft borrows from its target — embedding, LM head, query rotation — and the check that they fit.
+
+Everything borrowed is called as a module or function of the target's own, never read through `.weight`, so hooks,
+adapters and quantization stay in force. Knows nothing of trees or caches.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .configuration_longspec import LongSpecConfig, layer_kinds, main_rope_parameters
+
+# Families whose full-attention layers carry no rotary embedding while their sliding layers do.
+_NO_ROPE_ON_FULL_LAYERS = ("cohere2", "cohere2_moe", "exaone4", "exaone_moe")
+
+
+class BoundTarget(NamedTuple):
+    """The parts of a target that one draft uses, found once per call.
+
+    embed:  token ids (B, T) -> embeddings (B, T, hidden) as the target's first layer sees them
+    scale:  embeddings a user passed as `inputs_embeds` -> the same
+    logits: draft hidden states (B, T, hidden) -> (B, T, vocab), the target's logit scale or cap included
+    rotate: queries (B, H, T, D), positions (B, T) -> rotated as the target rotates those of its layer `layer`
+    """
+
+    embed: Callable[[Tensor], Tensor]
+    scale: Callable[[Tensor], Tensor]
+    logits: Callable[[Tensor], Tensor]
+    rotate: Callable[[Tensor, Tensor], Tensor]
+    layer: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+def bind(config: LongSpecConfig, target: PreTrainedModel) -> BoundTarget:
+    """Check that a draft with this config fits `target` and find the parts it borrows.
+
+    Raises `ValueError` with one line per mismatch, `name: draft has …, target has …`.
+    """
+    check_fit(config, target)
+    decoder = target.get_decoder()
+    text_config = target.config.get_text_config(decoder=True)
+    attention = attention_module(decoder, config.target_layer)
+    parameter = next(attention.parameters())
+    embedding, head = target.get_input_embeddings(), target.get_output_embeddings()
+    # Granite multiplies behind its embedding; Gemma scales inside of it.
+    multiplier = getattr(decoder, "embedding_multiplier", None)
+
+    def scale(embeds: Tensor) -> Tensor:
+        return embeds if multiplier is None else embeds * multiplier
+
+    return BoundTarget(
+        embed=lambda ids: scale(embedding(ids)),
+        scale=scale,
+        logits=lambda hidden: scaled_logits(head(hidden), text_config),
+        rotate=query_rotation(decoder, attention, text_config, config.target_layer),
+        layer=config.target_layer,
+        device=parameter.device,
+        dtype=parameter.dtype if parameter.is_floating_point() else target.dtype,
+    )
+
+
+def check_fit(config: LongSpecConfig, target: PreTrainedModel) -> None:
+    """Raises `ValueError` that lists every mismatch between a draft's config and a target."""
+    text = target.config.get_text_config(decoder=True)
+    kinds = layer_kinds(text)
+    heads = text.num_attention_heads
+    actual = {
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.hidden_size,
+        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "target_num_hidden_layers": text.num_hidden_layers,
+        "rope_parameters": main_rope_parameters(text),
+    }
+    mismatches = [
+        f"{name}: draft has {getattr(config, name)}, target has {value}"
+        for name, value in actual.items()
+        if not _same(getattr(config, name), value)
+    ]
+    if not mismatches and kinds[config.target_layer] == "shared":
+        mismatches.append(f"target_layer: draft has {config.target_layer}, target has no keys and values of its own there")
+    if mismatches:
+        raise ValueError("this LongSpec draft does not fit the target:\n  " + "\n  ".join(mismatches))
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        # keys that a newer transformers adds with their default do not change the frequencies
+        keys = (set(ours) | set(theirs)) - {"type", "partial_rotary_factor"}
+        same_part = ours.get("partial_rotary_factor", 1.0) == theirs.get("partial_rotary_factor", 1.0)
+        return same_part and all(ours.get(key) == theirs.get(key) for key in keys)
+    return ours == theirs
+
+
+def attention_module(decoder: nn.Module, layer: int) -> nn.Module:
+    """The attention module of a decoder layer: the one that knows its `layer_idx` and its `scaling`."""
+    for module in decoder.layers[layer].modules():
+        if hasattr(module, "layer_idx") and hasattr(module, "scaling"):
+            return module
+    raise ValueError(
+        f"expected layer {layer} of {type(decoder).__name__} to hold an attention module that uses transformers' "
+        f"attention interface, got {type(decoder.layers[layer]).__name__}"
+    )
+
+
+def query_rotation(
+    decoder: nn.Module, attention: nn.Module, text_config: Any, layer: int
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """How the target rotates the queries of `layer`: by its own rotary module and its own application function.
+
+    That covers half and interleaved pairs, partial rotation, per-layer frequencies and length scaling alike.
+    """
+    rotary = getattr(decoder, "rotary_emb", None)
+    apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    sliding = layer_kinds(text_config)[layer] == "sliding"
+    unrotated = text_config.model_type in _NO_ROPE_ON_FULL_LAYERS and not sliding
+    if not getattr(attention, "use_rope", True) or unrotated or rotary is None:
+        return lambda query, positions: query
+    if apply is None:
+        raise ValueError(f"LongSpec does not know how {type(attention).__name__} rotates its queries")
+    by_type = "layer_type" in inspect.signature(rotary.forward).parameters
+    options = {"layer_type": text_config.layer_types[layer]} if by_type else {}
+
+    def rotate(query: Tensor, positions: Tensor) -> Tensor:
+        cos, sin = rotary(query, positions, **options)
+        # partial rotation: some families slice in the attention module, so slice before the call for all of them;
+        # gpt_oss gives one angle a pair, the others two
+        angles = cos.shape[-1]
+        rotated = 2 * angles if text_config.model_type == "gpt_oss" else angles
+        turned, _ = apply(query[..., :rotated], query[..., :rotated], cos, sin)
+        return torch.cat([turned, query[..., rotated:]], dim=-1).to(query.dtype)
+
+    return rotate
+
+
+def scaled_logits(logits: Tensor, text_config: Any) -> Tensor:
+    """The target's own last step on its logits: Granite divides, Cohere multiplies, Gemma caps."""
+    if (divisor := getattr(text_config, "logits_scaling", None)) is not None:
+        logits = logits / divisor
+    if (factor := getattr(text_config, "logit_scale", None)) is not None:
+        logits = logits * factor
+    if (cap := getattr(text_config, "final_logit_softcapping", None)) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
