@@ -55,7 +55,8 @@ class TokenTree(NamedTuple):
             1, kept, torch.arange(size, device=kept.device).expand(batch, size)
         )
         parents = new_index.gather(1, self.parents.gather(1, kept))
-        return TokenTree(self.tokens.gather(1, kept), parents, self.scores.gather(1, kept), self.levels)
+        levels = min(self.levels, size - 1)  # a path of more steps than nodes would reach past the cache's room
+        return TokenTree(self.tokens.gather(1, kept), parents, self.scores.gather(1, kept), levels)
 
 
 def ancestor_mask(parents: Tensor, levels: int) -> Tensor:
