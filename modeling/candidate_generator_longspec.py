@@ -101,6 +101,7 @@ def best_children(logits: Tensor, scores: Tensor, width: int) -> tuple[Tensor, T
     logits = logits.float()
     vocab = logits.shape[-1]
     best, tokens = logits.topk(min(width, vocab), dim=-1)  # (B, T, k)
-    totals = scores[:, :, None] + best - logits.logsumexp(dim=-1, keepdim=True)
+    # in this order: a difference that is never positive cannot round to a child that scores above its parent
+    totals = scores[:, :, None] + (best - logits.logsumexp(dim=-1, keepdim=True))
     chosen, index = totals.flatten(1).topk(width, dim=-1)
     return tokens.flatten(1).gather(1, index), index // best.shape[-1], chosen
