@@ -23,12 +23,14 @@ class Placement(NamedTuple):
     """Where nodes at `depths` (B, T) of a tree lie: behind the `length` tokens of the prefix.
 
     lengths: (B,) int64 on the device; length: the same on the host, for kernels that want a slice;
-    start: first cache index that is not padding.
+    start: first cache index that is not padding; visible: (B, P) bool, false where one of the first P indices is
+    padding, None if all padding lies before `start`.
     """
 
     lengths: Tensor
     length: int
     start: int
+    visible: Tensor | None
     depths: Tensor
 
 
@@ -89,11 +91,13 @@ class FullLayer(CacheLayerMixin):
         _write(self.values, slots, value_states)
 
     def prefix(self, at: Placement) -> Prefix:
-        mask = None
-        if self.window is not None:
-            index = torch.arange(at.start, at.length, device=self.keys.device)
-            mask = index > _too_far(at, self.window)
         held = slice(at.start, at.length)
+        mask = None
+        if self.window is not None or at.visible is not None:
+            index = torch.arange(at.start, at.length, device=self.keys.device).expand(len(at.lengths), 1, -1)
+            mask = index >= at.start if self.window is None else index > _too_far(at, self.window)
+            mask = mask & _seen(index, at.visible)
+            mask = mask.expand(-1, at.depths.shape[1], -1)
         return Prefix(self.keys[:, :, held], self.values[:, :, held], mask)
 
     def commit(self, path: Tensor, counts: Tensor, at: Placement) -> None:
@@ -165,7 +169,7 @@ class SlidingLayer(CacheLayerMixin):
 
     def prefix(self, at: Placement) -> Prefix:
         held = ring_contents(at.lengths, self.ring)[:, None]  # (B, 1, ring)
-        mask = (held > _too_far(at, self.window)) & (held >= at.start)
+        mask = (held > _too_far(at, self.window)) & (held >= at.start) & _seen(held, at.visible)
         return Prefix(self.keys[:, :, : self.ring], self.values[:, :, : self.ring], mask)
 
     def commit(self, path: Tensor, counts: Tensor, at: Placement) -> None:
@@ -211,6 +215,7 @@ class SpeculativeCache(Cache):
         """
         self.placement: Placement | None = None
         self.start = 0
+        self.visible: Tensor | None = None
         window = getattr(text_config, "sliding_window", None)
         layers: list = []
         for index, kind in enumerate(layer_kinds(text_config)):
@@ -243,7 +248,12 @@ class SpeculativeCache(Cache):
     def place(self, depths: Tensor) -> Placement:
         """The placement of nodes at `depths` (B, T) behind what the cache holds."""
         lengths = torch.full((depths.shape[0],), self.length, device=depths.device)
-        return Placement(lengths, self.length, self.start, depths)
+        return Placement(lengths, self.length, self.start, self.visible, depths)
+
+    def hide_padding(self, mask: Tensor) -> None:
+        """Attend only to indices where `mask` (B, P), an attention mask of the prompt, is one."""
+        self.start = int(mask.any(dim=0).long().argmax())  # read once a call
+        self.visible = None if bool(mask[:, self.start :].all()) else mask.bool()
 
     def begin_round(self, depths: Tensor) -> None:
         """Until `commit` or `abandon`, `update` places a tree whose nodes have these depths (B, T)."""
@@ -344,6 +354,14 @@ def ring_contents(lengths: Tensor, ring: int) -> Tensor:
     slot = torch.arange(ring, device=lengths.device)
     last = lengths[:, None] - 1
     return last - (last - slot) % ring
+
+
+def _seen(index: Tensor, visible: Tensor | None) -> Tensor:
+    """(B, 1, S) bool: which cache indices (B, 1, S) are no padding."""
+    if visible is None:
+        return torch.ones_like(index, dtype=torch.bool)
+    prompt = visible.shape[1]
+    return visible.gather(1, index[:, 0].clamp(0, prompt - 1))[:, None] | (index >= prompt)
 
 
 def _too_far(at: Placement, window: int) -> Tensor:

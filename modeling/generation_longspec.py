@@ -128,6 +128,9 @@ def prefill(
     outputs = target._prefill(
         text.ids, generation_config, model_kwargs, is_first_iteration=not generation_config.is_assistant
     )
+    if outputs.past_key_values is not cache:  # phi3 drops the cache it is given when a prompt is beyond its rope switch
+        cache.clear()
+        cache.adopt(outputs.past_key_values)
     bound = generator.target
     positions = model_kwargs.get("position_ids")
     last = cache.length - cache.start - 1 if positions is None else int(positions[0, -1])
@@ -223,7 +226,7 @@ def make_cache(
     text_config: PreTrainedConfig = target.config.get_text_config(decoder=True)
     cache = SpeculativeCache(text_config, past, prompt + min(answer, HEADROOM) + tree_size, tree_size)
     if mask is not None:
-        cache.start = int(mask[0].long().argmax())
+        cache.hide_padding(mask)
     return cache
 
 
@@ -240,9 +243,6 @@ def check_inputs(
         raise ValueError("LongSpec keeps its own cache in place; expected past_key_values=DynamicCache, got a StaticCache")
     if type(past) is not DynamicCache or past.offloading:
         raise ValueError(f"LongSpec needs a plain DynamicCache, got {past!r}")
-    mask = model_kwargs.get("attention_mask")
-    if mask is not None and not bool((mask[:, 1:] >= mask[:, :-1]).all()):
-        raise ValueError("LongSpec needs padding on the left only, got an attention_mask with zeros behind ones")
     positions = model_kwargs.get("position_ids")
     if positions is not None and positions.dim() != 2:
         raise ValueError(f"LongSpec needs position_ids of shape (batch, length), got {tuple(positions.shape)}")

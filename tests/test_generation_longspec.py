@@ -1,0 +1,351 @@
+"""`generate(assistant_model=draft)` writes what plain `generate` writes: the main promise, on tiny random targets.
+
+Random drafts are right seldom, so the vocabulary is tiny (13) and the trees wide: paths of every length occur.
+"""
+
+import pytest
+import torch
+from helpers import tiny_draft, tiny_target
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
+
+WINDOW = 8
+SHAPES = [(), (1, 1, 1, 1), (2, 3), (4, 8, 8, 8), (4, 16, 16, 16, 16)]
+LENGTHS = [1, 2, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW + 5]
+SAMPLERS = {
+    "greedy": {"do_sample": False},
+    "temperature": {"do_sample": True, "temperature": 0.7},
+    "top_k": {"do_sample": True, "top_k": 5},
+    "top_p": {"do_sample": True, "top_p": 0.8},
+    "min_p": {"do_sample": True, "min_p": 0.1},
+    "repetition_penalty": {"do_sample": True, "repetition_penalty": 1.3},
+    "greedy, repetition_penalty": {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3},
+}
+# every shape with every length, in pairs spread over the families
+PAIRS = [(SHAPES[(i + i // 6) % 5], LENGTHS[i % 6]) for i in range(30)]
+FAMILIES = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "olmo2",
+    "cohere",
+    "cohere2",
+    "smollm3",
+    "gpt_oss",
+    "granite",
+    "glm4",
+    "qwen3_moe",
+    "starcoder2",
+    "exaone4",
+]
+
+
+def prompt_of(length, seed=0):
+    return torch.randint(2, 13, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def pair(target, draft, ids, seed=7, **options):
+    """Sequences of plain and assisted `generate` under one seed, and what the generator draws next after each."""
+    options = {"max_new_tokens": 24, "pad_token_id": 0, **options}
+    torch.manual_seed(seed)
+    plain, after_plain = target.generate(ids, **options), torch.rand(1)
+    torch.manual_seed(seed)
+    ours, after_ours = target.generate(ids, assistant_model=draft, **options), torch.rand(1)
+    return plain, ours, after_plain, after_ours
+
+
+def assert_same(target, draft, ids, **options):
+    plain, ours, after_plain, after_ours = pair(target, draft, ids, **options)
+    assert plain.tolist() == ours.tolist()
+    assert after_plain == after_ours, "the random generator was left in another state"
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_target("llama")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_to_plain_generate_for_every_family(family):
+    target = tiny_target(family)
+    draft = tiny_draft(target, window=WINDOW)
+    offset = FAMILIES.index(family)
+    for index in range(8):
+        draft.config.tree_shape, length = PAIRS[(offset * 8 + index) % len(PAIRS)]
+        draft.config.attention_backend = ("eager", "auto")[index % 2]
+        sampler = SAMPLERS["greedy"] if index % 4 < 2 else list(SAMPLERS.values())[1 + (offset + index) % 6]
+        assert_same(target, draft, prompt_of(length, seed=index), **sampler)
+    draft.config.tree_shape = (13, 80, 80)  # holds every next token, and about half of the pairs
+    options = {"max_new_tokens": 40, "do_sample": True, "pad_token_id": 0}
+    assert_same(target, draft, prompt_of(9), **options)
+    out = target.generate(prompt_of(9), assistant_model=draft, return_dict_in_generate=True, **options)
+    accepted = out.accept_lengths[0]
+    assert min(accepted[:-1]) >= 2 and max(accepted) >= 3, "too little was accepted: the test would prove nothing"
+    assert sum(accepted) == 39
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_sampler_on_every_tree(llama, shape, sampler):
+    draft = tiny_draft(llama, window=WINDOW, tree_shape=shape)
+    for length in LENGTHS:
+        assert_same(llama, draft, prompt_of(length), **SAMPLERS[sampler])
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 30])
+def test_pruned_trees(llama, size):
+    draft = tiny_draft(llama, window=WINDOW, tree_shape=(4, 8, 8, 8), verify_tokens=size)
+    assert_same(llama, draft, prompt_of(11))
+    assert_same(llama, draft, prompt_of(11), do_sample=True)
+
+
+@pytest.mark.parametrize("new_tokens", [1, 2, 3, 4, 5, 11])
+def test_max_new_tokens_inside_a_path(llama, new_tokens):
+    draft = tiny_draft(llama, window=WINDOW, tree_shape=(4, 16, 16, 16, 16))
+    assert_same(llama, draft, prompt_of(5), max_new_tokens=new_tokens)
+    assert_same(llama, draft, prompt_of(5), max_new_tokens=None, max_length=5 + new_tokens)
+
+
+def test_eos_at_every_place_of_a_path(llama):
+    """Every token the model writes is made the EOS once: the first one, inside a path, at its end."""
+    draft = tiny_draft(llama, window=WINDOW, tree_shape=(4, 16, 16, 16, 16))
+    ids = prompt_of(6)
+    places = set()
+    for eos in range(13):
+        assert_same(llama, draft, ids, eos_token_id=eos)
+        assert_same(llama, draft, ids, eos_token_id=[eos, (eos + 5) % 13], do_sample=True)
+        out = llama.generate(
+            ids, assistant_model=draft, eos_token_id=eos, max_new_tokens=24, return_dict_in_generate=True, pad_token_id=0
+        )
+        places.add("first" if not out.accept_lengths[0] else min(out.accept_lengths[0][-1], 2))
+    assert {"first", 1, 2} <= places
+
+
+def test_cache_is_left_as_plain_generate_leaves_it():
+    for family in ("llama", "mistral", "gemma3_text"):
+        target = tiny_target(family)
+        draft = tiny_draft(target, window=WINDOW, tree_shape=(4, 8, 8))
+        options = {"max_new_tokens": 20, "return_dict_in_generate": True, "pad_token_id": 0}
+        plain = target.generate(prompt_of(9), **options).past_key_values
+        ours = target.generate(prompt_of(9), assistant_model=draft, **options).past_key_values
+        assert type(ours) is type(plain) and len(ours.layers) == len(plain.layers)
+        for layer, expected in zip(ours.layers, plain.layers, strict=True):
+            assert layer.get_seq_length() == expected.get_seq_length() == 28
+            torch.testing.assert_close(layer.keys, expected.keys, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(layer.values, expected.values, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+@pytest.mark.parametrize("with_config", [True, False])
+def test_a_cache_passed_in_is_continued_over_turns(family, with_config):
+    target = tiny_target(family)
+    draft = tiny_draft(target, window=WINDOW, tree_shape=(4, 8, 8))
+
+    def chat(**assistant):
+        cache = DynamicCache(config=target.config) if with_config else DynamicCache()
+        ids, texts = prompt_of(7), []
+        for turn in range(4):
+            ids = target.generate(ids, past_key_values=cache, max_new_tokens=6, pad_token_id=0, **assistant)
+            texts.append(ids.tolist())
+            ids = torch.cat([ids, prompt_of(3, seed=turn)], dim=1)
+        return texts
+
+    assert chat() == chat(assistant_model=draft)
+
+
+def test_chunked_prefill_and_left_padding(llama):
+    draft = tiny_draft(llama, window=WINDOW, tree_shape=(4, 8, 8))
+    assert_same(llama, draft, prompt_of(29), prefill_chunk_size=8)
+    sliding = tiny_target("mistral")
+    sliding_draft = tiny_draft(sliding, window=WINDOW, tree_shape=(4, 8, 8))
+    assert_same(sliding, sliding_draft, prompt_of(29), prefill_chunk_size=8)
+    for target, its_draft in ((llama, draft), (sliding, sliding_draft)):
+        for pads in (1, 3, 9):
+            ids = torch.cat([torch.zeros(1, pads, dtype=torch.long), prompt_of(5)], dim=1)
+            mask = torch.cat([torch.zeros(1, pads, dtype=torch.long), torch.ones(1, 5, dtype=torch.long)], dim=1)
+            assert_same(target, its_draft, ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+def test_padding_inside_the_prompt(family):
+    """A mask with holes, as plain `generate` makes it from pad tokens in the text."""
+    target = tiny_target(family)
+    draft = tiny_draft(target, window=WINDOW, tree_shape=(4, 8, 8))
+    for holes in ([4], [0, 1, 5, 6], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]):
+        mask = torch.ones(1, 15, dtype=torch.long)
+        mask[0, holes] = 0
+        assert_same(target, draft, prompt_of(15), attention_mask=mask)
+
+
+def test_prompts_given_as_embeddings(llama):
+    draft = tiny_draft(llama, window=WINDOW, tree_shape=(4, 8, 8))
+    embeds = llama.get_input_embeddings()(prompt_of(12)).detach()
+    plain = llama.generate(inputs_embeds=embeds, max_new_tokens=20, pad_token_id=0)
+    ours = llama.generate(inputs_embeds=embeds, max_new_tokens=20, pad_token_id=0, assistant_model=draft)
+    assert plain.tolist() == ours.tolist()
+    from_ids = llama.generate(prompt_of(12), max_new_tokens=20, pad_token_id=0)
+    assert ours[0].tolist() == from_ids[0, 12:].tolist()
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_scores_and_logits_have_plain_shapes_and_values(llama, do_sample):
+    draft = tiny_draft(llama, window=WINDOW, tree_shape=(4, 8, 8))
+    options = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 15}
+    options |= {"do_sample": do_sample, "repetition_penalty": 1.2, "pad_token_id": 0}
+    torch.manual_seed(3)
+    plain = llama.generate(prompt_of(9), **options)
+    torch.manual_seed(3)
+    ours = llama.generate(prompt_of(9), assistant_model=draft, **options)
+    assert ours.sequences.tolist() == plain.sequences.tolist()
+    for name in ("scores", "logits"):
+        assert len(ours[name]) == len(plain[name]) == 15
+        for mine, theirs in zip(ours[name], plain[name], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert sum(ours.accept_lengths[0]) == 14
+
+
+def phi3_with_switch_at(switch):
+    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 5.0, 9.0]}
+    return tiny_target(
+        "phi3",
+        head_dim=8,
+        max_position_embeddings=128,
+        original_max_position_embeddings=switch,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": switch}
+        | factors,
+    )
+
+
+@pytest.mark.parametrize("length", [5, 15, 16, 17, 24])
+@pytest.mark.parametrize("shape", [(), (1, 1, 1), (4, 16, 16, 16, 16)], ids=str)
+def test_longrope_across_its_switch(shape, length):
+    target = phi3_with_switch_at(16)
+    draft = tiny_draft(target, window=WINDOW, tree_shape=shape)
+    assert_same(target, draft, prompt_of(length), max_new_tokens=25)
+    assert_same(target, draft, prompt_of(length), max_new_tokens=25, do_sample=True)
+
+
+def test_longrope_switch_is_real():
+    target = phi3_with_switch_at(16)
+    long = target(prompt_of(20)).logits[:, 10]
+    short = target(prompt_of(20)[:, :14]).logits[:, 10]
+    assert (long - short).abs().max() > 1e-2, "long and short factors give the same logits: nothing is tested"
+
+
+class Recorder:
+    def __init__(self):
+        self.tokens, self.ends = [], 0
+
+    def put(self, value):
+        self.tokens.append(value.tolist())
+
+    def end(self):
+        self.ends += 1
+
+
+def test_streamer_gets_the_prompt_and_then_token_by_token(llama):
+    draft = tiny_draft(llama, window=WINDOW, tree_shape=(4, 8, 8))
+    plain, ours = Recorder(), Recorder()
+    llama.generate(prompt_of(6), max_new_tokens=12, streamer=plain, pad_token_id=0)
+    llama.generate(prompt_of(6), max_new_tokens=12, streamer=ours, assistant_model=draft, pad_token_id=0)
+    assert ours.tokens == plain.tokens and ours.ends == plain.ends == 1
+
+
+class StopAfter(StoppingCriteria):
+    """Stops behind the second occurrence of a token and records every length it was asked at."""
+
+    def __init__(self, token):
+        self.token, self.lengths = token, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.lengths.append(input_ids.shape[1])
+        return (input_ids[:, 6:] == self.token).sum(-1) >= 2
+
+
+class Memory(LogitsProcessor):
+    """A processor with state that expects to be called once per emitted token, in order."""
+
+    def __init__(self):
+        self.lengths = []
+
+    def __call__(self, input_ids, scores):
+        self.lengths.append(input_ids.shape[1])
+        return scores - (len(self.lengths) % 3) * torch.nn.functional.one_hot(input_ids[:, -1], scores.shape[1])
+
+
+def test_custom_criteria_and_stateful_processors_are_asked_once_per_token(llama):
+    draft = tiny_draft(llama, window=WINDOW, tree_shape=(4, 16, 16))
+    for token in range(2, 13):
+        runs = []
+        for assistant in ({}, {"assistant_model": draft}):
+            stop, memory = StopAfter(token), Memory()
+            out = llama.generate(
+                prompt_of(6),
+                max_new_tokens=30,
+                stopping_criteria=[stop],
+                logits_processor=LogitsProcessorList([memory]),
+                pad_token_id=0,
+                **assistant,
+            )
+            runs.append((out.tolist(), stop.lengths, memory.lengths))
+        assert runs[0] == runs[1]
+
+
+def test_state_after_the_call(llama):
+    draft = tiny_draft(llama, window=WINDOW, tree_shape=(4, 8, 8))
+    before = (llama.config.to_dict(), llama.config._attn_implementation, llama.training)
+    llama.generate(prompt_of(6), max_new_tokens=12, assistant_model=draft, pad_token_id=0)
+    assert (llama.config.to_dict(), llama.config._attn_implementation, llama.training) == before
+
+
+class Interrupt(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        if input_ids.shape[1] == 14:
+            raise KeyboardInterrupt
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+def test_state_after_an_interrupted_call(llama):
+    draft = tiny_draft(llama, window=WINDOW, tree_shape=(4, 16, 16))
+    implementation = llama.config._attn_implementation
+    left = []
+    for assistant in ({}, {"assistant_model": draft}):
+        cache = DynamicCache(config=llama.config)
+        torch.manual_seed(5)
+        with pytest.raises(KeyboardInterrupt):
+            llama.generate(
+                prompt_of(6),
+                max_new_tokens=12,
+                stopping_criteria=[Interrupt()],
+                past_key_values=cache,
+                do_sample=True,
+                pad_token_id=0,
+                **assistant,
+            )
+        left.append(torch.rand(1))
+        assert cache.get_seq_length() > 0
+    assert left[0] == left[1]
+    assert llama.config._attn_implementation == implementation
+    assert_same(llama, draft, prompt_of(6))
+
+
+def test_profile_reports_every_phase(llama):
+    draft = tiny_draft(llama, window=WINDOW, tree_shape=(2, 2), profile=True)
+    out = llama.generate(
+        prompt_of(6), max_new_tokens=8, assistant_model=draft, return_dict_in_generate=True, pad_token_id=0
+    )
+    assert set(out.phase_seconds) == {"prefill", "grow", "verify", "accept", "commit"}
+    assert all(seconds > 0 for seconds in out.phase_seconds.values())
+
+
+def test_generation_config_object(llama):
+    draft = tiny_draft(llama, window=WINDOW, tree_shape=(4, 8))
+    config = GenerationConfig(max_new_tokens=9, do_sample=True, top_k=4, pad_token_id=0)
+    torch.manual_seed(0)
+    plain = llama.generate(prompt_of(6), generation_config=config)
+    torch.manual_seed(0)
+    assert llama.generate(prompt_of(6), generation_config=config, assistant_model=draft).tolist() == plain.tolist()
