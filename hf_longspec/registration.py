@@ -1,0 +1,72 @@
+"""Makes drafts known to transformers' Auto classes, without loading transformers or torch to do so.
+
+Registering a class needs the class, which needs torch: seconds, at every `import hf_longspec` and every `--help`. So
+`announce` puts a stand-in into AutoConfig's table, and the stand-in fetches the real classes when someone asks it for
+a config. If AutoConfig is not loaded yet, a finder on `sys.meta_path` waits for that one module and then goes away.
+Nothing of ours is imported while transformers imports itself, so no order of imports can go in circles.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from typing import Any
+
+MODEL_TYPE = "longspec"
+AUTO_CONFIG_MODULE = "transformers.models.auto.configuration_auto"
+
+
+def announce() -> None:
+    """Leaves the stand-in in AutoConfig's table, now or as soon as there is one."""
+    module = sys.modules.get(AUTO_CONFIG_MODULE)
+    if module is not None and hasattr(module, "CONFIG_MAPPING"):
+        module.CONFIG_MAPPING.register(MODEL_TYPE, ConfigStandIn(), exist_ok=True)
+    else:
+        sys.meta_path.insert(0, AutoConfigWatcher())
+
+
+def register() -> dict[str, type]:
+    """Loads the real classes, registers them and returns them by name."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from .modeling.configuration_longspec import LongSpecConfig
+    from .modeling.modeling_longspec import LongSpecForCausalLM
+
+    AutoConfig.register(MODEL_TYPE, LongSpecConfig, exist_ok=True)
+    AutoModelForCausalLM.register(LongSpecConfig, LongSpecForCausalLM, exist_ok=True)
+    return {"LongSpecConfig": LongSpecConfig, "LongSpecForCausalLM": LongSpecForCausalLM}
+
+
+class ConfigStandIn:
+    """Answers for `LongSpecConfig` in AutoConfig's table until it is used, which replaces it by the real class."""
+
+    def __init__(self) -> None:
+        self.__name__ = "LongSpecConfig"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return register()["LongSpecConfig"](*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(register()["LongSpecConfig"], name)
+
+
+class AutoConfigWatcher(MetaPathFinder):
+    """Finds only AutoConfig's module, only once, and has the stand-in put into its table when it has been loaded."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != AUTO_CONFIG_MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return None
+        loader, load = spec.loader, spec.loader.exec_module
+
+        def load_then_announce(module: Any) -> None:
+            load(module)
+            announce()
+
+        loader.exec_module = load_then_announce  # type: ignore[method-assign]
+        return spec
