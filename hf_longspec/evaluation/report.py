@@ -1,0 +1,68 @@
+"""What people see of a side-by-side run: the texts as they are written, a table, and a sentence on their equality."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from .side_by_side import Run, Verdict
+
+
+class ConsoleStreamer(TextStreamer):
+    """Writes the text to a rich console while it is generated, without the prompt."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, console: Console, style: str):
+        super().__init__(tokenizer, skip_prompt=True)
+        self.console, self.style = console, style
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        end = "\n" if stream_end else ""
+        self.console.print(Text(text, self.style), end=end, soft_wrap=True)
+
+
+def table(plain: Run, speculative: Run, draft_bytes: int) -> Table:
+    """Both runs, a column each."""
+    rows = Table(box=None, header_style="bold", pad_edge=False)
+    rows.add_column("")
+    rows.add_column("plain generate", justify="right")
+    rows.add_column("LongSpec", justify="right")
+    for name, value in (
+        ("new tokens", lambda run: f"{len(run.tokens)}"),
+        ("prefill, s", lambda run: f"{run.prefill_seconds:.2f}"),
+        ("decoding, s", lambda run: f"{run.decode_seconds:.2f}"),
+        ("decoding, tokens/s", lambda run: f"{run.tokens_per_second:.1f}"),
+        ("tokens per target forward (τ)", lambda run: f"{run.accept_length:.2f}"),
+    ):
+        rows.add_row(name, value(plain), value(speculative))
+    if plain.tokens_per_second:
+        rows.add_row("decoding speed-up", "", f"{speculative.tokens_per_second / plain.tokens_per_second:.2f}x")
+    rows.add_row("draft state, bytes", "", f"{draft_bytes:,}")
+    return rows
+
+
+def phases(speculative: Run) -> Table:
+    """Where the time of the run with the draft went."""
+    rows = Table(box=None, header_style="bold", pad_edge=False)
+    rows.add_column("phase")
+    rows.add_column("total, s", justify="right")
+    rows.add_column("per round, ms", justify="right")
+    rounds = len(speculative.accept_lengths)
+    for name, seconds in speculative.phase_seconds.items():
+        once = name == "prefill" or not rounds
+        rows.add_row(name, f"{seconds:.3f}", "" if once else f"{1000 * seconds / rounds:.1f}")
+    return rows
+
+
+def sentence(verdict: Verdict, tokens: int, dtype: str) -> Text:
+    """The outcome of the comparison, for a person to read."""
+    if verdict.equal:
+        return Text(f"The two texts are equal, token for token ({tokens} tokens, {dtype}).", "bold green")
+    place = f"The two texts part at new token {verdict.position} ({dtype})"
+    if verdict.noise is None:
+        return Text(f"{place}; nothing here shows that rounding explains it. Try --dtype float32.", "bold red")
+    measured = f"their logits are {verdict.gap:.4f} apart, rounding alone moves such gaps by up to {verdict.noise:.4f}"
+    if verdict.tie:
+        return Text(f"{place}, where two tokens tie within rounding: {measured}.", "bold yellow")
+    return Text(f"{place}, where the two tokens do not tie: {measured}.", "bold red")
