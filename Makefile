@@ -1,4 +1,4 @@
-# Everything below works on a fresh machine: each target first makes .venv and installs what it needs.
+# Everything below works on a fresh machine: each target first makes .venv and installs what it needs there.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
