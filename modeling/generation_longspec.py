@@ -81,7 +81,7 @@ def assisted_decoding(
         with switched(target), target._optimize_model_for_decode():
             while not text.finished:
                 if rope_switch.drops_cache(text.ids, cache):
-                    text.emit(rope_switch.rebuild(text.ids, cache))
+                    text.emit(rope_switch.rebuild(text.ids, root_position, cache))
                     generator.advance(text.ids[:, -2:-1], root_position[:, None])
                     accepted = 1
                 else:

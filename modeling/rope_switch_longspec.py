@@ -6,6 +6,7 @@ may stand on both sides, and where plain `generate` reads the text anew at the s
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,18 +28,22 @@ class RopeSwitch:
 
     def drops_cache(self, ids: Tensor, cache: SpeculativeCache) -> bool:
         """Whether plain `generate` would throw the cache away before it reads the newest token of `ids` (1, L)."""
-        if cache.length != self.last_short:
+        if self.last_short is None or ids.shape[1] <= self.last_short or cache.length > self.last_short:
             return False
         return self._inputs(ids, cache).get("past_key_values") is None
 
-    def rebuild(self, ids: Tensor, cache: SpeculativeCache) -> Tensor:
-        """Read all of `ids` (1, L) into the emptied cache; returns the logits (1, vocab) of the newest token."""
-        inputs = self._inputs(ids, cache)
+    def rebuild(self, ids: Tensor, root_position: Tensor, cache: SpeculativeCache) -> Tensor:
+        """Read what plain `generate` reads anew of `ids` (1, L) into the emptied cache; logits (1, vocab) of the newest token.
+
+        That is all of `ids` from transformers 5.18 on; 5.17 forgets the text here, and we with it.
+        """
+        behind = torch.arange(1 - ids.shape[1], 1, device=root_position.device)
+        inputs = self._inputs(ids, cache, position_ids=root_position[:, None] + behind)
         cache.clear()
         outputs = self.target(**inputs | {"past_key_values": cache}, return_dict=True)
         return outputs.logits[:, -1]
 
-    def _inputs(self, ids: Tensor, cache: SpeculativeCache) -> dict:
+    def _inputs(self, ids: Tensor, cache: SpeculativeCache, **kwargs: Tensor) -> dict:
         return self.target.prepare_inputs_for_generation(
-            ids, next_sequence_length=1, past_key_values=cache, use_cache=True
+            ids, next_sequence_length=1, past_key_values=cache, use_cache=True, **kwargs
         )
