@@ -321,10 +321,15 @@ class DraftWindow:
         self.first = 0  # position of the earliest token it was ever given
 
     def write(self, key: Tensor, value: Tensor, positions: Tensor, real: Tensor | None = None) -> None:
-        """Store keys and values (B, K, T, D) of tokens at `positions` (B, T), T ≤ window; `real` (B, T) masks padding."""
+        """Store keys and values (B, K, T, D) of tokens at `positions` (B, T): of more than the window holds, the last.
+
+        real: (B, T), false where a row is padding; without it, T ≤ window.
+        """
         slots = positions % self.window
         if real is not None:
-            slots = torch.where(real, slots, self.window)
+            # two writes to one slot would come in any order
+            oldest = positions.masked_fill(~real, -1).amax(dim=1, keepdim=True) - self.window
+            slots = torch.where(real & (positions > oldest), slots, self.window)
         _write(self.keys, slots, key)
         _write(self.values, slots, value)
 
