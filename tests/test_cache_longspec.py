@@ -1,0 +1,363 @@
+"""Both caches against lists of tokens in plain Python, and against what a DynamicCache holds after the same text.
+
+Every token has a serial number, and its keys and values are made of it, so that a cache's contents can be read back.
+"""
+
+import random
+
+import pytest
+import torch
+from transformers import AutoConfig, DynamicCache
+
+from hf_longspec.modeling.cache_longspec import BUCKET, DraftWindow, SpeculativeCache, ring_contents
+from hf_longspec.modeling.tree_longspec import ancestor_mask, node_depths
+
+HEADS, DIM = 2, 3
+SLIDING, FULL = 0, 1  # the layers of a Gemma 2 of two layers
+WINDOWS = [1, 2, 3, 5, 40]
+
+
+def states(serials: list[int], layer: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values (1, K, T, D) of the tokens with these serial numbers in a layer."""
+    token = torch.tensor(serials, dtype=torch.float32).reshape(1, 1, -1, 1)
+    head = torch.arange(HEADS).reshape(1, -1, 1, 1) / 8
+    dim = torch.arange(DIM) / 64
+    keys = token + head + dim + 10_000 * (layer + 1)
+    return keys, -keys
+
+
+def serials_in(keys: torch.Tensor, values: torch.Tensor, layer: int = 0) -> list[int]:
+    """Whose keys and values (1, K, T, D) these are; fails if they are nobody's."""
+    serials = (keys[0, 0, :, 0] - 10_000 * (layer + 1)).long().tolist()
+    expected = states(serials, layer)
+    assert torch.equal(keys, expected[0]) and torch.equal(values, expected[1])
+    return serials
+
+
+def config_of(window: int):
+    return AutoConfig.for_model("gemma2", num_hidden_layers=2, sliding_window=window)
+
+
+def dynamic_cache(window: int, keeps_all: bool) -> DynamicCache:
+    """As `generate` makes it, or as a user does who gives no config: then sliding layers keep the whole text."""
+    return DynamicCache() if keeps_all else DynamicCache(config=config_of(window))
+
+
+def speculative_cache(window: int, keeps_all: bool = False, reserve: int = 10, tree_size: int = 8) -> SpeculativeCache:
+    return SpeculativeCache(config_of(window), dynamic_cache(window, keeps_all), reserve, tree_size)
+
+
+def append(cache, serials: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [cache.update(*states(serials, layer), layer) for layer in (SLIDING, FULL)]
+
+
+def random_tree(rng: random.Random, nodes: int) -> tuple[list[int], list[int]]:
+    """Parents of a random tree, and a random path from its root."""
+    parents = [0] + [rng.randrange(node) for node in range(1, nodes)]
+    path = [rng.randrange(nodes)]
+    while path[0] != 0:
+        path.insert(0, parents[path[0]])
+    return parents, path
+
+
+def depths_of(parents: list[int]) -> torch.Tensor:
+    return node_depths(ancestor_mask(torch.tensor([parents]), len(parents)))
+
+
+def padded(path: list[int], steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor([path + [0] * (steps - len(path))]), torch.tensor([len(path)])
+
+
+def seen_by_nodes(cache: SpeculativeCache, layer: int) -> list[list[int]]:
+    """For each node of the tree just placed, the serial numbers of the prefix tokens it may look at."""
+    prefix = cache.layers[layer].prefix(cache.placement)
+    nodes = cache.placement.depths.shape[1]
+    mask = torch.ones(1, nodes, prefix.key.shape[2], dtype=torch.bool) if prefix.mask is None else prefix.mask
+    assert mask.shape == (1, nodes, prefix.key.shape[2])
+    return [
+        sorted(serials_in(prefix.key[:, :, mask[0, node]], prefix.value[:, :, mask[0, node]], layer))
+        for node in range(nodes)
+    ]
+
+
+def run_round(cache: SpeculativeCache, text: list[int], serials: list[int], parents: list[int], window: int) -> None:
+    """Place a tree and check all that its nodes are shown; `text` is what the cache holds, padding as None."""
+    depths = depths_of(parents)
+    cache.begin_round(depths)
+    for layer, (keys, values) in enumerate(append(cache, serials)):
+        assert serials_in(keys, values, layer) == serials
+    for node, depth in enumerate(depths[0].tolist()):
+        position = len(text) + depth
+        near = [token for place, token in enumerate(text) if place > position - window]
+        assert seen_by_nodes(cache, FULL)[node] == [token for token in text if token is not None]
+        assert seen_by_nodes(cache, SLIDING)[node] == [token for token in near if token is not None]
+
+
+def assert_holds_the_same(ours: DynamicCache, plain: DynamicCache) -> None:
+    assert len(ours.layers) == len(plain.layers)
+    for layer, (mine, theirs) in enumerate(zip(ours.layers, plain.layers, strict=True)):
+        assert type(mine) is type(theirs)
+        assert serials_in(mine.keys, mine.values, layer) == serials_in(theirs.keys, theirs.values, layer)
+        assert mine.get_seq_length() == theirs.get_seq_length()
+        assert mine.get_mask_sizes(3) == theirs.get_mask_sizes(3)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("keeps_all", [False, True])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_life_of_a_cache(window, keeps_all, seed):
+    """Chunks, rounds, given-up rounds and single tokens; the text outgrows its bucket twice."""
+    rng = random.Random(seed)
+    cache = speculative_cache(window, keeps_all)
+    stock = dynamic_cache(window, keeps_all)
+    text: list[int] = []
+    fresh = iter(range(10_000))
+    stock_forgets = window > 1 or keeps_all  # with a window of one token the stock layer keeps them all
+    while len(text) < 2 * BUCKET + 20:
+        if not text or rng.random() < 0.3:  # a chunk
+            chunk = [next(fresh) for _ in range(rng.choice([1, 2, window, 90]))]
+            assert cache.get_seq_length() == len(text)
+            for layer in (SLIDING, FULL):
+                if stock_forgets or layer == FULL:
+                    assert cache.get_mask_sizes(len(chunk), layer) == stock.get_mask_sizes(len(chunk), layer)
+            returned, expected = append(cache, chunk), append(stock, chunk)
+            before = {SLIDING: text if keeps_all else text[max(len(text) - window + 1, 0) :], FULL: text}
+            for layer in (SLIDING, FULL):
+                assert serials_in(*returned[layer], layer) == before[layer] + chunk
+                if stock_forgets or layer == FULL:
+                    assert torch.equal(returned[layer][0], expected[layer][0])
+            text += chunk
+        parents, path = random_tree(rng, rng.randrange(1, 9))
+        tree = [next(fresh) for _ in parents]
+        run_round(cache, text, tree, parents, window)
+        if rng.random() < 0.1:
+            cache.abandon()
+            continue
+        cache.commit(*padded(path, rng.randrange(len(path), len(parents) + 1)), len(path))
+        for node in path:
+            text.append(tree[node])
+            append(stock, [tree[node]])
+        assert cache.length == cache.get_seq_length() == len(text)
+    if stock_forgets:
+        past = dynamic_cache(window, keeps_all)
+        cache.hand_back(past)
+        assert_holds_the_same(past, stock)
+        assert torch.equal(append(past, [9999])[SLIDING][0], append(stock, [9999])[SLIDING][0])
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("prompt", [1, 2, 7, 50])
+def test_committed_path_longer_than_the_window(window, prompt):
+    cache = speculative_cache(window)
+    text = list(range(prompt))
+    append(cache, text)
+    chain = list(range(100, 108))
+    run_round(cache, text, chain, [0, 0, 1, 2, 3, 4, 5, 6], window)
+    cache.commit(*padded(list(range(7)), 8), 7)
+    run_round(cache, text + chain[:7], [200, 201], [0, 0], window)
+
+
+@pytest.mark.parametrize("keeps_all", [False, True])
+@pytest.mark.parametrize(
+    "attention_mask",
+    [[0, 0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 10, [1, 0, 0, 1, 1, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1, 0, 0]],
+)
+@pytest.mark.parametrize("window", [2, 5, 40])
+def test_padding_is_never_seen(window, attention_mask, keeps_all):
+    cache = speculative_cache(window, keeps_all)
+    append(cache, list(range(10)))
+    cache.hide_padding(torch.tensor([attention_mask]))
+    text = [token if real else None for token, real in enumerate(attention_mask)]
+    for start in (100, 200, 300):
+        tree = list(range(start, start + 5))
+        run_round(cache, text, tree, [0, 0, 0, 1, 3], window)
+        cache.commit(*padded([0, 1, 3], 5), 3)
+        text += [tree[0], tree[1], tree[3]]
+
+
+@pytest.mark.parametrize("keeps_all", [False, True])
+@pytest.mark.parametrize("window", [2, 3, 5, 40])
+@pytest.mark.parametrize("prompt", [1, 4, 50])
+def test_adopt_takes_over_what_a_cache_holds(window, keeps_all, prompt):
+    past, stock = dynamic_cache(window, keeps_all), dynamic_cache(window, keeps_all)
+    text = list(range(prompt))
+    append(past, text), append(stock, text)
+    cache = SpeculativeCache(config_of(window), past, reserve=100, tree_size=8)
+    cache.adopt(past)
+    assert all(layer.keys is None and layer.values is None for layer in past.layers), "nothing may exist twice"
+    assert cache.length == prompt
+    assert append(cache, [700, 701])[SLIDING][0].equal(append(stock, [700, 701])[SLIDING][0])
+    text += [700, 701]
+    run_round(cache, text, [800, 801, 802], [0, 0, 1], window)
+    cache.commit(*padded([0, 1], 3), 2)
+    append(stock, [800]), append(stock, [801])
+    cache.hand_back(past)
+    assert_holds_the_same(past, stock)
+
+
+@pytest.mark.parametrize("keeps_all", [False, True])
+def test_hand_back_after_a_failed_round(keeps_all):
+    """Layer 0 has placed its tree, layer 1 has not, and the call ends."""
+    past, stock = dynamic_cache(5, keeps_all), dynamic_cache(5, keeps_all)
+    append(past, [1, 2, 3]), append(stock, [1, 2, 3])
+    cache = SpeculativeCache(config_of(5), past, reserve=100, tree_size=8)
+    cache.adopt(past)
+    cache.begin_round(torch.tensor([[0, 1]]))
+    cache.update(*states([700, 701], SLIDING), SLIDING)
+    cache.abandon()
+    cache.hand_back(past)
+    assert_holds_the_same(past, stock)
+
+
+def test_nothing_used_nothing_handed_back():
+    past = dynamic_cache(5, keeps_all=False)
+    speculative_cache(5).hand_back(past)
+    assert past.get_seq_length() == 0
+    assert serials_in(*append(past, [3])[FULL], FULL) == [3]
+
+
+def test_clear_keeps_the_memory():
+    cache = speculative_cache(5)
+    append(cache, list(range(30)))
+    where = [layer.keys.data_ptr() for layer in cache.layers]
+    cache.clear()
+    assert cache.get_seq_length() == 0
+    append(cache, [50, 51])
+    run_round(cache, [50, 51], [60, 61], [0, 0], 5)
+    assert [layer.keys.data_ptr() for layer in cache.layers] == where
+
+
+def test_nothing_is_copied_within_a_bucket():
+    cache = speculative_cache(5, reserve=2 * BUCKET)
+    append(cache, list(range(100)))
+    where = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
+    while cache.length + 2 <= 2 * BUCKET:
+        cache.begin_round(torch.tensor([[0, 1]]))
+        append(cache, [200, 201])
+        assert cache.layers[FULL].prefix(cache.placement).key.data_ptr() == where[FULL][0]
+        cache.commit(*padded([0, 1], 2), 2)
+    keys, values = cache.layers[FULL].stored()
+    assert (keys.data_ptr(), values.data_ptr()) == where[FULL]
+    assert [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers] == where
+
+
+def test_a_long_answer_copies_the_cache_a_logarithmic_number_of_times():
+    cache = speculative_cache(5)
+    sizes = []
+    for token in range(10 * BUCKET):
+        append(cache, [token])
+        sizes.append(cache.layers[FULL].keys.shape[2])
+    assert len(set(sizes)) == 5  # 1, 2, 4, 8 and 16 buckets
+    assert all(size <= 2 * max(token + 1, BUCKET) for token, size in enumerate(sizes))
+    assert serials_in(*cache.layers[FULL].stored(), FULL) == list(range(10 * BUCKET))
+
+
+def test_reserve_is_allocated_once():
+    cache = speculative_cache(5, reserve=3 * BUCKET - 7)
+    append(cache, [0])
+    assert cache.layers[FULL].keys.shape == (1, HEADS, 3 * BUCKET, DIM)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_sliding_layer_never_grows(window):
+    cache = speculative_cache(window, tree_size=8)
+    layer = cache.layers[SLIDING]
+    for _ in range(40):
+        append(cache, list(range(37)))
+        assert layer.keys.shape == layer.values.shape == (1, HEADS, max(window - 1, 1) + 8, DIM)
+
+
+def test_layers_without_keys_of_their_own():
+    config = AutoConfig.for_model("gemma3n_text", num_hidden_layers=7, num_kv_shared_layers=2, sliding_window=5)
+    past = DynamicCache(config=config)
+    cache = SpeculativeCache(config, past, reserve=10, tree_size=4)
+    assert len(cache.layers) == 7
+    assert cache.owners == cache.layers[:5]
+    for layer in range(5):
+        cache.update(*states([1, 2, 3], layer), layer)
+    cache.hand_back(past)
+    for layer in range(5):
+        assert serials_in(past.layers[layer].keys, past.layers[layer].values, layer) == [1, 2, 3]
+
+
+def test_rounds_read_nothing_back_to_the_host():
+    """On the meta device a value that is read back is an error: shapes depend on shapes alone."""
+    cache = speculative_cache(5)
+    meta = torch.empty(1, HEADS, 12, DIM, device="meta")
+    tree = torch.empty(1, HEADS, 4, DIM, device="meta")
+    for layer in (SLIDING, FULL):
+        cache.update(meta, meta, layer)
+    parents = torch.zeros(1, 4, dtype=torch.long, device="meta")
+    cache.begin_round(node_depths(ancestor_mask(parents, 2)))
+    for layer in (SLIDING, FULL):
+        cache.update(tree, tree, layer)
+        cache.layers[layer].prefix(cache.placement)
+    cache.commit(parents[:, :3], parents[:, 0], 2)
+    assert cache.length == 14
+
+
+@pytest.mark.parametrize("ring", [1, 2, 3, 7])
+def test_ring_contents_by_filling_a_ring(ring):
+    slots = [-1] * ring
+    for token in range(25):
+        held = ring_contents(torch.tensor([token, 24]), ring)
+        assert [max(position, -1) for position in held[0].tolist()] == slots
+        assert sorted(held[1].tolist()) == list(range(24 - ring, 24))
+        slots[token % ring] = token
+
+
+def window_states(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    keys, values = zip(*(states(row) for row in rows), strict=True)
+    return torch.cat(keys), torch.cat(values)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("window", [1, 2, 3, 5, 20])
+@pytest.mark.parametrize("prompt", [1, 4, 30])
+def test_life_of_a_draft_window(window, prompt, seed):
+    """Two texts that grow at their own pace; token p of row b has serial number 1000·b + p."""
+    rng = random.Random(seed)
+    tree_size, ends = 6, [prompt, prompt]
+    store = DraftWindow(window, tree_size, (2, HEADS, DIM), torch.float32, torch.device("cpu"))
+    size = store.nbytes
+    assert size == store.keys.untyped_storage().nbytes() + store.values.untyped_storage().nbytes()
+
+    first = max(prompt - window, 0)
+    given = range(first, prompt)
+    serials = [[1000 * row + p for p in given] for row in range(2)]
+    store.write(*window_states(serials), torch.tensor([given, given]))
+    store.first = first
+    for _ in range(10):
+        parents = [[0] + [rng.randrange(node) for node in range(1, tree_size)] for _ in range(2)]
+        ancestry = ancestor_mask(torch.tensor(parents), tree_size)
+        depths = node_depths(ancestry)
+        tree = [[1000 * row + 500 + node for node in range(tree_size)] for row in range(2)]
+        cut = rng.randrange(tree_size + 1)
+        for start, end in ((0, cut), (cut, tree_size)):
+            store.place(*window_states([row[start:end] for row in tree]), start)
+        roots = torch.tensor(ends)
+        mask = store.mask(roots[:, None] + depths, roots, ancestry)
+        for row in range(2):
+            for node in range(tree_size):
+                position = ends[row] + int(depths[row, node])
+                slots = mask[row, node]
+                seen = serials_in(store.keys[row : row + 1, :, slots], store.values[row : row + 1, :, slots])
+                near = [1000 * row + p for p in range(first, ends[row]) if p > position - window]
+                above = [tree[row][other] for other in range(tree_size) if ancestry[row, node, other]]
+                assert sorted(seen) == near + above
+        counts = [rng.randrange(1, 7) for _ in range(2)]
+        steps = max(counts) + rng.randrange(2)
+        positions = roots[:, None] + torch.arange(steps)
+        real = torch.arange(steps) < torch.tensor(counts)[:, None]
+        tokens = [[1000 * row + ends[row] + step for step in range(steps)] for row in range(2)]
+        store.write(*window_states(tokens), positions, real)
+        ends = [end + count for end, count in zip(ends, counts, strict=True)]
+        assert store.nbytes == size
+
+
+def test_draft_window_keeps_the_newest_tokens_in_whatever_order_they_are_written():
+    """A scatter may write in any order, so no two tokens may go to one slot."""
+    store = DraftWindow(2, 1, (1, HEADS, DIM), torch.float32, torch.device("cpu"))
+    positions = [14, 13, 12, 11, 10]
+    store.write(*states(positions), torch.tensor([positions]), torch.ones(1, 5, dtype=torch.bool))
+    assert serials_in(store.keys[:, :, :2], store.values[:, :, :2]) == [14, 13]
