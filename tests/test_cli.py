@@ -6,11 +6,11 @@ import sys
 import pytest
 from helpers import tiny_draft, tiny_target
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from hf_longspec import cli
-from hf_longspec.demo.weights import WeightsError
+from hf_longspec import LongSpecConfig, LongSpecForCausalLM, cli
+from hf_longspec.demo.weights import WeightsError, smollm2_folder
 
 runner = CliRunner()
 ALPHABET = pre_tokenizers.ByteLevel.alphabet()
@@ -130,10 +130,14 @@ def test_demo_without_network(monkeypatch):
 
 
 @pytest.mark.slow
-def test_demo_on_the_real_model():
-    command = [sys.executable, "-m", "hf_longspec.cli", "demo", "--max-new-tokens", "8", "--dtype", "float32"]
-    result = subprocess.run(command, capture_output=True, text=True)
+def test_demo_on_the_real_model(tmp_path):
+    """With random weights, so that this holds for any draft."""
+    config = LongSpecConfig.from_target(AutoConfig.from_pretrained(smollm2_folder()), tree_shape=(2, 2))
+    LongSpecForCausalLM(config).save_pretrained(tmp_path)
+    command = [sys.executable, "-m", "hf_longspec.cli", "demo", "--draft", str(tmp_path), "--max-new-tokens", "8"]
+    result = subprocess.run([*command, "--dtype", "float32"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    assert "prompt of 4516 tokens" in result.stdout
     assert "equal, token for token (8 tokens, float32)" in result.stdout
 
 
