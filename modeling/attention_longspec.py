@@ -88,7 +88,9 @@ def torch_prefix(
     if softcap is not None:
         raise ValueError(f"the torch attention backend has no soft-capping, got softcap={softcap}")
     if key.shape[2] == 0:  # the CPU kernel divides by the number of keys and kills the process
-        return torch.zeros_like(query, dtype=torch.float32), query.new_full(query.shape[:3], NEG_INF, dtype=torch.float32)
+        return torch.zeros_like(query, dtype=torch.float32), query.new_full(
+            query.shape[:3], NEG_INF, dtype=torch.float32
+        )
     rows = pack_heads(query, key.shape[1])
     if query.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(rows, key, value, scale=scaling)

@@ -311,7 +311,9 @@ class DraftWindow:
     The number of bytes does not depend on the context.
     """
 
-    def __init__(self, window: int, tree_size: int, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, window: int, tree_size: int, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+    ):
         """shape: (B, K, D)."""
         batch, heads, dim = shape
         self.window = window

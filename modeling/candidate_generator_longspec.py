@@ -68,7 +68,13 @@ class LongSpecCandidateGenerator:
         return tree.prune(self.verify_tokens)
 
     def _level_logits(
-        self, tokens: Tensor, position: Tensor, root_position: Tensor, ancestry: Tensor, first: int, cache: SpeculativeCache
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        root_position: Tensor,
+        ancestry: Tensor,
+        first: int,
+        cache: SpeculativeCache,
     ) -> Tensor:
         """Logits (B, T, vocab) of one level: nodes `first`… with `tokens` (B, T), all at `position` (B,)."""
         window, layer = self.window, cache.layers[self.target.layer]

@@ -61,7 +61,8 @@ class LongSpecConfig(PreTrainedConfig):
     profile: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.tree_shape = tuple(self.tree_shape)  # JSON has lists only
+        if isinstance(self.tree_shape, list):  # JSON has lists only
+            self.tree_shape = tuple(self.tree_shape)
         super().__post_init__(**kwargs)
         self.check()
 
@@ -81,7 +82,9 @@ class LongSpecConfig(PreTrainedConfig):
                 f"`target_layer` must be in 0..{self.target_num_hidden_layers - 1}, got {self.target_layer!r}"
             )
         if self.attention_backend not in ATTENTION_BACKENDS:
-            raise ValueError(f"`attention_backend` must be one of {ATTENTION_BACKENDS}, got {self.attention_backend!r}")
+            raise ValueError(
+                f"`attention_backend` must be one of {ATTENTION_BACKENDS}, got {self.attention_backend!r}"
+            )
         if self.verify_tokens is not None and (not _is_int(self.verify_tokens) or self.verify_tokens < 1):
             raise ValueError(f"`verify_tokens` must be None or a positive integer, got {self.verify_tokens!r}")
         self._check_tree_shape()
@@ -176,7 +179,9 @@ def main_rope_parameters(text_config: PreTrainedConfig) -> dict:
     parameters = copy.deepcopy(dict(parameters)) or {"rope_type": "default", "rope_theta": 10_000.0}
     rope_type = parameters.get("rope_type", "default")
     if "dynamic" in rope_type:
-        raise ValueError(f"LongSpec cannot serve a target whose RoPE depends on the length, got rope_type {rope_type!r}")
+        raise ValueError(
+            f"LongSpec cannot serve a target whose RoPE depends on the length, got rope_type {rope_type!r}"
+        )
     return parameters
 
 

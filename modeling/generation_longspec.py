@@ -128,7 +128,9 @@ def prefill(
     outputs = target._prefill(
         text.ids, generation_config, model_kwargs, is_first_iteration=not generation_config.is_assistant
     )
-    if outputs.past_key_values is not cache:  # phi3 drops the cache it is given when a prompt is beyond its rope switch
+    if (
+        outputs.past_key_values is not cache
+    ):  # phi3 drops the cache it is given when a prompt is beyond its rope switch
         cache.clear()
         cache.adopt(outputs.past_key_values)
     bound = generator.target
@@ -170,7 +172,11 @@ def verify(
 
 
 def commit(
-    tree: TokenTree, path: list[int], root_position: Tensor, cache: SpeculativeCache, generator: LongSpecCandidateGenerator
+    tree: TokenTree,
+    path: list[int],
+    root_position: Tensor,
+    cache: SpeculativeCache,
+    generator: LongSpecCandidateGenerator,
 ) -> int:
     """Keep the accepted path in both caches. Returns its length, the number of tokens this round emitted."""
     steps = tree.levels + 1
@@ -240,7 +246,9 @@ def check_inputs(
         raise ValueError("LongSpec needs the target's cache, got use_cache=False")
     past = model_kwargs.get("past_key_values")
     if isinstance(past, StaticCache):
-        raise ValueError("LongSpec keeps its own cache in place; expected past_key_values=DynamicCache, got a StaticCache")
+        raise ValueError(
+            "LongSpec keeps its own cache in place; expected past_key_values=DynamicCache, got a StaticCache"
+        )
     if type(past) is not DynamicCache or past.offloading:
         raise ValueError(f"LongSpec needs a plain DynamicCache, got {past!r}")
     positions = model_kwargs.get("position_ids")
@@ -249,7 +257,9 @@ def check_inputs(
     if synced_gpus:
         raise ValueError("LongSpec does not serve synced_gpus yet, got synced_gpus=True")
     if generation_config.output_attentions or generation_config.output_hidden_states:
-        raise ValueError("LongSpec cannot return attentions or hidden states, got output_attentions or output_hidden_states")
+        raise ValueError(
+            "LongSpec cannot return attentions or hidden states, got output_attentions or output_hidden_states"
+        )
 
 
 def check_generation(

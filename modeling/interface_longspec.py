@@ -1,7 +1,7 @@
 """Hybrid attention as transformers' attention interface sees it: a registered name, and a switch that puts a target under it.
 
-The state of a round reaches the attention function through one `ContextVar`, set around the verification forward only.
-With none set, function and mask function do what the target's own implementation does, so another thread that
+The attention of a round reaches the registered function through one `ContextVar`, set around the verification forward
+only. With none set, function and mask function do what the target's own implementation does, so another thread that
 prefills on the same target is not disturbed.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -20,6 +20,24 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from .attention_longspec import Backend, apply_sinks, attend, merge
 from .cache_longspec import SpeculativeCache
+
+
+class _Shared:
+    """What all copies of this file in a process have in common: a draft's remote code is one copy, the pip package another.
+
+    Two copies may serve one target at once, so they share the variable that carries a round's attention (a callable
+    with the signature of an attention function) and the record of switched targets.
+    """
+
+    def __init__(self) -> None:
+        self.attention: ContextVar[Callable | None] = ContextVar("longspec_attention", default=None)
+        self.lock = threading.Lock()
+        self.switched: dict[int, tuple[int, str, Any]] = {}  # id(config) -> users, own implementation, config
+
+
+if not hasattr(AttentionInterface, "_longspec"):
+    AttentionInterface._longspec = _Shared()  # type: ignore[attr-defined]
+_SHARED: _Shared = AttentionInterface._longspec  # type: ignore[attr-defined]
 
 
 class Round(NamedTuple):
@@ -34,21 +52,18 @@ class Round(NamedTuple):
     seen: set[int]
 
 
-_ROUND: ContextVar[Round | None] = ContextVar("longspec_round", default=None)
-
-
 @contextmanager
 def attending(state: Round) -> Iterator[None]:
     """Within it, the target's attention is hybrid attention over `state`."""
-    token = _ROUND.set(state)
+    token = _SHARED.attention.set(partial(hybrid_attention, state))
     try:
         yield
     finally:
-        _ROUND.reset(token)
+        _SHARED.attention.reset(token)
 
 
 def hybrid_attention(
-    original: str,
+    state: Round,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -59,16 +74,10 @@ def hybrid_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The registered attention function: query (B, H, T, D) of the tree, key and value (B, K, T, D) of the tree.
+    """Attention of a tree over prefix and tree: query (B, H, T, D), key and value (B, K, T, D), all of the tree.
 
     Returns (B, T, H, D) in the query's dtype and no weights.
     """
-    state = _ROUND.get()
-    if state is None:
-        own = _own_attention(original, module)
-        options = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
-        given = {name: option for name, option in options.items() if option is not None}
-        return own(module, query, key, value, attention_mask, **given, **kwargs)
     state.seen.add(module.layer_idx)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = state.cache.layers[module.layer_idx]
@@ -89,56 +98,45 @@ def hybrid_attention(
     return out.transpose(1, 2).to(query.dtype).contiguous(), None
 
 
-def hybrid_mask(original: str, *args: Any, **kwargs: Any) -> Any:
+def registered_attention(original: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The registered attention function: a round's attention if this thread is in one, else the target's own."""
+    attention = _SHARED.attention.get()
+    if attention is None:
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        attention = AttentionInterface().get_interface(original, eager)
+    return attention(module, *args, **kwargs)
+
+
+def registered_mask(original: str, *args: Any, **kwargs: Any) -> Any:
     """The mask function of the same name: no mask during a round, the target's own one otherwise."""
-    if _ROUND.get() is not None:
-        return None
     own = AttentionMaskInterface().get(original)
-    return None if own is None else own(*args, **kwargs)
-
-
-def _own_attention(original: str, module: nn.Module) -> Any:
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return AttentionInterface().get_interface(original, eager)
+    return None if _SHARED.attention.get() is not None or own is None else own(*args, **kwargs)
 
 
 def register(original: str) -> str:
     """The attention name for targets that otherwise run on `original`; registered on first use."""
     name = f"longspec|{original}"
     if name not in AttentionInterface().valid_keys():
-        AttentionInterface.register(name, partial(hybrid_attention, original))
-        AttentionMaskInterface.register(name, partial(hybrid_mask, original))
+        AttentionInterface.register(name, partial(registered_attention, original))
+        AttentionMaskInterface.register(name, partial(registered_mask, original))
     return name
-
-
-class _Switch(NamedTuple):
-    users: int
-    original: str
-    config: Any  # kept alive: `_SWITCHED` is keyed by its id
-
-
-_LOCK = threading.Lock()
-_SWITCHED: dict[int, _Switch] = {}
 
 
 @contextmanager
 def switched(target: PreTrainedModel) -> Iterator[None]:
-    """Within it, `target` runs under our attention name; the last of several users restores its own.
-
-    Raises `ValueError` where a target's attention does not follow transformers' attention interface.
-    """
+    """Within it, `target` runs under our attention name; the last of several users restores its own."""
     config = target.get_decoder().config
-    with _LOCK:
-        users, original, _ = _SWITCHED.get(id(config), _Switch(0, config._attn_implementation, config))
-        _SWITCHED[id(config)] = _Switch(users + 1, original, config)
+    with _SHARED.lock:
+        users, original, _ = _SHARED.switched.get(id(config), (0, config._attn_implementation, None))
+        _SHARED.switched[id(config)] = (users + 1, original, config)  # keeps the config, and so its id, alive
         # what `set_attn_implementation` sets after its checks; those would walk all modules and warn
         config._attn_implementation_internal = register(original)
     try:
         yield
     finally:
-        with _LOCK:
-            users, original, _ = _SWITCHED.pop(id(config))
+        with _SHARED.lock:
+            users, original, _ = _SHARED.switched.pop(id(config))
             if users > 1:
-                _SWITCHED[id(config)] = _Switch(users - 1, original, config)
+                _SHARED.switched[id(config)] = (users - 1, original, config)
             else:
                 config._attn_implementation_internal = original

@@ -86,7 +86,9 @@ def check_fit(config: LongSpecConfig, target: PreTrainedModel) -> None:
         if not _same(getattr(config, name), value)
     ]
     if not mismatches and kinds[config.target_layer] == "shared":
-        mismatches.append(f"target_layer: draft has {config.target_layer}, target has no keys and values of its own there")
+        mismatches.append(
+            f"target_layer: draft has {config.target_layer}, target has no keys and values of its own there"
+        )
     if mismatches:
         raise ValueError("this LongSpec draft does not fit the target:\n  " + "\n  ".join(mismatches))
 
@@ -102,12 +104,14 @@ def _same(ours: Any, theirs: Any) -> bool:
 
 def attention_module(decoder: nn.Module, layer: int) -> nn.Module:
     """The attention module of a decoder layer: the one that knows its `layer_idx` and its `scaling`."""
-    for module in decoder.layers[layer].modules():
-        if hasattr(module, "layer_idx") and hasattr(module, "scaling"):
-            return module
+    stacks = [module for module in decoder.children() if isinstance(module, nn.ModuleList)]
+    for stack in stacks:
+        for module in stack[layer].modules() if layer < len(stack) else ():
+            if hasattr(module, "layer_idx") and hasattr(module, "scaling"):
+                return module
     raise ValueError(
-        f"expected layer {layer} of {type(decoder).__name__} to hold an attention module that uses transformers' "
-        f"attention interface, got {type(decoder.layers[layer]).__name__}"
+        f"LongSpec needs a target whose layers hold an attention module that uses transformers' attention interface, "
+        f"got {type(decoder).__name__}"
     )
 
 

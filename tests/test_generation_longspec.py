@@ -119,7 +119,12 @@ def test_eos_at_every_place_of_a_path(llama):
         assert_same(llama, draft, ids, eos_token_id=eos)
         assert_same(llama, draft, ids, eos_token_id=[eos, (eos + 5) % 13], do_sample=True)
         out = llama.generate(
-            ids, assistant_model=draft, eos_token_id=eos, max_new_tokens=24, return_dict_in_generate=True, pad_token_id=0
+            ids,
+            assistant_model=draft,
+            eos_token_id=eos,
+            max_new_tokens=24,
+            return_dict_in_generate=True,
+            pad_token_id=0,
         )
         places.add("first" if not out.accept_lengths[0] else min(out.accept_lengths[0][-1], 2))
     assert {"first", 1, 2} <= places

@@ -1,0 +1,164 @@
+"""Wrong input: one clear error that names what was expected and what came, before any work, the target unchanged."""
+
+import pytest
+import torch
+from helpers import tiny_draft, tiny_target
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPTJConfig, MambaConfig, StaticCache, T5Config
+
+from hf_longspec.modeling.configuration_longspec import LongSpecConfig
+from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM
+
+IDS = torch.arange(2, 9)[None]
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_target("llama")
+
+
+@pytest.fixture
+def no_forward(llama, monkeypatch):
+    """Fails the test if the target is run at all; checks that it is left as it was."""
+
+    def forward(*args, **kwargs):
+        raise AssertionError("the target was run")
+
+    monkeypatch.setattr(type(llama), "forward", forward)
+    before = llama.config.to_dict(), llama.config._attn_implementation
+    yield
+    assert (llama.config.to_dict(), llama.config._attn_implementation) == before
+
+
+def test_a_draft_for_another_target_names_every_mismatch(llama, no_forward):
+    other = tiny_target("llama", vocab_size=17, hidden_size=64, num_key_value_heads=4, num_hidden_layers=3, head_dim=8)
+    draft = tiny_draft(other)
+    with pytest.raises(ValueError, match="vocab_size: draft has 17, target has 13") as error:
+        llama.generate(IDS, assistant_model=draft)
+    for line in (
+        "hidden_size: draft has 64",
+        "num_key_value_heads: draft has 4",
+        "target_num_hidden_layers: draft has 3",
+    ):
+        assert line in str(error.value)
+    assert "head_dim: draft has 8, target has 16" in str(error.value)
+
+
+def test_a_draft_with_another_rope_is_refused(llama, no_forward):
+    draft = tiny_draft(llama, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    with pytest.raises(ValueError, match=r"rope_parameters: draft has .*500000.*, target has .*10000"):
+        llama.generate(IDS, assistant_model=draft)
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("tree_shape", (4, 0, 2), "at least 1, got 0 at level 2"),
+        ("tree_shape", (14,), "at most 1 parents × 13 tokens = 13 nodes, got 14"),
+        ("tree_shape", (2, 27), "at most 2 parents × 13 tokens = 26 nodes, got 27"),
+        ("tree_shape", (2, -1), "at least 1, got -1"),
+        ("tree_shape", "4,8", "tuple of integers"),
+        ("tree_shape", (2.0,), "tuple of integers"),
+        ("tree_shape", 4, "tuple of integers"),
+        ("window", -5, "`window` must be a positive integer, got -5"),
+        ("window", 0, "`window` must be a positive integer, got 0"),
+        ("verify_tokens", 0, "None or a positive integer, got 0"),
+        ("attention_backend", "flash", "must be one of .* got 'flash'"),
+        ("target_layer", 4, r"must be in 0\.\.3, got 4"),
+    ],
+)
+def test_options_set_on_a_loaded_draft(llama, no_forward, field, value, message):
+    draft = tiny_draft(llama)
+    setattr(draft.config, field, value)
+    with pytest.raises(ValueError, match=message):
+        llama.generate(IDS, assistant_model=draft)
+    with pytest.raises(ValueError, match=message):
+        LongSpecConfig.from_target(llama.config, **{field: value})
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_beams": 2}, "needs num_beams=1, got num_beams=2"),
+        ({"num_beams": 2, "do_sample": True}, "needs num_beams=1, got num_beams=2"),
+        ({"num_return_sequences": 2, "do_sample": True}, "one sequence at a time, got num_return_sequences=2"),
+        ({"prompt_lookup_num_tokens": 3}, "LongSpec draft or prompt_lookup_num_tokens, got both"),
+        ({"assistant_early_exit": 2}, "LongSpec draft or assistant_early_exit, got both"),
+        ({"cache_implementation": "static"}, "cache_implementation None or 'dynamic', got 'static'"),
+        ({"cache_implementation": "quantized"}, "got 'quantized'"),
+        ({"cache_implementation": "offloaded"}, "got 'offloaded'"),
+        ({"use_cache": False}, "use_cache=False"),
+        ({"synced_gpus": True}, "synced_gpus=True"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "cannot return attentions or hidden states"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "cannot return attentions or hidden states"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_options_of_the_call(llama, no_forward, options, message):
+    draft = tiny_draft(llama)
+    with pytest.raises(ValueError, match=message):
+        llama.generate(IDS, assistant_model=draft, max_new_tokens=4, **options)
+
+
+def test_a_batch_is_refused_for_now(llama, no_forward):
+    with pytest.raises(ValueError, match="one sequence at a time, got a batch of 2"):
+        llama.generate(IDS.repeat(2, 1), assistant_model=tiny_draft(llama))
+
+
+def test_a_static_cache_object_is_refused(llama, no_forward):
+    cache = StaticCache(config=llama.config, max_cache_len=64)
+    with pytest.raises(ValueError, match="expected past_key_values=DynamicCache, got a StaticCache"):
+        llama.generate(IDS, assistant_model=tiny_draft(llama), past_key_values=cache)
+
+
+def test_an_encoder_decoder_target_is_refused(llama):
+    config = T5Config(vocab_size=13, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    target = AutoModelForSeq2SeqLM.from_config(config)
+    with pytest.raises(ValueError, match="decoder-only target, got the encoder–decoder T5ForConditionalGeneration"):
+        target.generate(IDS, assistant_model=tiny_draft(llama))
+    with pytest.raises(ValueError, match="decoder-only target, got the encoder–decoder 't5'"):
+        LongSpecConfig.from_target(config)
+
+
+def test_a_stateful_target_is_refused(llama):
+    config = MambaConfig(vocab_size=13, hidden_size=32, num_hidden_layers=2, state_size=4)
+    target = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="key/value caches, got the stateful MambaForCausalLM"):
+        target.generate(IDS, assistant_model=tiny_draft(llama))
+    with pytest.raises(ValueError, match="standard per-layer key/value caches, got 'mamba'"):
+        LongSpecConfig.from_target(config)
+
+
+def test_dynamic_ntk_is_refused(llama):
+    target = tiny_target("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
+    with pytest.raises(ValueError, match="RoPE depends on the length, got rope_type 'dynamic'"):
+        LongSpecConfig.from_target(target.config)
+    with pytest.raises(ValueError, match="RoPE depends on the length"):
+        target.generate(IDS, assistant_model=tiny_draft(llama))
+
+
+def test_a_target_outside_the_attention_interface_is_refused_and_left_as_it_was():
+    target = AutoModelForCausalLM.from_config(
+        GPTJConfig(
+            vocab_size=13,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            rotary_dim=4,
+            n_positions=64,
+            bos_token_id=1,
+            eos_token_id=None,
+        )
+    )
+    with pytest.raises(ValueError, match="attention module that uses transformers' attention interface"):
+        target.generate(IDS, assistant_model=LongSpecForCausalLM(LongSpecConfig.from_target(target.config)))
+
+
+@pytest.mark.parametrize("method", ["forward", "generate", "__call__"])
+def test_a_draft_alone_says_how_it_is_used(llama, method):
+    with pytest.raises(ValueError, match=r"target.generate\(\*\*inputs, assistant_model=draft\)"):
+        getattr(tiny_draft(llama), method)(IDS)
+
+
+def test_an_assistant_tokenizer_is_refused(llama, no_forward):
+    with pytest.raises(ValueError, match="shares the target's tokenizer, got assistant_tokenizer"):
+        llama.generate(IDS, assistant_model=tiny_draft(llama), tokenizer=object(), assistant_tokenizer=object())
