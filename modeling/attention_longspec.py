@@ -84,7 +84,7 @@ def eager_prefix(
 def torch_prefix(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """torch's built-in flash kernels, which return the log-sum-exp; grouped queries packed as rows, nothing expanded."""
+    """torch's built-in flash kernels, which return the log-sum-exp; grouped queries are rows, nothing is expanded."""
     if softcap is not None:
         raise ValueError(f"the torch attention backend has no soft-capping, got softcap={softcap}")
     if key.shape[2] == 0:  # the CPU kernel divides by the number of keys and kills the process

@@ -236,6 +236,12 @@ class SpeculativeCache(Cache):
     def length(self) -> int:
         return self.owners[0].length
 
+    @property
+    def round_placement(self) -> Placement:
+        """Where the tree of the present round lies."""
+        assert self.placement is not None, "no round has begun"
+        return self.placement
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
@@ -266,8 +272,9 @@ class SpeculativeCache(Cache):
 
         emitted: `counts` on the host (batch 1).
         """
+        placement = self.round_placement
         for layer in self.owners:
-            layer.commit(path, counts, self.placement)
+            layer.commit(path, counts, placement)
             layer.length += emitted
         self.placement = None
 

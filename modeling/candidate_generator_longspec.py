@@ -37,12 +37,14 @@ class LongSpecCandidateGenerator:
         first = last_position + 1 - embeds.shape[1]
         positions = torch.arange(first, last_position + 1, device=embeds.device).expand(embeds.shape[:2])
         self.window.first = first
-        self.window.write(*self.draft.window_kv(embeds, positions), positions)
+        key, value = self.draft.window_kv(embeds, positions)
+        self.window.write(key, value, positions)
 
     def advance(self, tokens: Tensor, positions: Tensor, real: Tensor | None = None) -> None:
-        """Add emitted tokens (B, T) at `positions` (B, T) to the window; rows that are not `real` (B, T) are padding."""
+        """Add emitted tokens (B, T) at `positions` (B, T) to the window; where `real` (B, T) is false is padding."""
         if self.shape:
-            self.window.write(*self.draft.window_kv(self.target.embed(tokens), positions), positions, real)
+            key, value = self.draft.window_kv(self.target.embed(tokens), positions)
+            self.window.write(key, value, positions, real)
 
     def grow(self, root: Tensor, position: Tensor, cache: SpeculativeCache, levels: int | None = None) -> TokenTree:
         """The tree below `root` (B,), which stands at `position` (B,), pruned to `verify_tokens`.

@@ -25,8 +25,9 @@ class LongSpecConfig(PreTrainedConfig):
         target_num_hidden_layers (`int`): number of decoder layers of the target.
         target_layer (`int`): the target layer whose cached keys and values the draft attends to.
         final_norm (`bool`): an RMSNorm before the target's LM head; the published drafts have none.
-        tree_shape (`tuple[int, ...]`): nodes of each tree level below the root. `(1, 1, 1)` is a chain, `()` no speculation.
-        verify_tokens (`int`, *optional*): rows fed to the target, root included; the best ones of the tree. `None`: all.
+        tree_shape (`tuple[int, ...]`): nodes of each tree level below the root. `(1, 1, 1)` is a chain, `()` means
+            nothing to guess: one token a round.
+        verify_tokens (`int`, *optional*): rows fed to the target, root included: the tree's best. `None`: all of it.
         attention_backend (`str`): how the target attends while it verifies: `"auto"`, `"eager"` or `"torch"`.
         profile (`bool`): time each phase of a round (adds a device synchronization per phase).
     """

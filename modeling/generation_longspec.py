@@ -165,8 +165,8 @@ def verify(
     expected = {index for index, layer in enumerate(cache.layers) if layer in cache.owners}
     if state.seen != expected:
         raise ValueError(
-            f"{type(target).__name__} does not follow transformers' attention interface: expected it to attend through "
-            f"it in layers {sorted(expected)}, it did in {sorted(state.seen)}"
+            f"{type(target).__name__} does not follow transformers' attention interface: expected it to attend "
+            f"through it in layers {sorted(expected)}, it did in {sorted(state.seen)}"
         )
     return outputs.logits
 
@@ -249,7 +249,7 @@ def check_inputs(
         raise ValueError(
             "LongSpec keeps its own cache in place; expected past_key_values=DynamicCache, got a StaticCache"
         )
-    if type(past) is not DynamicCache or past.offloading:
+    if not isinstance(past, DynamicCache) or type(past) is not DynamicCache or past.offloading:
         raise ValueError(f"LongSpec needs a plain DynamicCache, got {past!r}")
     positions = model_kwargs.get("position_ids")
     if positions is not None and positions.dim() != 2:
@@ -269,7 +269,7 @@ def check_generation(
     generation_config: GenerationConfig,
     mode_kwargs: dict[str, Any],
 ) -> None:
-    """Refuse, before anything is allocated, what plain `generate` accepts and LongSpec cannot serve. Raises `ValueError`."""
+    """Raises `ValueError`, before anything is allocated, for what plain `generate` serves and LongSpec cannot."""
     draft.config.check()
     if target.config.is_encoder_decoder:
         raise ValueError(f"LongSpec needs a decoder-only target, got the encoder–decoder {type(target).__name__}")
@@ -279,7 +279,8 @@ def check_generation(
         raise ValueError(f"LongSpec needs num_beams=1, got num_beams={generation_config.num_beams}")
     if generation_config.num_return_sequences not in (None, 1):
         raise ValueError(
-            f"LongSpec decodes one sequence at a time, got num_return_sequences={generation_config.num_return_sequences}"
+            "LongSpec decodes one sequence at a time, got "
+            f"num_return_sequences={generation_config.num_return_sequences}"
         )
     if generation_config.prompt_lookup_num_tokens is not None:
         raise ValueError("expected a LongSpec draft or prompt_lookup_num_tokens, got both")
@@ -298,7 +299,7 @@ def check_generation(
 
 
 def install() -> None:
-    """Let `generate` reach drafts that offer `assisted_decoding`; every other assistant is served as before. Idempotent."""
+    """Let `generate` reach drafts that offer `assisted_decoding`; others are served as before. Idempotent."""
     _wrap("_assisted_decoding", lambda assistant: getattr(assistant, "assisted_decoding", None))
     _wrap("_validate_generation_mode", lambda assistant: getattr(assistant, "check_generation", None))
 

@@ -1,4 +1,4 @@
-"""Hybrid attention as transformers' attention interface sees it: a registered name, and a switch that puts a target under it.
+"""Hybrid attention as transformers sees it: a registered name, and a switch that puts a target under it.
 
 The attention of a round reaches the registered function through one `ContextVar`, set around the verification forward
 only. With none set, function and mask function do what the target's own implementation does, so another thread that
@@ -23,7 +23,7 @@ from .cache_longspec import SpeculativeCache
 
 
 class _Shared:
-    """What all copies of this file in a process have in common: a draft's remote code is one copy, the pip package another.
+    """What all copies of this file in a process share: a draft's remote code is one copy, the pip package another.
 
     Two copies may serve one target at once, so they share the variable that carries a round's attention (a callable
     with the signature of an attention function) and the record of switched targets.
@@ -36,8 +36,8 @@ class _Shared:
 
 
 if not hasattr(AttentionInterface, "_longspec"):
-    AttentionInterface._longspec = _Shared()  # type: ignore[attr-defined]
-_SHARED: _Shared = AttentionInterface._longspec  # type: ignore[attr-defined]
+    AttentionInterface._longspec = _Shared()
+_SHARED: _Shared = AttentionInterface._longspec
 
 
 class Round(NamedTuple):
@@ -64,7 +64,7 @@ def attending(state: Round) -> Iterator[None]:
 
 def hybrid_attention(
     state: Round,
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -81,7 +81,7 @@ def hybrid_attention(
     state.seen.add(module.layer_idx)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = state.cache.layers[module.layer_idx]
-    placement = state.cache.placement
+    placement = state.cache.round_placement
     prefix = layer.prefix(placement)
     if prefix.mask is None:
         over_prefix = state.backend.prefix(query, prefix.key, prefix.value, scaling, softcap)

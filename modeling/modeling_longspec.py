@@ -131,7 +131,8 @@ class LongSpecForCausalLM(PreTrainedModel):
         return self.norm(x)
 
     def window_kv(self, embeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, K, T, D) of the self-attention, functions of token and position only: what fills the window.
+        """Keys and values (B, K, T, D) of the self-attention: functions of token and position only.
+
 
         embeds: (B, T, hidden), the target's embedding of the tokens; positions: (B, T).
         """
@@ -160,7 +161,7 @@ class LongSpecForCausalLM(PreTrainedModel):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the draft's decoding state for one sequence at its present dtype: window and tree, whatever the context."""
+        """Bytes of the decoding state for one sequence at the present dtype: window and tree, whatever the context."""
         config = self.config
         slots = config.window + 1 + 1 + sum(tuple(config.tree_shape)[:-1])
         return 2 * config.num_key_value_heads * slots * config.head_dim * self.dtype.itemsize

@@ -21,7 +21,7 @@ class RopeSwitch:
         self.last_short = parameters["original_max_position_embeddings"] if longrope else None
 
     def levels(self, cache: SpeculativeCache) -> int | None:
-        """How many levels below a root at index `cache.length` lie on its side of the switch; None: as many as you like."""
+        """How many levels below a root at index `cache.length` lie on its side of the switch; None: any number."""
         if self.last_short is None or cache.length >= self.last_short:
             return None
         return self.last_short - 1 - cache.length
@@ -33,7 +33,7 @@ class RopeSwitch:
         return self._inputs(ids, cache).get("past_key_values") is None
 
     def rebuild(self, ids: Tensor, root_position: Tensor, cache: SpeculativeCache) -> Tensor:
-        """Read what plain `generate` reads anew of `ids` (1, L) into the emptied cache; logits (1, vocab) of the newest token.
+        """Read what plain `generate` reads anew of `ids` (1, L) into the emptied cache; its last logits (1, vocab).
 
         That is all of `ids` from transformers 5.18 on; 5.17 forgets the text here, and we with it.
         """

@@ -1,4 +1,4 @@
-"""BoundTarget: what a draft borrows from its target — embedding, LM head, query rotation — and the check that they fit.
+"""BoundTarget: what a draft borrows from its target (embedding, LM head, query rotation) and whether they fit.
 
 Everything borrowed is called as a module or function of the target's own, never read through `.weight`, so hooks,
 adapters and quantization stay in force. Knows nothing of trees or caches.

@@ -66,7 +66,7 @@ class Text:
 def accept(tree: TokenTree, logits: Tensor, text: Text) -> list[int]:
     """Extend `text` along the tree as far as the target agrees, and by the target's own next token (batch 1).
 
-    logits: (1, T, vocab) of the target at each node. Returns the accepted nodes, root first: as many as tokens emitted.
+    logits: (1, T, vocab) of the target at each node. Returns the accepted nodes, root first: one per emitted token.
     """
     # the walk needs the tree on the host: one transfer a round
     tokens, parents = torch.stack([tree.tokens[0], tree.parents[0]]).tolist()
