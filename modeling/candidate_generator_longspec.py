@@ -24,7 +24,7 @@ class LongSpecCandidateGenerator:
         self.draft, self.target, self.backend = draft, target, backend
         self.shape = tuple(config.tree_shape)
         self.verify_tokens = config.verify_tokens
-        self.inner_nodes = 1 + sum(self.shape[:-1]) if self.shape else 0
+        self.inner_nodes = 1 + sum(self.shape[:-1])
         self.scaling = config.head_dim**-0.5
         heads = (batch, config.num_key_value_heads, config.head_dim)
         self.window = DraftWindow(config.window, self.inner_nodes, heads, draft.dtype, target.device)
