@@ -25,6 +25,8 @@ class LongSpecCandidateGenerator:
         self.shape = tuple(config.tree_shape)
         self.verify_tokens = config.verify_tokens
         self.inner_nodes = 1 + sum(self.shape[:-1])
+        levels = [level for level, width in enumerate((1, *self.shape[:-1])) for _ in range(width)]
+        self.levels = torch.tensor(levels, device=target.device)  # of each inner node
         self.scaling = config.head_dim**-0.5
         heads = (batch, config.num_key_value_heads, config.head_dim)
         self.window = DraftWindow(config.window, self.inner_nodes, heads, draft.dtype, target.device)
@@ -62,7 +64,8 @@ class LongSpecCandidateGenerator:
             nodes = torch.arange(first, first + tokens.shape[1], device=root.device)
             is_self = nodes[:, None] == torch.arange(self.inner_nodes, device=root.device)
             ancestry = ancestry | is_self
-            logits = self._level_logits(tokens, position + depth, position, ancestry, first, cache)
+            within_window = ancestry & (self.levels > depth - self.window.window)
+            logits = self._level_logits(tokens, position + depth, position, within_window, first, cache)
             tokens, parents, scores = best_children(logits, scores, width)
             tree = tree.extend(tokens, parents + first, scores)
             ancestry = ancestry.gather(1, parents[:, :, None].expand(-1, -1, self.inner_nodes))
