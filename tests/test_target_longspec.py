@@ -33,12 +33,12 @@ VARIANTS = {
 }
 
 
-def attention_calls(target) -> list[tuple[torch.nn.Module, tuple, dict]]:
-    """Every call of an attention module in a forward pass: module, arguments, keyword arguments."""
-    calls, hooks = [], []
+def attention_calls(target) -> dict[int, tuple[torch.nn.Module, tuple, dict]]:
+    """The call of each layer's attention module in a forward pass: module, arguments, keyword arguments."""
+    calls, hooks = {}, []
     for module in target.modules():
         if hasattr(module, "layer_idx") and hasattr(module, "scaling"):
-            note = lambda module, args, kwargs: calls.append((module, args, kwargs))  # noqa: E731
+            note = lambda module, *inputs: calls.update({module.layer_idx: (module, *inputs)})  # noqa: E731
             hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
     target(IDS, position_ids=POSITIONS, use_cache=False)
     for hook in hooks:
@@ -54,31 +54,34 @@ class Query:
         return torch.zeros_like(query).transpose(1, 2), None
 
 
-def own_query(target, layer: int, monkeypatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The queries (B, H, T, D) of a layer as the target hands them to attention, and the same without any rotation.
+def own_queries(target, monkeypatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each layer its queries (B, H, T, D) as the target hands them to attention, and the same without rotation.
 
     For the latter, the attention module is called again with the angles' cosines all one and sines all zero.
     """
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "keep the query", keep := Query())
     target.set_attn_implementation("keep the query")
-    module, args, kwargs = next(call for call in attention_calls(target) if call[0].layer_idx == layer)
-    module(*args, **kwargs)
-    rotated = keep.seen
-    cos, sin = kwargs["position_embeddings"]
-    module(*args, **kwargs | {"position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))})
-    return rotated, keep.seen
+    queries = []
+    for _, (module, args, kwargs) in sorted(attention_calls(target).items()):
+        module(*args, **kwargs)
+        rotated = keep.seen
+        cos, sin = kwargs["position_embeddings"]
+        module(*args, **kwargs | {"position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))})
+        queries.append((rotated, keep.seen))
+    return queries
 
 
-@pytest.mark.parametrize("layer", range(4))
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_queries_turn_as_the_targets_own(variant, layer, monkeypatch):
+def test_queries_turn_as_the_targets_own(variant, monkeypatch):
     family, overrides = VARIANTS[variant]
     target = tiny_target(family, **overrides)
-    bound = tiny_draft(target, target_layer=layer).bind(target)
-    rotated, plain = own_query(target, layer, monkeypatch)
-    assert bound.layer == layer
-    torch.testing.assert_close(bound.rotate(plain, POSITIONS), rotated)
+    queries = own_queries(target, monkeypatch)
+    assert len(queries) == 4
+    for layer, (rotated, plain) in enumerate(queries):
+        bound = tiny_draft(target, target_layer=layer).bind(target)
+        assert bound.layer == layer
+        torch.testing.assert_close(bound.rotate(plain, POSITIONS), rotated)
 
 
 @pytest.mark.parametrize("variant", ["llama", "cohere", "glm4", "gpt_oss", "phi3, partial", "gemma3_text", "smollm3"])
@@ -88,7 +91,7 @@ def test_rotation_in_bfloat16_rounds_as_the_targets_own(variant, monkeypatch):
     target = tiny_target(family, **overrides).bfloat16()
     bound = tiny_draft(target).bind(target)
     assert bound.dtype == torch.bfloat16
-    rotated, plain = own_query(target, 3, monkeypatch)
+    rotated, plain = own_queries(target, monkeypatch)[3]
     turned = bound.rotate(plain, POSITIONS)
     assert turned.dtype == torch.bfloat16
     assert torch.equal(turned, rotated)
@@ -123,7 +126,7 @@ def test_plain_query_is_the_projections_output(monkeypatch):
     target = tiny_target("llama")
     outputs = []
     target.model.layers[2].self_attn.q_proj.register_forward_hook(lambda *call: outputs.append(call[2]))
-    rotated, plain = own_query(target, 2, monkeypatch)
+    rotated, plain = own_queries(target, monkeypatch)[2]
     assert torch.equal(plain, outputs[-1].view(1, 7, 4, 16).transpose(1, 2))
     assert not torch.equal(plain, rotated)
 

@@ -1,0 +1,56 @@
+"""Attention straight from its definition in float64, and how far from it a result in low precision may be."""
+
+import itertools
+
+import torch
+
+INF = float("inf")
+
+
+def dense(query, key, value, scaling, mask=None, softcap=None, sinks=None):
+    """Attention and log-sum-exp in float64, one query row at a time, straight from the definition.
+
+    mask: (B, T, S); sinks: (H,), one more key a head with that score and value zero.
+    """
+    query, key, value = query.double(), key.double(), value.double()
+    batch, heads, length, dim = query.shape
+    group = heads // key.shape[1]
+    out = torch.zeros(batch, heads, length, value.shape[-1], dtype=torch.float64)
+    lse = torch.full((batch, heads, length), -INF, dtype=torch.float64)
+    for b, h, t in itertools.product(range(batch), range(heads), range(length)):
+        seen = range(key.shape[2]) if mask is None else mask[b, t].nonzero().flatten().tolist()
+        keys, values = key[b, h // group, list(seen)], value[b, h // group, list(seen)]
+        scores = (keys * query[b, h, t]).sum(-1) * scaling
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        weights = scores.exp()
+        total = weights.sum() + (0.0 if sinks is None else sinks[h].double().exp())
+        if total > 0:
+            out[b, h, t] = (weights[:, None] * values).sum(0) / total
+            lse[b, h, t] = total.log()
+    return out, lse
+
+
+def plain(query, key, value, scaling, mask=None, softcap=None, sinks=None):
+    """What a model would compute in the inputs' own precision: each step rounded to the dtype, NaN in empty rows."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = query @ key.transpose(-1, -2) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None], -INF)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores)[:, None, None].expand(*scores.shape[:3], 1)], dim=-1)
+    return scores.softmax(-1)[..., : key.shape[2]] @ value, scores.logsumexp(-1)
+
+
+def assert_as_good_as_plain(results, *inputs, stages=1, **options):
+    """Each stage behind `results` (out, lse) errs at most twice as much as plain arithmetic, or two rounding units."""
+    for ours, rough, exact in zip(results, plain(*inputs, **options), dense(*inputs, **options), strict=False):
+        assert ours.shape == exact.shape and not ours.isnan().any()
+        known = rough.isfinite()
+        assert torch.equal(ours[~known].double(), exact[~known])  # rows that see nothing: out 0, lse −inf
+        exact, rough = exact[known], rough[known]
+        unit = torch.finfo(rough.dtype).eps * exact.abs().max()
+        assert (ours[known] - exact).abs().max() <= 2 * stages * max((rough - exact).abs().max(), unit)

@@ -1,0 +1,176 @@
+"""Hybrid attention of a round against dense attention over prefix and tree, and the switch to it and back."""
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import tiny_target
+from reference_attention import assert_as_good_as_plain
+from transformers import AttentionInterface, AutoConfig, DynamicCache
+
+from hf_longspec.modeling.attention_longspec import BACKENDS
+from hf_longspec.modeling.cache_longspec import SpeculativeCache
+from hf_longspec.modeling.interface_longspec import Round, attending, hybrid_attention, register, switched
+from hf_longspec.modeling.tree_longspec import ancestor_mask, node_depths
+
+PARENTS = [0, 0, 0, 1, 1, 3, 5, 6]
+DEPTHS = [0, 1, 1, 2, 2, 3, 4, 5]
+HEADS, KV_HEADS, DIM = 4, 2, 16
+STAGES = 3  # that a round's attention is made of: over the prefix, over the tree, their merge
+SLIDING, FULL = 0, 1  # the layers of a Gemma 2 of two layers
+
+
+def random_states(tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(torch.randn(1, KV_HEADS, tokens, DIM).to(dtype) for _ in range(2))
+
+
+def lineage(node: int) -> set[int]:
+    return {node} if node == 0 else {node} | lineage(PARENTS[node])
+
+
+def seen(prefix: int, padding: int, window: int | None) -> torch.Tensor:
+    """(1, T, prefix + T) bool: what each node may look at, from the positions of all tokens."""
+    positions = list(range(prefix)) + [prefix + depth for depth in DEPTHS]
+    mask = torch.zeros(1, len(PARENTS), len(positions), dtype=torch.bool)
+    for node, depth in enumerate(DEPTHS):
+        for index, position in enumerate(positions):
+            in_line = index >= padding if index < prefix else (index - prefix) in lineage(node)
+            mask[0, node, index] = in_line and (window is None or prefix + depth - position < window)
+    return mask
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("layer, keeps_all", [(FULL, False), (SLIDING, False), (SLIDING, True)])
+@pytest.mark.parametrize("prefix, padding", [(1, 0), (20, 0), (20, 4)])
+@pytest.mark.parametrize("window", [2, 5, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_round_is_dense_attention(backend, layer, keeps_all, prefix, padding, window, dtype, sinks):
+    config = AutoConfig.for_model("gemma2", num_hidden_layers=2, sliding_window=window)
+    cache = SpeculativeCache(config, DynamicCache() if keeps_all else DynamicCache(config=config), 30, len(PARENTS))
+    text = [random_states(prefix, dtype) for _ in range(2)]
+    for index in (SLIDING, FULL):
+        cache.update(*text[index], index)
+    cache.hide_padding((torch.arange(prefix) >= padding).long()[None])
+    ancestors = ancestor_mask(torch.tensor([PARENTS]), 5)
+    assert node_depths(ancestors).tolist() == [DEPTHS]
+    cache.begin_round(node_depths(ancestors))
+    query = torch.randn(1, HEADS, len(PARENTS), DIM).to(dtype)
+    key, value = cache.update(*random_states(len(PARENTS), dtype), layer)
+
+    state = Round(cache, ancestors, BACKENDS[backend], seen=set())
+    options = {"sinks": torch.randn(HEADS)} if sinks else {}
+    out, weights = hybrid_attention(
+        state, SimpleNamespace(layer_idx=layer), query, key, value, None, 0.3, s_aux=options.get("sinks")
+    )
+    assert weights is None and state.seen == {layer}
+    assert out.dtype == dtype and out.is_contiguous()
+    key, value = torch.cat([text[layer][0], key], 2), torch.cat([text[layer][1], value], 2)
+    mask = seen(prefix, padding, window if layer == SLIDING else None)
+    assert_as_good_as_plain((out.transpose(1, 2),), query, key, value, 0.3, mask=mask, stages=STAGES, **options)
+
+
+@pytest.mark.parametrize("scaling", [None, 0.1])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_scaling_and_softcap_are_honoured(scaling, softcap):
+    config = AutoConfig.for_model("gemma2", num_hidden_layers=2, sliding_window=5)
+    cache = SpeculativeCache(config, DynamicCache(config=config), 30, len(PARENTS))
+    text = random_states(9, torch.float32)
+    for index in (SLIDING, FULL):
+        cache.update(*text, index)
+    ancestors = ancestor_mask(torch.tensor([PARENTS]), 5)
+    cache.begin_round(node_depths(ancestors))
+    query = torch.randn(1, HEADS, len(PARENTS), DIM)
+    for layer, window in ((SLIDING, 5), (FULL, None)):
+        tree = cache.update(*random_states(len(PARENTS), torch.float32), layer)
+        state = Round(cache, ancestors, BACKENDS["eager"], seen=set())
+        module = SimpleNamespace(layer_idx=layer)
+        out, _ = hybrid_attention(state, module, query, *tree, None, scaling=scaling, softcap=softcap)
+        key, value = (torch.cat([before, behind], 2) for before, behind in zip(text, tree, strict=True))
+        inputs = (query, key, value, DIM**-0.5 if scaling is None else scaling)
+        options = {"mask": seen(9, 0, window), "softcap": softcap, "stages": STAGES}
+        assert_as_good_as_plain((out.transpose(1, 2),), *inputs, **options)
+
+
+# --- the switch ----------------------------------------------------------------------------------------------------
+
+IDS = torch.tensor([[3, 5, 7, 2, 11, 4, 9, 8]])
+PADDED = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize(
+    "family, implementation",
+    [("llama", "sdpa"), ("llama", "eager"), ("mistral", "sdpa"), ("gemma2", "eager"), ("gpt_oss", "eager")],
+)
+@torch.no_grad()
+def test_outside_a_round_the_targets_own_attention_runs(family, implementation):
+    target = tiny_target(family)
+    target.set_attn_implementation(implementation)
+    for mask in (None, PADDED):
+        expected = target(IDS, attention_mask=mask).logits
+        with switched(target):
+            assert target.config._attn_implementation == register(implementation) != implementation
+            assert torch.equal(target(IDS, attention_mask=mask).logits, expected)
+        assert target.config._attn_implementation == implementation
+
+
+@torch.no_grad()
+def test_attention_function_of_the_users_own_is_kept():
+    def constant(module, query, key, value, attention_mask, **kwargs):
+        return torch.full_like(query, 0.25).transpose(1, 2), None
+
+    AttentionInterface.register("constant", constant)
+    target = tiny_target("llama")
+    default = target(IDS).logits
+    target.set_attn_implementation("constant")
+    expected = target(IDS).logits
+    assert not torch.equal(expected, default)
+    with switched(target):
+        assert torch.equal(target(IDS).logits, expected)
+    assert target.config._attn_implementation == "constant"
+
+
+def test_last_of_several_users_restores_the_name():
+    target, other = tiny_target("llama"), tiny_target("llama")
+    first, second = switched(target), switched(target)
+    first.__enter__(), second.__enter__()
+    assert other.config._attn_implementation == "sdpa"
+    first.__exit__(None, None, None)
+    assert target.config._attn_implementation == register("sdpa")
+    second.__exit__(None, None, None)
+    assert target.config._attn_implementation == "sdpa"
+
+
+def test_name_is_restored_after_an_exception():
+    target = tiny_target("llama")
+    with pytest.raises(RuntimeError, match="in between"), switched(target):
+        raise RuntimeError("in between")
+    assert target.config._attn_implementation == "sdpa"
+
+
+@torch.no_grad()
+def test_round_of_one_thread_is_not_seen_by_another():
+    target = tiny_target("llama")
+    expected = target(IDS).logits
+    results = []
+
+    def read():
+        with torch.no_grad():
+            results.append(target(IDS).logits)
+
+    with switched(target), attending(Round(cache=None, ancestors=None, backend=None, seen=set())):
+        thread = threading.Thread(target=read)
+        thread.start()
+        thread.join()
+        with pytest.raises(AttributeError, match="NoneType"):
+            target(IDS)  # this thread is in the round, and its state is empty
+    assert torch.equal(results[0], expected)
+    assert torch.equal(target(IDS).logits, expected)
+
+
+def test_name_is_registered_once():
+    name = register("sdpa")
+    function = AttentionInterface()[name]
+    assert register("sdpa") == name
+    assert AttentionInterface()[name] is function
