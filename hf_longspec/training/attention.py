@@ -48,16 +48,18 @@ def window_mask(window: int, device: torch.device) -> Tensor:
     return (key <= query) & (key > query - window)
 
 
-def lagged_attention(query: Tensor, key: Tensor, value: Tensor, lag: int) -> Tensor:
+def lagged_attention(query: Tensor, key: Tensor, value: Tensor, lag: int, window: int | None = None) -> Tensor:
     """Attention of query t to the target's keys 0..t-lag; the first ``lag`` queries see nothing and get zeros.
 
     Shifting the keys by the lag makes it plain causal attention without a mask (LongSpec's Flash Noisy Training).
-    A node at depth j of the tree has lag j + 1. Returns (B, H, T, D).
+    A node at depth j of the tree has lag j + 1. Where the target's layer has a sliding ``window``, query t sees no key
+    before t-window+1 either. Returns (B, H, T, D).
     """
     if lag < 1:
         raise ValueError(f"a draft never sees the target's key of its own token: lag must be at least 1, got {lag}")
     seen = query.shape[2] - lag
-    if seen <= 0:
+    if seen <= 0 or (window is not None and window <= lag):
         return torch.zeros_like(query)
-    out = causal_attention(query[:, :, lag:], key[:, :, :seen], value[:, :, :seen])
+    shifted = query[:, :, lag:], key[:, :, :seen], value[:, :, :seen]
+    out = causal_attention(*shifted) if window is None else windowed_attention(*shifted, window - lag)
     return pad(out, (0, 0, lag, 0))

@@ -25,5 +25,7 @@ def draft_hidden(
         positions,
         bound.rotate,
         partial(windowed_attention, window=draft.config.window),
-        lambda query: lagged_attention(query, states.key.to(query.dtype), states.value.to(query.dtype), lag),
+        lambda query: lagged_attention(
+            query, states.key.to(query.dtype), states.value.to(query.dtype), lag, states.window
+        ),
     )

@@ -12,11 +12,14 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from hf_longspec.modeling.configuration_longspec import layer_kinds
+
 
 class TargetStates(NamedTuple):
     hidden: Tensor  # (B, T, hidden), what the target's LM head reads
     key: Tensor  # (B, K, T, D), rotated, as the target caches it
     value: Tensor  # (B, K, T, D)
+    window: int | None = None  # reach of that layer's queries, if it is a sliding-window layer
 
 
 class PassThroughLayer(CacheLayerMixin):
@@ -64,7 +67,9 @@ class OneLayerCache(Cache):
 def read_target(target: PreTrainedModel, layer: int, ids: Tensor, positions: Tensor) -> TargetStates:
     """One forward pass of ``target`` without its LM head over ``ids`` (B, T) at ``positions`` (B, T)."""
     decoder = target.get_decoder()
-    cache = OneLayerCache(target.config.get_text_config(decoder=True).num_hidden_layers, layer)
+    text_config = target.config.get_text_config(decoder=True)
+    cache = OneLayerCache(text_config.num_hidden_layers, layer)
     output = decoder(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
     kept = cache.layers[layer]
-    return TargetStates(output.last_hidden_state, kept.keys, kept.values)
+    window = text_config.sliding_window if layer_kinds(text_config)[layer] == "sliding" else None
+    return TargetStates(output.last_hidden_state, kept.keys, kept.values, window)

@@ -1,0 +1,79 @@
+"""What training reads off the target, and that the draft sees in training what it sees in a decoding round."""
+
+import pytest
+import torch
+from helpers import tiny_draft, tiny_target
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import DynamicCache
+
+from hf_longspec.training.forward import draft_hidden
+from hf_longspec.training.positions import anchor_offset_positions, plain_positions
+from hf_longspec.training.teacher import read_target
+
+LENGTH = 21
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt_oss"])
+def test_states_are_those_of_the_plain_model(family):
+    target = tiny_target(family)
+    layer = tiny_draft(target).config.target_layer
+    ids = torch.randint(13, (2, LENGTH))
+    states = read_target(target, layer, ids, plain_positions(2, LENGTH))
+    with torch.no_grad():
+        plain = target(ids, past_key_values=(cache := DynamicCache()), output_hidden_states=True)
+    torch.testing.assert_close(states.hidden, plain.hidden_states[-1])
+    torch.testing.assert_close(states.key, cache.layers[layer].keys)
+    torch.testing.assert_close(states.value, cache.layers[layer].values)
+
+
+def test_positions_that_jump_are_not_taken_for_packed_sequences():
+    target = tiny_target("llama")
+    ids = torch.randint(13, (2, LENGTH))
+    positions = anchor_offset_positions(2, LENGTH, 300, 4, torch.Generator().manual_seed(0))
+    assert (positions.diff(dim=-1) > 1).any()
+    causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().expand(2, 1, -1, -1)
+    with torch.no_grad():
+        expected = target.model(ids, position_ids=positions, attention_mask=causal).last_hidden_state
+    torch.testing.assert_close(read_target(target, 0, ids, positions).hidden, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "granite", "cohere2"])
+@pytest.mark.parametrize("lag", [1, 2, 4])
+def test_training_sees_what_a_decoding_step_sees(family, lag):
+    """The draft's state for token t at lag d equals a step made by hand, whose target cache ends at t-d."""
+    target = tiny_target(family)
+    draft = tiny_draft(target, window=5)
+    bound = draft.bind(target)
+    ids, positions = torch.randint(13, (1, LENGTH)), plain_positions(1, LENGTH)
+    states = read_target(target, bound.layer, ids, positions)
+    with torch.no_grad():
+        trained = draft_hidden(draft, bound, ids, positions, states, lag)
+        for t in (lag, 6, LENGTH - 1):
+            torch.testing.assert_close(decoding_step(target, draft, bound, ids, t, lag)[0, 0], trained[0, t])
+
+
+def decoding_step(target, draft, bound, ids, t, lag):
+    cache = DynamicCache()  # made without a config it keeps the whole past of sliding layers
+    target(ids[:, : t - lag + 1], past_key_values=cache)
+    past = cache.layers[bound.layer]
+    first = 0 if states_window(target, bound) is None else max(0, t - states_window(target, bound) + 1)
+    window = slice(max(0, t - draft.config.window + 1), t + 1)
+    key, value = draft.window_kv(bound.embed(ids[:, window]), torch.arange(LENGTH)[None, window])
+
+    def self_attend(query, own_key, own_value):
+        torch.testing.assert_close(own_key, key[:, :, -1:])
+        return scaled_dot_product_attention(query, key, value, enable_gqa=True)
+
+    def cross_attend(query):
+        seen = past.keys[:, :, first:], past.values[:, :, first:]
+        if not seen[0].shape[2]:
+            return torch.zeros_like(query)
+        return scaled_dot_product_attention(query, *seen, enable_gqa=True)
+
+    here = slice(t, t + 1)
+    return draft.layer(bound.embed(ids[:, here]), torch.tensor([[t]]), bound.rotate, self_attend, cross_attend)
+
+
+def states_window(target, bound):
+    sliding = target.config.model_type == "mistral"  # the only one here whose target layer slides
+    return target.config.sliding_window if sliding else None
