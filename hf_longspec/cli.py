@@ -93,6 +93,53 @@ def generate(
     show(target, draft, prompt, dtype, tree, profile, trust_remote_code, **options)
 
 
+@app.command()
+def evaluate(
+    target: Annotated[str, typer.Option(help="Folder or Hub id of the target.")],
+    draft: Annotated[str, typer.Option(help="Folder or Hub id of its LongSpec draft.")],
+    text: Annotated[list[Path], typer.Option(help="Held-out text: a file, or a folder of text files. Repeatable.")],
+    contexts: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "1024,4096,7168",
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each length.")] = 12,
+    tree: Tree = None,
+    max_new_tokens: MaxNewTokens = 128,
+    dtype: Annotated[Dtype, typer.Option(help="Number format; auto is the target's own.")] = Dtype.auto,
+    compare: Annotated[bool, typer.Option("--compare", help="Run plain generate too: speed-up and equality.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python files of the two repositories.")
+    ] = False,
+) -> None:
+    """Acceptance by length of context on held-out text, greedy: a table, and one line of JSON last."""
+    import json
+
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from .evaluation import acceptance, report
+
+    logging.disable_progress_bar()
+    try:
+        lengths = [int(length) for length in contexts.split(",")]
+    except ValueError:
+        fail(f"expected prompt lengths such as 1024,4096, got --contexts {contexts!r}")
+    model, tokenizer, its_draft = load_pair(target, draft, dtype, trust_remote_code)
+    if tree is not None:
+        its_draft.config.tree_shape = tree
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": None}
+    buckets = []
+    console = Console(highlight=False)
+    try:
+        tokens = acceptance.read_tokens(text, tokenizer)
+        for bucket in acceptance.measure(model, its_draft, tokens, lengths, prompts, compare=compare, **options):
+            buckets.append(bucket)
+            console.print(f"context {bucket.context}: τ = {bucket.accept_length:.2f}", soft_wrap=True)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    console.print(report.acceptance_table(buckets))
+    setting = {"target": target, "draft": draft, "tree": list(its_draft.config.tree_shape), "dtype": str(model.dtype)}
+    setting |= {"device": report.device_name(model.device), "new_tokens": max_new_tokens} | report.versions()
+    typer.echo(json.dumps(setting | {"buckets": [bucket.as_dict() for bucket in buckets]}))
+
+
 def show(
     target_name: str,
     draft_name: str,

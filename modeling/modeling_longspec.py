@@ -188,7 +188,7 @@ def rope_frequencies(config: LongSpecConfig) -> tuple[Tensor, float]:
         return ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
     dims = int(config.head_dim * parameters.get("partial_rotary_factor", 1.0))
     exponents = torch.arange(0, dims, 2, dtype=torch.float32, device="cpu") / dims
-    return parameters.get("rope_theta", 10_000.0) ** -exponents, 1.0
+    return 1.0 / parameters.get("rope_theta", 10_000.0) ** exponents, 1.0  # as transformers rounds it
 
 
 def rotate_half_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

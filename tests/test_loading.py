@@ -1,4 +1,4 @@
-"""A saved draft is a Hub folder: it loads as remote code where hf_longspec is not installed, and writes the same tokens."""
+"""A saved draft is a Hub folder: it loads as remote code without hf_longspec installed, and writes the same tokens."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM
 
 CLEAN_PROCESS = """
 import importlib.abc, json, sys
-FORBIDDEN = {"hf_longspec", "modeling", "typer", "rich"}
+FORBIDDEN = {"hf_longspec", "modeling"}
 class Block(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in FORBIDDEN:

@@ -17,7 +17,7 @@ if sys.argv[1] == "after":
 def model(seed, layers):
     torch.manual_seed(seed)
     config = LlamaConfig(vocab_size=13, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
-                         num_attention_heads=4, num_key_value_heads=2, eos_token_id=None, pad_token_id=0, bos_token_id=1)
+                         num_attention_heads=4, num_key_value_heads=2, eos_token_id=None, pad_token_id=0)
     return AutoModelForCausalLM.from_config(config).eval()
 target, small = model(0, 3), model(1, 1)
 ids, results = torch.arange(2, 12)[None], []

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import platform
+
+import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from .acceptance import Bucket
 from .side_by_side import Run, Verdict
 
 
@@ -66,3 +71,34 @@ def sentence(verdict: Verdict, tokens: int, dtype: str) -> Text:
     if verdict.tie:
         return Text(f"{place}, where two tokens tie within rounding: {measured}.", "bold yellow")
     return Text(f"{place}, where the two tokens do not tie: {measured}.", "bold red")
+
+
+def acceptance_table(buckets: list[Bucket]) -> Table:
+    """A row per context length; speed and equality where plain `generate` was run too."""
+    rows = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("context", "prompts", "τ", "lowest", "highest", "state, bytes", "plain, tok/s", "LongSpec, tok/s"):
+        rows.add_column(name, justify="right")
+    for name in ("speed-up", "equal / ties / different"):
+        rows.add_column(name, justify="right")
+    for bucket in buckets:
+        means = (f"{value:.2f}" for value in (bucket.accept_length, bucket.lowest, bucket.highest))
+        speeds = (bucket.plain_tokens_per_second, bucket.tokens_per_second)
+        compared = bucket.speed_up is not None
+        rows.add_row(
+            str(bucket.context),
+            str(bucket.prompts),
+            *means,
+            f"{bucket.draft_state_bytes:,}",
+            *("" if speed is None else f"{speed:.1f}" for speed in speeds),
+            f"{bucket.speed_up:.2f}x" if compared else "",
+            f"{bucket.equal} / {bucket.ties} / {bucket.different}" if compared else "",
+        )
+    return rows
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
