@@ -1,0 +1,112 @@
+"""The draft's module: its rotary angles against the target's, its parameters, what it refuses to do alone."""
+
+import pytest
+import torch
+from helpers import tiny_draft, tiny_target
+
+from hf_longspec import LongSpecConfig, LongSpecForCausalLM
+from hf_longspec.modeling.modeling_longspec import rotate_half_pairs
+
+POSITIONS = torch.tensor([[0, 1, 2, 17, 63, 300, 511]])
+
+
+def rope(rope_type: str, **parameters):
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10_000.0, **parameters}}
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LONGROPE = {"short_factor": [1.1] * 8, "long_factor": [3.0] * 8, "original_max_position_embeddings": 512}
+
+
+@pytest.mark.parametrize(
+    "family, overrides",
+    [
+        ("llama", {}),
+        ("llama", rope("default", rope_theta=500.0)),
+        ("llama", rope("linear", factor=4.0)),
+        ("llama", rope("llama3", **LLAMA3)),
+        ("llama", rope("yarn", factor=8.0, original_max_position_embeddings=64)),
+        ("phi", {}),
+        ("glm4", {}),
+        ("gpt_neox", {}),
+        ("gemma3_text", {}),
+        ("phi3", {"hidden_size": 64} | rope("longrope", **LONGROPE)),
+    ],
+)
+@torch.no_grad()
+def test_angles_are_those_of_the_targets_full_layers(family, overrides):
+    target = tiny_target(family, **overrides)
+    rotary = target.get_decoder().rotary_emb
+    options = {"layer_type": "full_attention"} if family == "gemma3_text" else {}
+    cos, sin = rotary(torch.zeros(1), POSITIONS, **options)
+    ours = tiny_draft(target).angles(POSITIONS)
+    assert torch.equal(ours[0][:, 0], cos) and torch.equal(ours[1][:, 0], sin)
+
+
+@pytest.mark.parametrize("dims", [8, 4])
+def test_rotation_is_a_complex_product(dims):
+    """Pairs are (i, i + dims/2); what lies beyond the rotary dimensions stays."""
+    x, angles = torch.randn(2, 3, 5, 8), torch.randn(2, 1, 5, dims // 2)
+    both = torch.cat([angles, angles], dim=-1)
+    turned = rotate_half_pairs(x, both.cos(), both.sin())
+    for pair in range(dims // 2):
+        before = torch.complex(x[..., pair], x[..., pair + dims // 2])
+        after = torch.complex(turned[..., pair], turned[..., pair + dims // 2])
+        torch.testing.assert_close(after, before * torch.exp(1j * angles[..., pair]))
+    assert torch.equal(turned[..., dims:], x[..., dims:])
+
+
+def test_angles_stay_float32_when_the_draft_is_cast():
+    draft = tiny_draft(tiny_target("llama"))
+    before = draft.angles(POSITIONS)
+    draft = draft.to(torch.bfloat16)
+    assert draft.dtype == torch.bfloat16
+    for old, new in zip(before, draft.angles(POSITIONS), strict=True):
+        assert new.dtype == torch.float32 and torch.equal(new, old)
+
+
+def test_parameters_are_named_as_in_the_published_checkpoints():
+    names = set(tiny_draft(tiny_target("llama")).state_dict())
+    projections = {f"self_attn.{x}_proj.{kind}" for x in "qkv" for kind in ("weight", "bias")}
+    cross = {"cross_attn.q_proj.weight", "cross_attn.q_proj.bias", "cross_attn.o_proj.weight"}
+    mlp = {f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")}
+    norms = {
+        "input_layernorm.weight",
+        "post_self_attention_layernorm.weight",
+        "post_cross_attention_layernorm.weight",
+    }
+    assert names == projections | {"self_attn.o_proj.weight"} | cross | mlp | norms
+    assert set(tiny_draft(tiny_target("llama"), final_norm=True).state_dict()) - names == {"norm.weight"}
+
+
+def test_shapes_follow_the_config():
+    config = LongSpecConfig.from_target(tiny_target("llama").config, num_attention_heads=6, head_dim=10, mlp_bias=True)
+    shapes = {name: tuple(tensor.shape) for name, tensor in LongSpecForCausalLM(config).state_dict().items()}
+    assert shapes["self_attn.q_proj.weight"] == shapes["cross_attn.q_proj.weight"] == (60, 32)
+    assert shapes["self_attn.k_proj.weight"] == shapes["self_attn.v_proj.weight"] == (20, 32)
+    assert shapes["self_attn.o_proj.weight"] == shapes["cross_attn.o_proj.weight"] == (32, 60)
+    assert shapes["mlp.gate_proj.bias"] == (48,) and shapes["mlp.down_proj.bias"] == (32,)
+
+
+@torch.no_grad()
+def test_window_is_filled_with_what_the_layer_computes():
+    draft = tiny_draft(tiny_target("llama"))
+    embeds = torch.randn(1, 7, 32)
+    seen = []
+
+    def self_attend(query, key, value):
+        seen.append((key, value))
+        return torch.zeros_like(query)
+
+    draft.layer(embeds, POSITIONS, lambda query, positions: query, self_attend, torch.zeros_like)
+    for ours, theirs in zip(draft.window_kv(embeds, POSITIONS), seen[0], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_draft_cannot_run_alone():
+    draft = tiny_draft(tiny_target("llama"))
+    for call in (draft, draft.generate):
+        with pytest.raises(
+            ValueError, match=r"cannot run alone; .* target\.generate\(\*\*inputs, assistant_model=draft"
+        ):
+            call(torch.tensor([[1, 2]]))
