@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ class Trainer:
             fused=self.bound.device.type == "cuda",
         )
         self.step = 0
-        compiled = torch.compile(dynamic=False) if config.compile else lambda function: function
+        compiled = compiler(config) if config.compile else lambda function: function
         self._read_target, self._draft_hidden = compiled(read_target), compiled(draft_hidden)
         self._chunk_sums = compiled(chunk_sums(self.bound.logits))
         self._resume()
@@ -171,6 +172,16 @@ class RecentSteps:
             by_lag.setdefault(str(lag), []).append(row[names.index("agreement")])
         agreement = {lag: sum(values) / len(values) for lag, values in by_lag.items()}
         return means | {"agreement_by_lag": agreement, "tokens_per_second": self.tokens / seconds, "seconds": seconds}
+
+
+def compiler(config: TrainingConfig) -> Callable[..., Any]:
+    """`torch.compile` with one graph a sample length and lag: fixed shapes give the fastest kernels."""
+    graphs = config.max_lag * len({(stage.batch_size, stage.length) for stage in config.stages})
+    # beyond this limit (8) torch goes on uncompiled; imported here because it is slow
+    from torch._dynamo import config as dynamo
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, graphs + 1)
+    return torch.compile(dynamic=False)
 
 
 def decayed_and_other(draft: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
