@@ -45,7 +45,7 @@ class LongSpecCandidateGenerator:
     def advance(self, tokens: Tensor, positions: Tensor, real: Tensor | None = None) -> None:
         """Add emitted tokens (B, T) at `positions` (B, T) to the window; where `real` (B, T) is false is padding."""
         if self.shape:
-            key, value = self.draft.window_kv(self.target.embed(tokens), positions)
+            key, value = self.draft.window_kv(self.target.embed(tokens.to(positions.device)), positions)
             self.window.write(key, value, positions, real)
 
     def grow(self, root: Tensor, position: Tensor, cache: SpeculativeCache, levels: int | None = None) -> TokenTree:
@@ -53,6 +53,7 @@ class LongSpecCandidateGenerator:
 
         levels: at most so many levels of the tree shape.
         """
+        root = root.to(position.device)
         tree = TokenTree.from_root(root)
         shape = self.shape[:levels]
         if not shape:

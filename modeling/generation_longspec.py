@@ -1,27 +1,27 @@
-"""The decoding loop, and the door through which `target.generate(assistant_model=draft)` reaches it.
+"""The decoding loop: what `target.generate(assistant_model=draft)` runs.
 
 A round: grow a tree, verify it in one target forward, accept a path, commit it. Knows the draft by its methods only.
 """
 
 from __future__ import annotations
 
-import functools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel, StaticCache
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin, GenerationMode
+from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
 from .attention_longspec import Backend, resolve_backend
 from .cache_longspec import SpeculativeCache
 from .candidate_generator_longspec import LongSpecCandidateGenerator
+from .checks_longspec import check_inputs
 from .interface_longspec import Round, attending, switched
 from .rope_switch_longspec import RopeSwitch
 from .target_longspec import BoundTarget
@@ -80,19 +80,7 @@ def assisted_decoding(
             root_position = prefill(target, text, cache, generator, generation_config, model_kwargs)
         with switched(target), target._optimize_model_for_decode():
             while not text.finished:
-                if rope_switch.drops_cache(text.ids, cache):
-                    text.emit(rope_switch.rebuild(text.ids, root_position, cache))
-                    generator.advance(text.ids[:, -2:-1], root_position[:, None])
-                    accepted = 1
-                else:
-                    with clock("grow"):
-                        tree = generator.grow(text.last_token, root_position, cache, rope_switch.levels(cache))
-                    with clock("verify"):
-                        logits = verify(target, tree, root_position, cache, backend)
-                    with clock("accept"):
-                        path = accept(tree, logits, text)
-                    with clock("commit"):
-                        accepted = commit(tree, path, root_position, cache, generator)
+                accepted = decode_round(target, text, root_position, cache, generator, backend, rope_switch, clock)
                 root_position = root_position + accepted
                 accept_lengths.append(accepted)
     finally:
@@ -112,6 +100,38 @@ def assisted_decoding(
     )
 
 
+def decode_round(
+    target: PreTrainedModel,
+    text: Text,
+    root_position: Tensor,
+    cache: SpeculativeCache,
+    generator: LongSpecCandidateGenerator,
+    backend: Backend,
+    rope_switch: RopeSwitch,
+    clock: PhaseClock,
+) -> int:
+    """Grow, verify, accept, commit. Returns the number of tokens emitted, at least one.
+
+    root_position: (1,), where the newest token of `text` stands.
+    """
+    if rope_switch.drops_cache(text.ids, cache):
+        text.emit(rope_switch.rebuild(text.ids, root_position, cache))
+        generator.advance(text.ids[:, -2:-1], root_position[:, None])
+        return 1
+    with clock("grow"):
+        tree = generator.grow(text.last_token, root_position, cache, rope_switch.levels(cache))
+    with clock("verify"):
+        logits = verify(target, tree, root_position, cache, backend)
+    path = [0]
+    try:
+        with clock("accept"):
+            accept(tree, logits, text, path)
+    finally:  # also when a user's processor, criterion or streamer raises: the cache keeps up with the text
+        with clock("commit"):
+            commit(tree, path, root_position, cache, generator)
+    return len(path)
+
+
 def prefill(
     target: PreTrainedModel,
     text: Text,
@@ -128,9 +148,8 @@ def prefill(
     outputs = target._prefill(
         text.ids, generation_config, model_kwargs, is_first_iteration=not generation_config.is_assistant
     )
-    if (
-        outputs.past_key_values is not cache
-    ):  # phi3 drops the cache it is given when a prompt is beyond its rope switch
+    if outputs.past_key_values is not cache:
+        # phi3 drops the cache it is given when a prompt reaches beyond its rope switch
         cache.clear()
         cache.adopt(outputs.past_key_values)
     bound = generator.target
@@ -177,15 +196,14 @@ def commit(
     root_position: Tensor,
     cache: SpeculativeCache,
     generator: LongSpecCandidateGenerator,
-) -> int:
-    """Keep the accepted path in both caches. Returns its length, the number of tokens this round emitted."""
+) -> None:
+    """Keep the accepted path in both caches."""
     steps = tree.levels + 1
     padded = torch.tensor([path + [0] * (steps - len(path))], device=tree.tokens.device)
     counts = torch.tensor([len(path)], device=tree.tokens.device)
     cache.commit(padded, counts, len(path))
     step = torch.arange(steps, device=tree.tokens.device)
     generator.advance(tree.tokens.gather(1, padded), root_position[:, None] + step, step < counts[:, None])
-    return len(path)
 
 
 class PhaseClock:
@@ -234,87 +252,3 @@ def make_cache(
     if mask is not None:
         cache.hide_padding(mask)
     return cache
-
-
-def check_inputs(
-    input_ids: Tensor, generation_config: GenerationConfig, synced_gpus: bool, model_kwargs: dict[str, Any]
-) -> None:
-    """Raises `ValueError` for inputs of a call that LongSpec cannot serve."""
-    if input_ids.shape[0] != 1:
-        raise ValueError(f"LongSpec decodes one sequence at a time, got a batch of {input_ids.shape[0]}")
-    if not model_kwargs.get("use_cache", True):
-        raise ValueError("LongSpec needs the target's cache, got use_cache=False")
-    past = model_kwargs.get("past_key_values")
-    if isinstance(past, StaticCache):
-        raise ValueError(
-            "LongSpec keeps its own cache in place; expected past_key_values=DynamicCache, got a StaticCache"
-        )
-    if not isinstance(past, DynamicCache) or type(past) is not DynamicCache or past.offloading:
-        raise ValueError(f"LongSpec needs a plain DynamicCache, got {past!r}")
-    positions = model_kwargs.get("position_ids")
-    if positions is not None and positions.dim() != 2:
-        raise ValueError(f"LongSpec needs position_ids of shape (batch, length), got {tuple(positions.shape)}")
-    if synced_gpus:
-        raise ValueError("LongSpec does not serve synced_gpus yet, got synced_gpus=True")
-    if generation_config.output_attentions or generation_config.output_hidden_states:
-        raise ValueError(
-            "LongSpec cannot return attentions or hidden states, got output_attentions or output_hidden_states"
-        )
-
-
-def check_generation(
-    draft: Any,
-    target: PreTrainedModel,
-    mode: GenerationMode,
-    generation_config: GenerationConfig,
-    mode_kwargs: dict[str, Any],
-) -> None:
-    """Raises `ValueError`, before anything is allocated, for what plain `generate` serves and LongSpec cannot."""
-    draft.config.check()
-    if target.config.is_encoder_decoder:
-        raise ValueError(f"LongSpec needs a decoder-only target, got the encoder–decoder {type(target).__name__}")
-    if target._is_stateful:
-        raise ValueError(f"LongSpec needs a target with key/value caches, got the stateful {type(target).__name__}")
-    if generation_config.num_beams != 1:
-        raise ValueError(f"LongSpec needs num_beams=1, got num_beams={generation_config.num_beams}")
-    if generation_config.num_return_sequences not in (None, 1):
-        raise ValueError(
-            "LongSpec decodes one sequence at a time, got "
-            f"num_return_sequences={generation_config.num_return_sequences}"
-        )
-    if generation_config.prompt_lookup_num_tokens is not None:
-        raise ValueError("expected a LongSpec draft or prompt_lookup_num_tokens, got both")
-    if generation_config.assistant_early_exit is not None:
-        raise ValueError("expected a LongSpec draft or assistant_early_exit, got both")
-    if generation_config.cache_implementation not in (None, "dynamic"):
-        raise ValueError(
-            "LongSpec keeps its own cache in place; expected cache_implementation None or 'dynamic', got "
-            f"{generation_config.cache_implementation!r}"
-        )
-    if mode is not GenerationMode.ASSISTED_GENERATION:
-        raise ValueError(f"LongSpec serves greedy decoding and sampling, got generation mode {mode.value!r}")
-    if mode_kwargs.get("assistant_tokenizer") is not None:
-        raise ValueError("a LongSpec draft shares the target's tokenizer, got assistant_tokenizer")
-    draft.bind(target)
-
-
-def install() -> None:
-    """Let `generate` reach drafts that offer `assisted_decoding`; others are served as before. Idempotent."""
-    _wrap("_assisted_decoding", lambda assistant: getattr(assistant, "assisted_decoding", None))
-    _wrap("_validate_generation_mode", lambda assistant: getattr(assistant, "check_generation", None))
-
-
-def _wrap(name: str, own_method: Callable[[Any], Callable | None]) -> None:
-    original = getattr(GenerationMixin, name)
-    if hasattr(original, "_longspec_original"):
-        return
-
-    @functools.wraps(original)
-    def dispatch(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        # `_validate_generation_mode` gets the assistant inside its last argument, `_assisted_decoding` by keyword
-        options = kwargs or (args[-1] if args and isinstance(args[-1], dict) else {})
-        method = own_method(options.get("assistant_model"))
-        return original(self, *args, **kwargs) if method is None else method(self, *args, **kwargs)
-
-    dispatch._longspec_original = original  # type: ignore[attr-defined]
-    setattr(GenerationMixin, name, dispatch)

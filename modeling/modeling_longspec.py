@@ -19,8 +19,10 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from .checks_longspec import check_generation
 from .configuration_longspec import LongSpecConfig
-from .generation_longspec import assisted_decoding, check_generation, install
+from .door_longspec import install
+from .generation_longspec import assisted_decoding
 from .target_longspec import BoundTarget, bind
 
 SelfAttend = Callable[[Tensor, Tensor, Tensor], Tensor]

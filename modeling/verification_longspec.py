@@ -63,20 +63,21 @@ class Text:
         return int(token)
 
 
-def accept(tree: TokenTree, logits: Tensor, text: Text) -> list[int]:
+def accept(tree: TokenTree, logits: Tensor, text: Text, path: list[int]) -> None:
     """Extend `text` along the tree as far as the target agrees, and by the target's own next token (batch 1).
 
-    logits: (1, T, vocab) of the target at each node. Returns the accepted nodes, root first: one per emitted token.
+    path: the accepted nodes so far, just the root `[0]`; grows in place, so that it is right even if `text` raises.
+
+    logits: (1, T, vocab) of the target at each node. In the end there are as many nodes in `path` as tokens emitted.
     """
     # the walk needs the tree on the host: one transfer a round
     tokens, parents = torch.stack([tree.tokens[0], tree.parents[0]]).tolist()
     below = children(tokens, parents)
     best = logits[0].float().argmax(dim=-1).to(text.ids.device) if text.is_argmax else None
-    node, path = 0, [0]
     while True:
+        node = path[-1]
         token = text.append(best[node : node + 1]) if best is not None else text.emit(logits[:, node])
         child = below[node].get(token)
         if text.finished or child is None:
-            return path
+            return
         path.append(child)
-        node = child

@@ -55,7 +55,7 @@ def test_same_results_before_and_after_our_import(tmp_path):
 
 
 def test_installing_twice_wraps_once():
-    from hf_longspec.modeling.generation_longspec import install
+    from hf_longspec.modeling.door_longspec import install
 
     wrapped = GenerationMixin._assisted_decoding
     install()

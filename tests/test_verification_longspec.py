@@ -24,6 +24,13 @@ PROMPT = [3, 1]
 TABLE = 2.0 * torch.randn(VOCAB, VOCAB, VOCAB, generator=torch.Generator().manual_seed(5))
 
 
+def walk(tree, logits, text):
+    """The nodes `accept` goes through."""
+    path = [0]
+    accept(tree, logits, text, path)
+    return path
+
+
 def table_logits(tokens: list[int], table: torch.Tensor = TABLE) -> torch.Tensor:
     """The target's logits (vocab,) for what follows `tokens`."""
     return table[tokens[-2], tokens[-1]]
@@ -64,7 +71,7 @@ def write(text: Text, seed: int, table: torch.Tensor = TABLE) -> list[int]:
     while not text.finished:
         ids = text.ids[0].tolist()
         tree = random_tree(ids[-1], rng)
-        path = accept(tree, node_logits(tree, ids, table), text)
+        path = walk(tree, node_logits(tree, ids, table), text)
         emitted = text.ids[0, len(ids) :].tolist()
         assert path[0] == 0 and len(path) == len(emitted)
         assert [int(tree.tokens[0, node]) for node in path[1:]] == emitted[:-1]
@@ -111,7 +118,7 @@ def logits_that_pick(*choices: int) -> torch.Tensor:
 def test_greedy_walk(choices, path, tokens, recorded):
     text = make_text(10, return_dict_in_generate=recorded, output_scores=recorded)
     assert text.is_argmax is not recorded
-    assert accept(TREE, logits_that_pick(*choices), text) == path
+    assert walk(TREE, logits_that_pick(*choices), text) == path
     assert text.ids.tolist() == [PROMPT + tokens]
     assert not text.finished
 
@@ -122,7 +129,7 @@ def test_first_of_equal_logits_wins_as_in_plain_decoding():
     logits[0, 0, 2:4] = 1.0
     for options in ({}, {"return_dict_in_generate": True, "output_logits": True}):
         text = make_text(10, **options)
-        assert accept(tree, logits, text) == [0, 1]
+        assert walk(tree, logits, text) == [0, 1]
         assert text.ids.tolist() == [PROMPT + [2, 0]]
 
 
@@ -131,14 +138,14 @@ def test_first_of_equal_logits_wins_as_in_plain_decoding():
 )
 def test_walk_ends_where_the_length_does(new_tokens, path):
     text = make_text(new_tokens)
-    assert accept(TREE, logits_that_pick(4, 2, 0, 0, 3, 0, 1), text) == path
+    assert walk(TREE, logits_that_pick(4, 2, 0, 0, 3, 0, 1), text) == path
     assert text.ids[0, len(PROMPT) :].tolist() == [4, 2, 3, 1][:new_tokens]
     assert text.finished is (new_tokens <= 4)
 
 
 def test_walk_ends_at_the_end_of_text():
     text = make_text(10, criteria=[EosTokenCriteria(torch.tensor([2]))])
-    assert accept(TREE, logits_that_pick(4, 2, 0, 0, 3, 0, 1), text) == [0, 1]
+    assert walk(TREE, logits_that_pick(4, 2, 0, 0, 3, 0, 1), text) == [0, 1]
     assert text.ids.tolist() == [PROMPT + [4, 2]]
     assert text.finished
 
@@ -160,7 +167,7 @@ class Recorder:
 def test_streamer_and_criteria_see_every_token_once():
     recorder = Recorder()
     text = make_text(10, streamer=recorder, criteria=[recorder])
-    accept(TREE, logits_that_pick(4, 2, 0, 0, 3, 0, 1), text)
+    walk(TREE, logits_that_pick(4, 2, 0, 0, 3, 0, 1), text)
     assert recorder.streamed == [[4], [2], [3], [1]]
     assert recorder.texts == [PROMPT + [4, 2, 3, 1][:count] for count in (1, 2, 3, 4)]
 
@@ -194,7 +201,7 @@ def test_processor_that_writes_into_its_logits_spoils_nothing():
     tree = make_tree([1, 4], [0, 0])
     logits = node_logits(tree, PROMPT)
     before = logits.clone()
-    accept(tree, logits, make_text(10, [ban_in_place]))
+    walk(tree, logits, make_text(10, [ban_in_place]))
     assert torch.equal(logits, before)
 
 

@@ -1,7 +1,7 @@
 """How well a draft guesses, and how much faster it makes its target, by length of context.
 
-Prompts are windows of held-out text: the last `context` tokens before evenly spaced places. Knows tokens and runs;
-does not load models and prints nothing.
+Prompts end at evenly spaced places of a held-out text, the same ones for every context length, so that lengths are
+compared on the same continuations. Knows tokens and runs; does not load models and prints nothing.
 """
 
 from __future__ import annotations
@@ -62,12 +62,11 @@ def read_tokens(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> Te
     return torch.tensor(tokens)
 
 
-def windows(tokens: Tensor, context: int, count: int) -> list[Tensor]:
-    """`count` prompts (1, context) that end at evenly spaced places of tokens (N,); `ValueError` if N < context."""
-    if len(tokens) < context:
-        raise ValueError(f"expected a text of at least {context} tokens, got {len(tokens)}")
-    ends = torch.linspace(context, len(tokens), count).long().tolist()
-    return [tokens[end - context : end][None] for end in ends]
+def places(tokens: Tensor, longest: int, count: int) -> list[int]:
+    """`count` places in tokens (N,) with at least `longest` tokens before them; `ValueError` if N < longest."""
+    if len(tokens) < longest:
+        raise ValueError(f"expected a text of at least {longest} tokens, got {len(tokens)}")
+    return torch.linspace(longest, len(tokens), count, dtype=torch.float64).long().tolist()
 
 
 def measure(
@@ -81,9 +80,11 @@ def measure(
     **options: Any,
 ) -> Iterator[Bucket]:
     """One bucket per context length, as it is finished. `compare` runs plain `generate` too; `options` go to both."""
+    ends = places(tokens, max(contexts), prompts)
     for context in contexts:
         speculative, plain, verdicts = [], [], []
-        for ids in windows(tokens, context, prompts):
+        for end in ends:
+            ids = tokens[end - context : end][None]
             inputs = {"input_ids": ids.to(target.device), "attention_mask": torch.ones_like(ids).to(target.device)}
             speculative.append(side_by_side.run(target, inputs, draft, **options))
             if compare:

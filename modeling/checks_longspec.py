@@ -1,0 +1,71 @@
+"""What LongSpec cannot serve is refused here: one clear `ValueError` before any work is done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
+from transformers.generation import GenerationMode
+
+
+def check_inputs(
+    input_ids: Tensor, generation_config: GenerationConfig, synced_gpus: bool, model_kwargs: dict[str, Any]
+) -> None:
+    """Raises `ValueError` for inputs of a call that LongSpec cannot serve."""
+    if input_ids.shape[0] != 1:
+        raise ValueError(f"LongSpec decodes one sequence at a time, got a batch of {input_ids.shape[0]}")
+    if not model_kwargs.get("use_cache", True):
+        raise ValueError("LongSpec needs the target's cache, got use_cache=False")
+    past = model_kwargs.get("past_key_values")
+    if isinstance(past, StaticCache):
+        raise ValueError(
+            "LongSpec keeps its own cache in place; expected past_key_values=DynamicCache, got a StaticCache"
+        )
+    if not isinstance(past, DynamicCache) or type(past) is not DynamicCache or past.offloading:
+        raise ValueError(f"LongSpec needs a plain DynamicCache, got {past!r}")
+    positions = model_kwargs.get("position_ids")
+    if positions is not None and positions.dim() != 2:
+        raise ValueError(f"LongSpec needs position_ids of shape (batch, length), got {tuple(positions.shape)}")
+    if synced_gpus:
+        raise ValueError("LongSpec does not serve synced_gpus yet, got synced_gpus=True")
+    if generation_config.output_attentions or generation_config.output_hidden_states:
+        raise ValueError(
+            "LongSpec cannot return attentions or hidden states, got output_attentions or output_hidden_states"
+        )
+
+
+def check_generation(
+    draft: Any,
+    target: PreTrainedModel,
+    mode: GenerationMode,
+    generation_config: GenerationConfig,
+    mode_kwargs: dict[str, Any],
+) -> None:
+    """Raises `ValueError`, before anything is allocated, for what plain `generate` serves and LongSpec cannot."""
+    draft.config.check()
+    if target.config.is_encoder_decoder:
+        raise ValueError(f"LongSpec needs a decoder-only target, got the encoder–decoder {type(target).__name__}")
+    if target._is_stateful:
+        raise ValueError(f"LongSpec needs a target with key/value caches, got the stateful {type(target).__name__}")
+    if generation_config.num_beams != 1:
+        raise ValueError(f"LongSpec needs num_beams=1, got num_beams={generation_config.num_beams}")
+    if generation_config.num_return_sequences not in (None, 1):
+        raise ValueError(
+            "LongSpec decodes one sequence at a time, got "
+            f"num_return_sequences={generation_config.num_return_sequences}"
+        )
+    if generation_config.prompt_lookup_num_tokens is not None:
+        raise ValueError("expected a LongSpec draft or prompt_lookup_num_tokens, got both")
+    if generation_config.assistant_early_exit is not None:
+        raise ValueError("expected a LongSpec draft or assistant_early_exit, got both")
+    if generation_config.cache_implementation not in (None, "dynamic"):
+        raise ValueError(
+            "LongSpec keeps its own cache in place; expected cache_implementation None or 'dynamic', got "
+            f"{generation_config.cache_implementation!r}"
+        )
+    if mode is not GenerationMode.ASSISTED_GENERATION:
+        raise ValueError(f"LongSpec serves greedy decoding and sampling, got generation mode {mode.value!r}")
+    if mode_kwargs.get("assistant_tokenizer") is not None:
+        raise ValueError("a LongSpec draft shares the target's tokenizer, got assistant_tokenizer")
+    draft.bind(target)

@@ -1,0 +1,112 @@
+"""Memory of a call: the draft's state has the same bytes at any context, and nothing else grows but one cache."""
+
+import weakref
+
+import pytest
+import torch
+from helpers import tiny_draft, tiny_target
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.generation.streamers import BaseStreamer
+
+from hf_longspec.modeling.cache_longspec import BUCKET, DraftWindow
+
+WINDOW, SHAPE, NEW = 16, (4, 8, 8), 40
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensor storages made under it that are alive, and their peak since `restart`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = self.storages((args, kwargs))  # a view of a weight is not new
+        for key, storage in self.storages(result).items():
+            if key not in given and key not in self.known:
+                self.note(storage)
+        return result
+
+    def storages(self, values):
+        tensors = (leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
+        return {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
+
+    def note(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        self.known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.forget, key, size)
+
+    def forget(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+class Probe(BaseStreamer):
+    """Live bytes when each token arrives, and the peak since the one before."""
+
+    def __init__(self, live):
+        self.live, self.held, self.peaks = live, [], []
+
+    def put(self, value):
+        self.held.append(self.live.now)
+        self.peaks.append(self.live.peak)
+        self.live.peak = self.live.now
+
+    def end(self):
+        pass
+
+
+def decode(target, draft, context):
+    """Bytes held while decoding after `context` tokens, their peak, and the bytes of one cache of that length."""
+    ids = torch.randint(2, 13, (1, context), generator=torch.Generator().manual_seed(0))
+    with LiveBytes() as live:
+        probe = Probe(live)
+        target.generate(ids, assistant_model=draft, max_new_tokens=NEW, streamer=probe, pad_token_id=0)
+    config = target.config
+    capacity = -(-(context + NEW + 1 + sum(SHAPE)) // BUCKET) * BUCKET
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4 * capacity
+    # the prompt, then the token of the prefill, then those of the rounds
+    return min(probe.held[2:]), max(probe.peaks[3:]), cache
+
+
+def test_a_call_holds_one_cache_and_a_constant():
+    target = tiny_target("llama", max_position_embeddings=8192)
+    draft = tiny_draft(target, window=WINDOW, tree_shape=SHAPE)
+    over, above = [], []
+    for context in (1024, 7168):
+        held, peak, cache = decode(target, draft, context)
+        text = 8 * 2 * (context + NEW)  # the ids, and their copy while one more is appended
+        over.append(held - cache)
+        above.append(peak - held - text)
+        assert 0 <= over[-1] - draft.state_bytes <= text + 64 * 1024
+    # nothing but the cache and the text itself has grown with the context
+    assert abs(over[1] - over[0]) <= 8 * 3 * 6144
+    assert above[1] <= above[0] + 8 * 6144
+
+
+def test_plain_generate_holds_more_at_its_peak():
+    """The instrument sees what it should: stock decoding copies the cache of a layer at every step."""
+    target = tiny_target("llama", max_position_embeddings=8192)
+    draft = tiny_draft(target, window=WINDOW, tree_shape=SHAPE)
+    peaks = []
+    for assistant in ({}, {"assistant_model": draft}):
+        with LiveBytes() as live:
+            probe = Probe(live)
+            target.generate(torch.full((1, 4096), 5), max_new_tokens=8, streamer=probe, pad_token_id=0, **assistant)
+        peaks.append(max(probe.peaks[3:]) - min(probe.held[2:]))
+    layer = 2 * 2 * 16 * 4 * 4096
+    assert peaks[0] >= layer / 2 > peaks[1]
+
+
+@pytest.mark.parametrize("window, tree", [(16, (4, 8, 8)), (512, (4, 16, 16, 16, 16)), (8, ()), (8, (3,))])
+def test_state_bytes_is_what_a_window_occupies(window, tree):
+    target = tiny_target("llama")
+    draft = tiny_draft(target, window=window, tree_shape=tree)
+    inner = 1 + sum(tree[:-1])
+    state = DraftWindow(window, inner, (1, 2, 16), torch.float32, torch.device("cpu"))
+    assert draft.state_bytes == state.nbytes
