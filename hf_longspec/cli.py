@@ -49,7 +49,10 @@ def main_help() -> None:
 
 @app.command()
 def demo(
-    tree: Tree = None,
+    tree: Annotated[
+        Any,
+        typer.Option(parser=parse_tree, metavar="W1,W2,...", help="Nodes of each tree level; CPUs want few of them."),
+    ] = "2,2,2,2",
     max_new_tokens: MaxNewTokens = 128,
     dtype: Annotated[Dtype, typer.Option(help="Number format of target and draft.")] = Dtype.bfloat16,
     draft: Annotated[str | None, typer.Option(help="Another draft for SmolLM2-135M-Instruct.")] = None,
@@ -135,7 +138,12 @@ def evaluate(
     except (ValueError, OSError) as error:
         fail(str(error))
     console.print(report.acceptance_table(buckets))
-    setting = {"target": target, "draft": draft, "tree": list(its_draft.config.tree_shape), "dtype": str(model.dtype)}
+    setting: dict[str, Any] = {
+        "target": target,
+        "draft": draft,
+        "tree": list(its_draft.config.tree_shape),
+        "dtype": str(model.dtype),
+    }
     setting |= {"device": report.device_name(model.device), "new_tokens": max_new_tokens} | report.versions()
     typer.echo(json.dumps(setting | {"buckets": [bucket.as_dict() for bucket in buckets]}))
 

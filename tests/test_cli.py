@@ -137,7 +137,7 @@ def test_demo_on_the_real_model(tmp_path):
     command = [sys.executable, "-m", "hf_longspec.cli", "demo", "--draft", str(tmp_path), "--max-new-tokens", "8"]
     result = subprocess.run([*command, "--dtype", "float32"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "prompt of 4516 tokens" in result.stdout
+    assert "prompt of 4383 tokens" in result.stdout
     assert "equal, token for token (8 tokens, float32)" in result.stdout
 
 
