@@ -74,25 +74,24 @@ def sentence(verdict: Verdict, tokens: int, dtype: str) -> Text:
 
 
 def acceptance_table(buckets: list[Bucket]) -> Table:
-    """A row per context length; speed and equality where plain `generate` was run too."""
+    """A row per context length; speed and equality where plain `generate` was run too.
+
+    τ with the lowest and highest of a single prompt; speeds in tokens/s without and with the draft; texts that were
+    equal / parted at a tie / differed.
+    """
     rows = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("context", "prompts", "τ", "lowest", "highest", "state, bytes", "plain, tok/s", "LongSpec, tok/s"):
-        rows.add_column(name, justify="right")
-    for name in ("speed-up", "equal / ties / different"):
-        rows.add_column(name, justify="right")
+    compared = any(bucket.speed_up is not None for bucket in buckets)
+    for name in ("context", "prompts", "τ", "range", "state") + (
+        ("plain", "ours", "x", "= / ~ / ≠") if compared else ()
+    ):
+        rows.add_column(name, justify="right", no_wrap=True)
     for bucket in buckets:
-        means = (f"{value:.2f}" for value in (bucket.accept_length, bucket.lowest, bucket.highest))
-        speeds = (bucket.plain_tokens_per_second, bucket.tokens_per_second)
-        compared = bucket.speed_up is not None
-        rows.add_row(
-            str(bucket.context),
-            str(bucket.prompts),
-            *means,
-            f"{bucket.draft_state_bytes:,}",
-            *("" if speed is None else f"{speed:.1f}" for speed in speeds),
-            f"{bucket.speed_up:.2f}x" if compared else "",
-            f"{bucket.equal} / {bucket.ties} / {bucket.different}" if compared else "",
-        )
+        cells = [str(bucket.context), str(bucket.prompts), f"{bucket.accept_length:.2f}"]
+        cells += [f"{bucket.lowest:.1f}-{bucket.highest:.1f}", f"{bucket.draft_state_bytes:,}"]
+        if bucket.speed_up is not None:
+            cells += [f"{bucket.plain_tokens_per_second:.1f}", f"{bucket.tokens_per_second:.1f}"]
+            cells += [f"{bucket.speed_up:.2f}", f"{bucket.equal} / {bucket.ties} / {bucket.different}"]
+        rows.add_row(*cells)
     return rows
 
 
