@@ -17,6 +17,9 @@ from transformers.cache_utils import CacheLayerMixin
 from .configuration_longspec import layer_kinds
 
 BUCKET = 256  # tokens; capacities are multiples of this
+LARGEST_RING = (
+    16_384  # tokens; a ring takes its memory at once, and some windows (phi3: 262,144) are wider than any text
+)
 
 
 class Placement(NamedTuple):
@@ -61,6 +64,8 @@ class FullLayer(CacheLayerMixin):
         capacity = _bucket(max(self.reserve, key_states.shape[2]))
         self.keys = key_states.new_empty(*key_states.shape[:2], capacity, key_states.shape[3])
         self.values = value_states.new_empty(*value_states.shape[:2], capacity, value_states.shape[3])
+        # what an adopted sliding layer has forgotten: a masked slot still meets the weights, and 0 · NaN is NaN
+        self.keys[:, :, : self.length] = self.values[:, :, : self.length] = 0
         self.is_initialized = True
 
     def ensure(self, capacity: int) -> None:
@@ -208,22 +213,33 @@ class SpeculativeCache(Cache):
     keys and values back; the prefix is read through `layers[i].prefix`.
     """
 
-    def __init__(self, text_config: PreTrainedConfig, past: DynamicCache, reserve: int, tree_size: int):
+    def __init__(
+        self,
+        text_config: PreTrainedConfig,
+        past: DynamicCache,
+        reserve: int,
+        tree_size: int,
+        longest: int | None = None,
+    ):
         """An empty cache with the layers of `past`.
 
-        reserve: tokens to have room for; tree_size: nodes of the largest tree.
+        reserve: tokens to have room for; tree_size: nodes of the largest tree; longest: tokens that text and tree can
+        reach at most, if that is known: a sliding window that is no shorter never slides.
         """
+        self.past = past  # the cache that `hand_back` fills
         self.placement: Placement | None = None
         self.start = 0
         self.visible: Tensor | None = None
-        window = getattr(text_config, "sliding_window", None)
+        window = getattr(text_config, "sliding_window", None) or 0
         layers: list = []
         for index, kind in enumerate(layer_kinds(text_config)):
             keeps_all = index >= len(past.layers) or not getattr(past.layers[index], "is_sliding", False)
             if kind == "shared":
                 layers.append(SharedLayer())
-            elif kind == "full" or keeps_all:
-                layers.append(FullLayer(reserve, window if kind == "sliding" else None))
+            elif kind == "full" or (longest is not None and longest <= window):
+                layers.append(FullLayer(reserve))
+            elif keeps_all or window > LARGEST_RING:
+                layers.append(FullLayer(reserve, window))
             else:
                 layers.append(SlidingLayer(past.layers[index].sliding_window, tree_size))
         super().__init__(layers=layers)
@@ -282,10 +298,12 @@ class SpeculativeCache(Cache):
         """Leave a round without keeping anything of its tree."""
         self.placement = None
 
-    def clear(self) -> None:
-        """Forget the text, keep the memory."""
+    def drop(self, successor: DynamicCache) -> None:
+        """Where plain `generate` drops its cache and starts another: `past` keeps what it has, `successor` follows."""
+        self.hand_back(self.past)
+        self.past = successor
         for layer in self.owners:
-            layer.length = 0
+            layer.length, layer.is_initialized = 0, False  # the memory is the old cache's now
 
     def adopt(self, past: DynamicCache) -> None:
         """Take over what a cache holds, layer by layer, so that no more than one layer exists twice."""
@@ -306,7 +324,11 @@ class SpeculativeCache(Cache):
             theirs = past.layers[index]
             if not theirs.is_initialized:
                 theirs.lazy_initialization(layer.keys, layer.values)
-            theirs.keys, theirs.values = layer.stored()
+            keys, values = layer.stored()
+            if getattr(theirs, "is_sliding", False):
+                kept = slice(1 - theirs.sliding_window, None) if theirs.sliding_window > 1 else slice(None)
+                keys, values = keys[:, :, kept], values[:, :, kept]
+            theirs.keys, theirs.values = keys, values
             if hasattr(theirs, "cumulative_length"):
                 theirs.cumulative_length = layer.length
 

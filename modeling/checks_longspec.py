@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.generation import GenerationMode
 
@@ -48,6 +48,7 @@ def check_generation(
         raise ValueError(f"LongSpec needs a decoder-only target, got the encoder–decoder {type(target).__name__}")
     if target._is_stateful:
         raise ValueError(f"LongSpec needs a target with key/value caches, got the stateful {type(target).__name__}")
+    check_steadiness(target)
     if generation_config.num_beams != 1:
         raise ValueError(f"LongSpec needs num_beams=1, got num_beams={generation_config.num_beams}")
     if generation_config.num_return_sequences not in (None, 1):
@@ -59,6 +60,10 @@ def check_generation(
         raise ValueError("expected a LongSpec draft or prompt_lookup_num_tokens, got both")
     if generation_config.assistant_early_exit is not None:
         raise ValueError("expected a LongSpec draft or assistant_early_exit, got both")
+    if generation_config.dola_layers is not None:
+        raise ValueError(
+            f"expected a LongSpec draft or dola_layers, got both, dola_layers={generation_config.dola_layers!r}"
+        )
     if generation_config.cache_implementation not in (None, "dynamic"):
         raise ValueError(
             "LongSpec keeps its own cache in place; expected cache_implementation None or 'dynamic', got "
@@ -69,3 +74,29 @@ def check_generation(
     if mode_kwargs.get("assistant_tokenizer") is not None:
         raise ValueError("a LongSpec draft shares the target's tokenizer, got assistant_tokenizer")
     draft.bind(target)
+
+
+def check_steadiness(target: PreTrainedModel) -> None:
+    """Raises `ValueError` for a target that draws at random, works without its cache or sees tokens that we do not."""
+    for name, module in target.named_modules():
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            raise ValueError("LongSpec needs the target's cache, got a target that trains with gradient checkpointing")
+        dropout = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
+        if module.training and isinstance(dropout, float) and dropout > 0:
+            raise ValueError(f"LongSpec needs target.eval(), got a target in training mode with dropout in {name!r}")
+    # peft puts its own method in the place of the target's for the time of a call
+    wrapper = getattr(target.prepare_inputs_for_generation, "__self__", None)
+    if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError("LongSpec does not serve virtual tokens, got a target with PEFT prompt learning")
+
+
+def check_prefix(layer: Any, config: Any) -> None:
+    """Raises `ValueError` if a target left other keys and values in its cache than its config promised.
+
+    layer: of the cache, the one a draft with this config attends to.
+    """
+    expected = (config.num_key_value_heads, config.head_dim)
+    held = [states[0, :, 0].shape for states in (layer.keys, layer.values)] if layer.is_initialized else []
+    if held != [expected, expected]:
+        found = " and ".join(str(tuple(shape)) for shape in held) or "none"
+        raise ValueError(f"LongSpec needs cached keys and values of (heads, dimension) {expected}, got {found}")

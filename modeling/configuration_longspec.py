@@ -70,7 +70,7 @@ class LongSpecConfig(PreTrainedConfig):
     def check(self) -> None:
         """Raises `ValueError` where a field cannot be meant. Called on construction and before every generation."""
         positive = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-        for name in (*positive, "head_dim", "window"):
+        for name in (*positive, "head_dim", "window", "target_num_hidden_layers"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be a positive integer, got {getattr(self, name)!r}")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -78,7 +78,7 @@ class LongSpecConfig(PreTrainedConfig):
                 "`num_attention_heads` must be a multiple of `num_key_value_heads`, got "
                 f"{self.num_attention_heads} and {self.num_key_value_heads}"
             )
-        if not 0 <= self.target_layer < self.target_num_hidden_layers:
+        if not _is_int(self.target_layer) or not 0 <= self.target_layer < self.target_num_hidden_layers:
             raise ValueError(
                 f"`target_layer` must be in 0..{self.target_num_hidden_layers - 1}, got {self.target_layer!r}"
             )

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from .attention_longspec import Backend, resolve_backend
 from .cache_longspec import SpeculativeCache
 from .candidate_generator_longspec import LongSpecCandidateGenerator
-from .checks_longspec import check_inputs
+from .checks_longspec import check_inputs, check_prefix
 from .interface_longspec import Round, attending, switched
 from .rope_switch_longspec import RopeSwitch
 from .target_longspec import BoundTarget
@@ -66,26 +66,29 @@ def assisted_decoding(
     check_inputs(input_ids, generation_config, synced_gpus, model_kwargs)
     bound = draft.bind(target)
     backend = choose_backend(draft, target, bound)
-    draft.to(device=bound.device, dtype=bound.dtype)
+    with torch.inference_mode(False):  # or a caller's inference mode would leave the draft unfit for training
+        draft.to(device=bound.device, dtype=bound.dtype)
     clock = PhaseClock(draft.config.profile, bound.device)
     text = Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
     past = model_kwargs["past_key_values"]
     cache = make_cache(target, draft, past, input_ids, generation_config, model_kwargs)
     generator = LongSpecCandidateGenerator(draft, bound, backend, batch=1)
-    rope_switch = RopeSwitch(target)
+    rope_switch = RopeSwitch(target, model_kwargs)
     accept_lengths: list[int] = []
     try:
         with clock("prefill"):
             cache.adopt(past)
-            root_position = prefill(target, text, cache, generator, generation_config, model_kwargs)
+            root_position, extras = prefill(target, text, cache, generator, generation_config, model_kwargs)
         with switched(target), target._optimize_model_for_decode():
             while not text.finished:
-                accepted = decode_round(target, text, root_position, cache, generator, backend, rope_switch, clock)
+                accepted = decode_round(
+                    target, text, root_position, cache, generator, backend, rope_switch, clock, extras
+                )
                 root_position = root_position + accepted
                 accept_lengths.append(accepted)
     finally:
         cache.abandon()
-        cache.hand_back(past)
+        cache.hand_back(cache.past)
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:
@@ -94,7 +97,7 @@ def assisted_decoding(
         sequences=text.ids,
         scores=text.scores,
         logits=text.logits,
-        past_key_values=past,
+        past_key_values=cache.past,
         accept_lengths=[accept_lengths],
         phase_seconds=dict(clock.seconds) if draft.config.profile else None,
     )
@@ -109,19 +112,20 @@ def decode_round(
     backend: Backend,
     rope_switch: RopeSwitch,
     clock: PhaseClock,
+    extras: dict[str, Any],
 ) -> int:
     """Grow, verify, accept, commit. Returns the number of tokens emitted, at least one.
 
-    root_position: (1,), where the newest token of `text` stands.
+    root_position: (1,), where the newest token of `text` stands; extras: see `step_extras`.
     """
     if rope_switch.drops_cache(text.ids, cache):
-        text.emit(rope_switch.rebuild(text.ids, root_position, cache))
+        text.emit(rope_switch.rebuild(text.ids, cache))
         generator.advance(text.ids[:, -2:-1], root_position[:, None])
         return 1
     with clock("grow"):
-        tree = generator.grow(text.last_token, root_position, cache, rope_switch.levels(cache))
+        tree = generator.grow(text.last_token, root_position, cache, rope_switch.levels(root_position, cache))
     with clock("verify"):
-        logits = verify(target, tree, root_position, cache, backend)
+        logits = verify(target, tree, root_position, cache, backend, extras)
     path = [0]
     try:
         with clock("accept"):
@@ -139,10 +143,10 @@ def prefill(
     generator: LongSpecCandidateGenerator,
     generation_config: GenerationConfig,
     model_kwargs: dict[str, Any],
-) -> Tensor:
+) -> tuple[Tensor, dict[str, Any]]:
     """Read the prompt as plain `generate` does, emit its first token, fill the draft's window.
 
-    Returns the position (1,) of that token: the first root.
+    Returns the position (1,) of that token, the first root, and what every step passes on (see `step_extras`).
     """
     model_kwargs["past_key_values"] = cache
     outputs = target._prefill(
@@ -150,9 +154,10 @@ def prefill(
     )
     if outputs.past_key_values is not cache:
         # phi3 drops the cache it is given when a prompt reaches beyond its rope switch
-        cache.clear()
+        cache.drop(outputs.past_key_values)
         cache.adopt(outputs.past_key_values)
     bound = generator.target
+    check_prefix(cache.layers[bound.layer], generator.draft.config)
     positions = model_kwargs.get("position_ids")
     last = cache.length - cache.start - 1 if positions is None else int(positions[0, -1])
     window = slice(-min(generator.draft.config.window, cache.length - cache.start), None)
@@ -162,13 +167,33 @@ def prefill(
         embeds = bound.embed(text.ids[:, window].to(bound.device))
     generator.prefill(embeds, last)
     text.emit(outputs.logits[:, -1])
-    return torch.full((1,), last + 1, device=bound.device)
+    return torch.full((1,), last + 1, device=bound.device), step_extras(target, text.ids, outputs, model_kwargs)
+
+
+def step_extras(target: PreTrainedModel, ids: Tensor, outputs: Any, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What plain `generate` passes to every forward of one token beside the token, its place and the cache.
+
+    That is what a user passed for the target's own `forward`, and token types, which go on as the prompt's last.
+    """
+    cache = model_kwargs["past_key_values"]
+    model_kwargs = target._update_model_kwargs_for_generation(outputs, dict(model_kwargs)) | {"past_key_values": cache}
+    inputs = target.prepare_inputs_for_generation(ids, next_sequence_length=1, **model_kwargs)
+    own = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "past_key_values"}
+    own |= {"use_cache", "logits_to_keep", "return_dict"}
+    return {name: value for name, value in inputs.items() if name not in own}
 
 
 def verify(
-    target: PreTrainedModel, tree: TokenTree, root_position: Tensor, cache: SpeculativeCache, backend: Backend
+    target: PreTrainedModel,
+    tree: TokenTree,
+    root_position: Tensor,
+    cache: SpeculativeCache,
+    backend: Backend,
+    extras: dict[str, Any],
 ) -> Tensor:
     """One target forward over the tree: logits (1, T, vocab) of every node. The cache is left inside the round."""
+    nodes = tree.tokens.shape[1]
+    extras = {name: value.expand(-1, nodes) if "token_type" in name else value for name, value in extras.items()}
     ancestors = ancestor_mask(tree.parents, tree.levels)
     depths = node_depths(ancestors)
     cache.begin_round(depths)
@@ -180,6 +205,7 @@ def verify(
             past_key_values=cache,
             use_cache=True,
             return_dict=True,
+            **extras,
         )
     expected = {index for index, layer in enumerate(cache.layers) if layer in cache.owners}
     if state.seen != expected:
@@ -248,7 +274,8 @@ def make_cache(
     answer = max(generation_config.max_length - input_ids.shape[1], 0)
     tree_size = 1 + sum(draft.config.tree_shape)
     text_config: PreTrainedConfig = target.config.get_text_config(decoder=True)
-    cache = SpeculativeCache(text_config, past, prompt + min(answer, HEADROOM) + tree_size, tree_size)
+    reserve = prompt + min(answer, HEADROOM) + tree_size
+    cache = SpeculativeCache(text_config, past, reserve, tree_size, longest=prompt + answer + tree_size)
     if mask is not None:
         cache.hide_padding(mask)
     return cache

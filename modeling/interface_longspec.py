@@ -78,11 +78,18 @@ def hybrid_attention(
 
     Returns (B, T, H, D) in the query's dtype and no weights.
     """
+    once = module.layer_idx not in state.seen
     state.seen.add(module.layer_idx)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = state.cache.layers[module.layer_idx]
     placement = state.cache.round_placement
     prefix = layer.prefix(placement)
+    shapes = [states.shape[1::2] for states in (prefix.key, prefix.value)]  # heads and dimension
+    if not once or [states.shape[1::2] for states in (key, value)] != shapes:
+        raise ValueError(
+            "LongSpec needs a target that attends once a layer to the keys and values it caches, got "
+            f"{type(module).__name__}, which does otherwise"
+        )
     if prefix.mask is None:
         over_prefix = state.backend.prefix(query, prefix.key, prefix.value, scaling, softcap)
     else:

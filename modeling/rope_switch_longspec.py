@@ -6,25 +6,34 @@ may stand on both sides, and where plain `generate` reads the text anew at the s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from .cache_longspec import SpeculativeCache
 
 
 class RopeSwitch:
-    def __init__(self, target: PreTrainedModel):
+    def __init__(self, target: PreTrainedModel, model_kwargs: dict[str, Any]):
+        """model_kwargs: those of the call; the attention mask and the positions of its prompt are read."""
         parameters = getattr(target.config.get_text_config(decoder=True), "rope_parameters", None) or {}
         longrope = parameters.get("rope_type") == "longrope"
         self.target = target
         self.last_short = parameters["original_max_position_embeddings"] if longrope else None
+        self.mask, self.positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
 
-    def levels(self, cache: SpeculativeCache) -> int | None:
-        """How many levels below a root at index `cache.length` lie on its side of the switch; None: any number."""
-        if self.last_short is None or cache.length >= self.last_short:
+    def levels(self, root_position: Tensor, cache: SpeculativeCache) -> int | None:
+        """How many levels below a root at `root_position` (1,) may be guessed; None: any number.
+
+        The frequencies change by position, the cache is dropped by length; padding sets the two apart.
+        """
+        if self.last_short is None:
             return None
-        return self.last_short - 1 - cache.length
+        places = (int(root_position), cache.length)  # the frequencies of a step are chosen by its position
+        limits = [self.last_short - 1 - place for place in places if place < self.last_short]
+        return min(limits, default=None)
 
     def drops_cache(self, ids: Tensor, cache: SpeculativeCache) -> bool:
         """Whether plain `generate` would throw the cache away before it reads the newest token of `ids` (1, L)."""
@@ -32,18 +41,28 @@ class RopeSwitch:
             return False
         return self._inputs(ids, cache).get("past_key_values") is None
 
-    def rebuild(self, ids: Tensor, root_position: Tensor, cache: SpeculativeCache) -> Tensor:
+    def rebuild(self, ids: Tensor, cache: SpeculativeCache) -> Tensor:
         """Read what plain `generate` reads anew of `ids` (1, L) into the emptied cache; its last logits (1, vocab).
 
         That is all of `ids` from transformers 5.18 on; 5.17 forgets the text here, and we with it.
         """
-        behind = torch.arange(1 - ids.shape[1], 1, device=root_position.device)
-        inputs = self._inputs(ids, cache, position_ids=root_position[:, None] + behind)
-        cache.clear()
+        inputs = self._inputs(ids, cache)
+        cache.drop(DynamicCache(config=self.target.config.get_text_config(decoder=True)))
         outputs = self.target(**inputs | {"past_key_values": cache}, return_dict=True)
         return outputs.logits[:, -1]
 
-    def _inputs(self, ids: Tensor, cache: SpeculativeCache, **kwargs: Tensor) -> dict:
+    def _inputs(self, ids: Tensor, cache: SpeculativeCache) -> dict:
+        mask, positions = self.mask, self.positions
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(1, ids.shape[1] - mask.shape[1])], dim=1)
+        if positions is not None:
+            behind = torch.arange(1, 1 + ids.shape[1] - positions.shape[1], device=positions.device)
+            positions = torch.cat([positions, positions[:, -1:] + behind], dim=1)
         return self.target.prepare_inputs_for_generation(
-            ids, next_sequence_length=1, past_key_values=cache, use_cache=True, **kwargs
+            ids,
+            next_sequence_length=1,
+            past_key_values=cache,
+            use_cache=True,
+            attention_mask=mask,
+            position_ids=positions,
         )

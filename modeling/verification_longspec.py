@@ -55,11 +55,11 @@ class Text:
         return self.append(torch.argmax(scores, dim=-1))
 
     def append(self, token: Tensor) -> int:
-        """Append `token` (1,): stream it and ask the stopping criteria. Returns it."""
+        """Append `token` (1,): ask the stopping criteria, then stream it, as `generate` does. Returns it."""
         self.ids = torch.cat([self.ids, token[:, None]], dim=-1)
+        self.finished = bool(self.criteria(self.ids, self.scores).all())
         if self.streamer is not None:
             self.streamer.put(token.cpu())
-        self.finished = bool(self.criteria(self.ids, self.scores).all())
         return int(token)
 
 

@@ -231,15 +231,49 @@ def test_nothing_used_nothing_handed_back():
     assert serials_in(*append(past, [3])[FULL], FULL) == [3]
 
 
-def test_clear_keeps_the_memory():
-    cache = speculative_cache(5)
+def test_a_dropped_cache_keeps_what_it_had():
+    past, successor = (dynamic_cache(5, keeps_all=False) for _ in range(2))
+    cache = SpeculativeCache(config_of(5), past, reserve=100, tree_size=8)
     append(cache, list(range(30)))
-    where = [layer.keys.data_ptr() for layer in cache.layers]
-    cache.clear()
+    cache.drop(successor)
     assert cache.get_seq_length() == 0
     append(cache, [50, 51])
     run_round(cache, [50, 51], [60, 61], [0, 0], 5)
-    assert [layer.keys.data_ptr() for layer in cache.layers] == where
+    cache.abandon()
+    cache.hand_back(cache.past)
+    expected = [dynamic_cache(5, keeps_all=False) for _ in range(2)]
+    append(expected[0], list(range(30)))
+    append(expected[1], [50, 51])
+    assert_holds_the_same(past, expected[0])
+    assert_holds_the_same(successor, expected[1])
+
+
+@pytest.mark.parametrize("window, longest", [(40, 40), (cache_longspec.LARGEST_RING + 1, None)])
+def test_a_window_wider_than_the_text_takes_no_memory_of_its_own(window, longest):
+    """Phi-3's window is 262,144 tokens: a ring of that size would not fit anywhere."""
+    past, stock = (dynamic_cache(window, keeps_all=False) for _ in range(2))
+    cache = SpeculativeCache(config_of(window), past, reserve=20, tree_size=8, longest=longest)
+    for store in (cache, stock):
+        append(store, list(range(12)))
+    assert cache.layers[SLIDING].keys.shape[2] == BUCKET
+    run_round(cache, list(range(12)), [60, 61], [0, 0], window)
+    cache.abandon()
+    cache.hand_back(past)
+    assert_holds_the_same(past, stock)
+
+
+def test_a_wide_window_that_has_slid_is_taken_over(monkeypatch):
+    monkeypatch.setattr(cache_longspec, "LARGEST_RING", 5)
+    past, stock = (dynamic_cache(9, keeps_all=False) for _ in range(2))
+    for store in (past, stock):
+        append(store, list(range(30)))
+    cache = SpeculativeCache(config_of(9), past, reserve=100, tree_size=8, longest=50)
+    cache.adopt(past)
+    assert cache.layers[SLIDING].keys[:, :, :20].count_nonzero() == 0, "forgotten slots hold garbage"
+    for store in (cache, stock):
+        append(store, [30, 31])
+    cache.hand_back(past)
+    assert_holds_the_same(past, stock)
 
 
 def test_nothing_is_copied_within_a_bucket():

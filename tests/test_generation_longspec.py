@@ -6,7 +6,14 @@ Random drafts are right seldom, so the vocabulary is tiny (13) and the trees wid
 import pytest
 import torch
 from helpers import tiny_draft, tiny_target
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+)
 
 WINDOW = 8
 SHAPES = [(), (1, 1, 1, 1), (2, 3), (4, 8, 8, 8), (4, 16, 16, 16, 16)]
@@ -234,6 +241,45 @@ def test_longrope_across_its_switch(shape, length):
     assert_same(target, draft, prompt_of(length), max_new_tokens=25, do_sample=True)
 
 
+@pytest.mark.parametrize("shape", [(), (13, 40)], ids=str)
+@pytest.mark.parametrize("prompt", ["padded", "padded to the switch", "holes", "positions", "positions beyond"])
+def test_longrope_where_positions_are_not_lengths(shape, prompt):
+    """The frequencies change by position, the cache is dropped by length."""
+    target = phi3_with_switch_at(16)
+    draft = tiny_draft(target, window=WINDOW, tree_shape=shape)
+    ids, options = prompt_of(10), {}
+    if prompt.startswith("padded"):
+        pads = 10 if prompt.endswith("switch") else 4
+        ids = torch.cat([torch.zeros(1, pads, dtype=torch.long), ids], dim=1)
+        options["attention_mask"] = (torch.arange(pads + 10) >= pads).long()[None]
+    elif prompt == "holes":
+        options["attention_mask"] = torch.tensor([[1, 0, 1, 1, 0, 1, 1, 1, 1, 1]])
+    else:
+        options["position_ids"] = torch.arange(10)[None] + (20 if prompt.endswith("beyond") else 3)
+    assert_same(target, draft, ids, **options)
+    assert_same(target, draft, ids, **options, do_sample=True)
+
+
+@pytest.mark.parametrize("length", [14, 20])
+def test_longrope_leaves_a_dropped_cache_to_its_owner(length):
+    """Before the switch (14) and within the prefill (20), `generate` goes on with a cache of its own."""
+    target = phi3_with_switch_at(16)
+    draft = tiny_draft(target, window=WINDOW, tree_shape=(4, 8, 8))
+    caches = []
+    for assistant in ({}, {"assistant_model": draft}):
+        cache = DynamicCache(config=target.config)
+        with torch.no_grad():
+            target(prompt_of(length)[:, :5], past_key_values=cache)
+        options = {"max_new_tokens": 25, "return_dict_in_generate": True, "pad_token_id": 0}
+        out = target.generate(prompt_of(length), past_key_values=cache, **options, **assistant)
+        caches.append((cache, out.past_key_values))
+    for mine, theirs in zip(caches[1], caches[0], strict=True):
+        assert mine.get_seq_length() == theirs.get_seq_length()
+        for layer, expected in zip(mine.layers, theirs.layers, strict=True):
+            torch.testing.assert_close(layer.keys, expected.keys, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(layer.values, expected.values, rtol=1e-4, atol=1e-5)
+
+
 def test_longrope_switch_is_real():
     target = phi3_with_switch_at(16)
     long = target(prompt_of(20)).logits[:, 10]
@@ -258,6 +304,67 @@ def test_streamer_gets_the_prompt_and_then_token_by_token(llama):
     llama.generate(prompt_of(6), max_new_tokens=12, streamer=plain, pad_token_id=0)
     llama.generate(prompt_of(6), max_new_tokens=12, streamer=ours, assistant_model=draft, pad_token_id=0)
     assert ours.tokens == plain.tokens and ours.ends == plain.ends == 1
+
+
+def test_criteria_are_asked_before_a_token_is_streamed(llama):
+    draft = tiny_draft(llama, window=WINDOW, tree_shape=(4, 8, 8))
+    orders = []
+    for assistant in ({}, {"assistant_model": draft}):
+        order = []
+
+        class Streamed(Recorder):
+            def put(self, value, order=order):
+                order.append("streamed")
+
+        class Asked(StoppingCriteria):
+            def __call__(self, input_ids, scores, order=order, **kwargs):
+                order.append("asked")
+                return torch.zeros(1, dtype=torch.bool)
+
+        options = {"streamer": Streamed(), "stopping_criteria": [Asked()], "max_new_tokens": 5, "pad_token_id": 0}
+        llama.generate(prompt_of(6), **options, **assistant)
+        orders.append(order)
+    assert orders[0] == orders[1] and len(orders[0]) == 11
+
+
+class Biased(LlamaForCausalLM):
+    """A target whose forward takes one more argument, of use in every step."""
+
+    def forward(self, *args, bias=None, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits if bias is None else outputs.logits + bias
+        return outputs
+
+
+def test_arguments_of_the_targets_own_forward_reach_every_step(llama):
+    target = Biased(llama.config).eval()
+    target.load_state_dict(llama.state_dict())
+    draft = tiny_draft(llama, window=WINDOW, tree_shape=(4, 8, 8))
+    bias = 8 * torch.randn(13)
+    assert_same(target, draft, prompt_of(6), bias=bias)
+    plain, biased = (target.generate(prompt_of(6), max_new_tokens=9, pad_token_id=0, bias=b) for b in (None, bias))
+    assert plain.tolist() != biased.tolist()
+
+
+def test_a_sliding_window_wider_than_the_text():
+    target = tiny_target("mistral", sliding_window=300)
+    draft = tiny_draft(target, window=WINDOW, tree_shape=(4, 8, 8))
+    assert_same(target, draft, prompt_of(9))
+    options = {"max_new_tokens": 20, "return_dict_in_generate": True, "pad_token_id": 0}
+    plain = target.generate(prompt_of(9), **options).past_key_values
+    ours = target.generate(prompt_of(9), assistant_model=draft, **options).past_key_values
+    for layer, expected in zip(ours.layers, plain.layers, strict=True):
+        assert layer.cumulative_length == expected.cumulative_length
+        torch.testing.assert_close(layer.keys, expected.keys, rtol=1e-4, atol=1e-5)
+
+
+def test_a_cast_under_inference_mode_leaves_the_draft_trainable(llama):
+    draft = tiny_draft(llama).to(torch.bfloat16)
+    with torch.inference_mode():
+        llama.generate(prompt_of(6), max_new_tokens=4, assistant_model=draft, pad_token_id=0)
+    assert draft.dtype == torch.float32
+    draft.mlp(torch.randn(1, 3, 32)).sum().backward()
+    assert draft.mlp.up_proj.weight.grad is not None
 
 
 class StopAfter(StoppingCriteria):

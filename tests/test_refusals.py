@@ -64,6 +64,9 @@ def test_a_draft_with_another_rope_is_refused(llama, no_forward):
         ("verify_tokens", 0, "None or a positive integer, got 0"),
         ("attention_backend", "flash", "must be one of .* got 'flash'"),
         ("target_layer", 4, r"must be in 0\.\.3, got 4"),
+        ("target_layer", None, r"must be in 0\.\.3, got None"),
+        ("target_layer", 1.0, r"must be in 0\.\.3, got 1\.0"),
+        ("target_num_hidden_layers", "4", "`target_num_hidden_layers` must be a positive integer, got '4'"),
     ],
 )
 def test_options_set_on_a_loaded_draft(llama, no_forward, field, value, message):
@@ -83,6 +86,7 @@ def test_options_set_on_a_loaded_draft(llama, no_forward, field, value, message)
         ({"num_return_sequences": 2, "do_sample": True}, "one sequence at a time, got num_return_sequences=2"),
         ({"prompt_lookup_num_tokens": 3}, "LongSpec draft or prompt_lookup_num_tokens, got both"),
         ({"assistant_early_exit": 2}, "LongSpec draft or assistant_early_exit, got both"),
+        ({"dola_layers": "high"}, "LongSpec draft or dola_layers, got both, dola_layers='high'"),
         ({"cache_implementation": "static"}, "cache_implementation None or 'dynamic', got 'static'"),
         ({"cache_implementation": "quantized"}, "got 'quantized'"),
         ({"cache_implementation": "offloaded"}, "got 'offloaded'"),
@@ -162,3 +166,53 @@ def test_a_draft_alone_says_how_it_is_used(llama, method):
 def test_an_assistant_tokenizer_is_refused(llama, no_forward):
     with pytest.raises(ValueError, match="shares the target's tokenizer, got assistant_tokenizer"):
         llama.generate(IDS, assistant_model=tiny_draft(llama), tokenizer=object(), assistant_tokenizer=object())
+
+
+def test_a_target_in_training_mode_that_draws_or_forgets_is_refused():
+    target = tiny_target("llama", attention_dropout=0.5)
+    draft = tiny_draft(target)
+    target.train()
+    with pytest.raises(
+        ValueError, match=r"needs target.eval\(\), got a target in training mode with dropout in 'model"
+    ):
+        target.generate(IDS, assistant_model=draft, max_new_tokens=4)
+    target = tiny_target("llama")
+    getattr(target, "activation_checkpointing_enable", target.gradient_checkpointing_enable)()
+    target.train()
+    with pytest.raises(ValueError, match="got a target that trains with gradient checkpointing"):
+        target.generate(IDS, assistant_model=draft, max_new_tokens=4)
+    for ready in (target.eval(), tiny_target("llama").train()):
+        ready.generate(IDS, assistant_model=draft, max_new_tokens=4, pad_token_id=0)
+
+
+def test_virtual_tokens_of_peft_are_refused(llama):
+    class PromptTuned:  # what peft does for the time of a call
+        class active_peft_config:
+            is_prompt_learning = True
+
+        def prepare_inputs_for_generation(self, *args, **kwargs):
+            raise AssertionError("not before the checks")
+
+    llama.prepare_inputs_for_generation = PromptTuned().prepare_inputs_for_generation
+    try:
+        with pytest.raises(ValueError, match="does not serve virtual tokens, got a target with PEFT prompt learning"):
+            llama.generate(IDS, assistant_model=tiny_draft(llama), max_new_tokens=4)
+    finally:
+        del llama.prepare_inputs_for_generation
+
+
+@pytest.mark.parametrize(
+    "family, message",
+    [
+        ("diffllama", "attends once a layer to the keys and values it caches, got DiffLlama"),
+        ("jetmoe", "attends once a layer to the keys and values it caches, got JetMoeAttention"),
+        ("gpt2", r"cached keys and values of \(heads, dimension\) \(2, 16\), got \(4, 8\) and \(4, 8\)"),
+    ],
+)
+def test_targets_that_do_not_attend_to_what_they_cache_are_refused(family, message):
+    sizes = {"gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64}}.get(family, {})
+    target = tiny_target(family, **sizes)
+    implementation = target.config._attn_implementation
+    with pytest.raises(ValueError, match=message):
+        target.generate(IDS, assistant_model=tiny_draft(target), max_new_tokens=9, pad_token_id=0)
+    assert target.config._attn_implementation == implementation
