@@ -308,6 +308,8 @@ class SpeculativeCache(Cache):
     def adopt(self, past: DynamicCache) -> None:
         """Take over what a cache holds, layer by layer, so that no more than one layer exists twice."""
         for ours, theirs in zip(self.layers, past.layers, strict=False):
+            if isinstance(ours, SharedLayer):
+                continue
             if getattr(theirs, "is_initialized", False) and theirs.get_seq_length() > 0:
                 ours.length = theirs.get_seq_length() - theirs.keys.shape[2]
                 ours.lazy_initialization(theirs.keys, theirs.values)

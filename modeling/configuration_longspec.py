@@ -126,7 +126,7 @@ class LongSpecConfig(PreTrainedConfig):
             "num_attention_heads": heads,
             "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
             "head_dim": head_dim,
-            "rms_norm_eps": getattr(text, "rms_norm_eps", 1e-6),
+            "rms_norm_eps": getattr(text, "rms_norm_eps", None) or 1e-6,  # some families state None
             "initializer_range": getattr(text, "initializer_range", 0.02),
             "rope_parameters": main_rope_parameters(text),
             "max_position_embeddings": text.max_position_embeddings,
