@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .attention_longspec import Backend, attend
-from .cache_longspec import DraftWindow, SpeculativeCache
+from .cache_longspec import SpeculativeCache
+from .draft_window_longspec import DraftWindow
 from .target_longspec import BoundTarget
 from .tree_longspec import TokenTree
 

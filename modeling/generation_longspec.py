@@ -5,32 +5,28 @@ A round: grow a tree, verify it in one target forward, accept a path, commit it.
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
 from .attention_longspec import Backend, resolve_backend
 from .cache_longspec import SpeculativeCache
 from .candidate_generator_longspec import LongSpecCandidateGenerator
-from .checks_longspec import check_inputs, check_prefix
+from .checks_longspec import check_inputs
+from .clock_longspec import PhaseClock
 from .interface_longspec import Round, attending, switched
+from .prefill_longspec import make_cache, prefill
 from .rope_switch_longspec import RopeSwitch
 from .target_longspec import BoundTarget
 from .tree_longspec import TokenTree, ancestor_mask, node_depths
 from .verification_longspec import Text, accept
 
 logger = logging.get_logger(__name__)
-
-HEADROOM = 512  # tokens a call makes room for beyond its prompt before the cache has to grow
 
 
 @dataclass
@@ -43,6 +39,19 @@ class LongSpecOutput(GenerateDecoderOnlyOutput):
 
     accept_lengths: list[list[int]] | None = None
     phase_seconds: dict[str, float] | None = None
+
+
+class Call(NamedTuple):
+    """What all rounds of one call have in common; `extras`: what each forward of the target gets besides its tokens."""
+
+    target: PreTrainedModel
+    text: Text
+    cache: SpeculativeCache
+    generator: LongSpecCandidateGenerator
+    backend: Backend
+    rope_switch: RopeSwitch
+    clock: PhaseClock
+    extras: dict[str, Any]
 
 
 @torch.no_grad()
@@ -73,19 +82,16 @@ def assisted_decoding(
     past = model_kwargs["past_key_values"]
     cache = make_cache(target, draft, past, input_ids, generation_config, model_kwargs)
     generator = LongSpecCandidateGenerator(draft, bound, backend, batch=1)
-    rope_switch = RopeSwitch(target, model_kwargs)
     accept_lengths: list[int] = []
     try:
         with clock("prefill"):
             cache.adopt(past)
             root_position, extras = prefill(target, text, cache, generator, generation_config, model_kwargs)
+        call = Call(target, text, cache, generator, backend, RopeSwitch(target, model_kwargs), clock, extras)
         with switched(target), target._optimize_model_for_decode():
             while not text.finished:
-                accepted = decode_round(
-                    target, text, root_position, cache, generator, backend, rope_switch, clock, extras
-                )
-                root_position = root_position + accepted
-                accept_lengths.append(accepted)
+                accept_lengths.append(decode_round(call, root_position))
+                root_position = root_position + accept_lengths[-1]
     finally:
         cache.abandon()
         cache.hand_back(cache.past)
@@ -103,21 +109,12 @@ def assisted_decoding(
     )
 
 
-def decode_round(
-    target: PreTrainedModel,
-    text: Text,
-    root_position: Tensor,
-    cache: SpeculativeCache,
-    generator: LongSpecCandidateGenerator,
-    backend: Backend,
-    rope_switch: RopeSwitch,
-    clock: PhaseClock,
-    extras: dict[str, Any],
-) -> int:
+def decode_round(call: Call, root_position: Tensor) -> int:
     """Grow, verify, accept, commit. Returns the number of tokens emitted, at least one.
 
-    root_position: (1,), where the newest token of `text` stands; extras: see `step_extras`.
+    root_position: (1,), where the newest token of the text stands.
     """
+    text, cache, generator, rope_switch, clock = call.text, call.cache, call.generator, call.rope_switch, call.clock
     if rope_switch.drops_cache(text.ids, cache):
         text.emit(rope_switch.rebuild(text.ids, cache))
         generator.advance(text.ids[:, -2:-1], root_position[:, None])
@@ -125,79 +122,26 @@ def decode_round(
     with clock("grow"):
         tree = generator.grow(text.last_token, root_position, cache, rope_switch.levels(root_position, cache))
     with clock("verify"):
-        logits = verify(target, tree, root_position, cache, backend, extras)
+        logits = verify(call, tree, root_position)
     path = [0]
     try:
         with clock("accept"):
             accept(tree, logits, text, path)
     finally:  # also when a user's processor, criterion or streamer raises: the cache keeps up with the text
         with clock("commit"):
-            commit(tree, path, root_position, cache, generator)
+            commit(call, tree, path, root_position)
     return len(path)
 
 
-def prefill(
-    target: PreTrainedModel,
-    text: Text,
-    cache: SpeculativeCache,
-    generator: LongSpecCandidateGenerator,
-    generation_config: GenerationConfig,
-    model_kwargs: dict[str, Any],
-) -> tuple[Tensor, dict[str, Any]]:
-    """Read the prompt as plain `generate` does, emit its first token, fill the draft's window.
-
-    Returns the position (1,) of that token, the first root, and what every step passes on (see `step_extras`).
-    """
-    model_kwargs["past_key_values"] = cache
-    outputs = target._prefill(
-        text.ids, generation_config, model_kwargs, is_first_iteration=not generation_config.is_assistant
-    )
-    if outputs.past_key_values is not cache:
-        # phi3 drops the cache it is given when a prompt reaches beyond its rope switch
-        cache.drop(outputs.past_key_values)
-        cache.adopt(outputs.past_key_values)
-    bound = generator.target
-    check_prefix(cache.layers[bound.layer], generator.draft.config)
-    positions = model_kwargs.get("position_ids")
-    last = cache.length - cache.start - 1 if positions is None else int(positions[0, -1])
-    window = slice(-min(generator.draft.config.window, cache.length - cache.start), None)
-    if (embeds := model_kwargs.get("inputs_embeds")) is not None:
-        embeds = bound.scale(embeds[:, window])
-    else:
-        embeds = bound.embed(text.ids[:, window].to(bound.device))
-    generator.prefill(embeds, last)
-    text.emit(outputs.logits[:, -1])
-    return torch.full((1,), last + 1, device=bound.device), step_extras(target, text.ids, outputs, model_kwargs)
-
-
-def step_extras(target: PreTrainedModel, ids: Tensor, outputs: Any, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What plain `generate` passes to every forward of one token beside the token, its place and the cache.
-
-    That is what a user passed for the target's own `forward`, and token types, which go on as the prompt's last.
-    """
-    cache = model_kwargs["past_key_values"]
-    model_kwargs = target._update_model_kwargs_for_generation(outputs, dict(model_kwargs)) | {"past_key_values": cache}
-    inputs = target.prepare_inputs_for_generation(ids, next_sequence_length=1, **model_kwargs)
-    own = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "past_key_values"}
-    own |= {"use_cache", "logits_to_keep", "return_dict"}
-    return {name: value for name, value in inputs.items() if name not in own}
-
-
-def verify(
-    target: PreTrainedModel,
-    tree: TokenTree,
-    root_position: Tensor,
-    cache: SpeculativeCache,
-    backend: Backend,
-    extras: dict[str, Any],
-) -> Tensor:
+def verify(call: Call, tree: TokenTree, root_position: Tensor) -> Tensor:
     """One target forward over the tree: logits (1, T, vocab) of every node. The cache is left inside the round."""
+    target, cache = call.target, call.cache
     nodes = tree.tokens.shape[1]
-    extras = {name: value.expand(-1, nodes) if "token_type" in name else value for name, value in extras.items()}
+    extras = {name: value.expand(-1, nodes) if "token_type" in name else value for name, value in call.extras.items()}
     ancestors = ancestor_mask(tree.parents, tree.levels)
     depths = node_depths(ancestors)
     cache.begin_round(depths)
-    state = Round(cache, ancestors, backend, seen=set())
+    state = Round(cache, ancestors, call.backend, seen=set())
     with attending(state):
         outputs = target(
             input_ids=tree.tokens,
@@ -216,41 +160,14 @@ def verify(
     return outputs.logits
 
 
-def commit(
-    tree: TokenTree,
-    path: list[int],
-    root_position: Tensor,
-    cache: SpeculativeCache,
-    generator: LongSpecCandidateGenerator,
-) -> None:
+def commit(call: Call, tree: TokenTree, path: list[int], root_position: Tensor) -> None:
     """Keep the accepted path in both caches."""
     steps = tree.levels + 1
     padded = torch.tensor([path + [0] * (steps - len(path))], device=tree.tokens.device)
     counts = torch.tensor([len(path)], device=tree.tokens.device)
-    cache.commit(padded, counts, len(path))
+    call.cache.commit(padded, counts, len(path))
     step = torch.arange(steps, device=tree.tokens.device)
-    generator.advance(tree.tokens.gather(1, padded), root_position[:, None] + step, step < counts[:, None])
-
-
-class PhaseClock:
-    """Seconds per phase of a call, if asked for: each phase then waits for the device at both ends."""
-
-    def __init__(self, enabled: bool, device: torch.device):
-        self.enabled, self.device = enabled, device
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        began = self._now()
-        try:
-            yield
-        finally:
-            self.seconds[phase] += self._now() - began
-
-    def _now(self) -> float:
-        if self.enabled and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    call.generator.advance(tree.tokens.gather(1, padded), root_position[:, None] + step, step < counts[:, None])
 
 
 def choose_backend(draft: Any, target: PreTrainedModel, bound: BoundTarget) -> Backend:
@@ -258,24 +175,3 @@ def choose_backend(draft: Any, target: PreTrainedModel, bound: BoundTarget) -> B
     backend = resolve_backend(draft.config.attention_backend, bound.device, draft.config.head_dim, softcap)
     logger.info(f"LongSpec verifies with the {backend.name!r} attention backend")
     return backend
-
-
-def make_cache(
-    target: PreTrainedModel,
-    draft: Any,
-    past: DynamicCache,
-    input_ids: Tensor,
-    generation_config: GenerationConfig,
-    model_kwargs: dict[str, Any],
-) -> SpeculativeCache:
-    """An empty cache with room for the prompt, the first `HEADROOM` tokens of the answer and a tree."""
-    embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
-    prompt = past.get_seq_length() + (input_ids.shape[1] if embeds is None else embeds.shape[1])
-    answer = max(generation_config.max_length - input_ids.shape[1], 0)
-    tree_size = 1 + sum(draft.config.tree_shape)
-    text_config: PreTrainedConfig = target.config.get_text_config(decoder=True)
-    reserve = prompt + min(answer, HEADROOM) + tree_size
-    cache = SpeculativeCache(text_config, past, reserve, tree_size, longest=prompt + answer + tree_size)
-    if mask is not None:
-        cache.hide_padding(mask)
-    return cache

@@ -128,7 +128,7 @@ def query_rotation(
     unrotated = text_config.model_type in _NO_ROPE_ON_FULL_LAYERS and not sliding
     if not getattr(attention, "use_rope", True) or unrotated or rotary is None:
         return lambda query, positions: query
-    if apply is None:
+    if apply is None or not {"q", "k", "cos", "sin"} <= set(inspect.signature(apply).parameters):
         raise ValueError(f"LongSpec does not know how {type(attention).__name__} rotates its queries")
     by_type = "layer_type" in inspect.signature(rotary.forward).parameters
     options = {"layer_type": text_config.layer_types[layer]} if by_type else {}

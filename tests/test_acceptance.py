@@ -50,5 +50,5 @@ def test_a_bucket_counts_what_the_runs_did():
         assert bucket.draft_state_bytes == draft.state_bytes and bucket.speed_up > 0
         assert json.loads(json.dumps(bucket.as_dict()))["context"] == bucket.context
     assert report.acceptance_table(buckets).row_count == 2
-    alone = next(acceptance.measure(target, draft, tokens, [20], 3, **options))
+    alone = next(acceptance.measure(target, draft, tokens, [20, 50], 3, **options))
     assert alone.accept_length == buckets[0].accept_length and alone.speed_up is None

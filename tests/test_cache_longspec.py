@@ -10,7 +10,10 @@ import torch
 from transformers import AutoConfig, DynamicCache
 
 from hf_longspec.modeling import cache_longspec
-from hf_longspec.modeling.cache_longspec import BUCKET, DraftWindow, SpeculativeCache, ring_contents
+from hf_longspec.modeling.cache_layers_longspec import BUCKET
+from hf_longspec.modeling.cache_longspec import SpeculativeCache
+from hf_longspec.modeling.draft_window_longspec import DraftWindow
+from hf_longspec.modeling.slots_longspec import ring_contents
 from hf_longspec.modeling.tree_longspec import ancestor_mask, node_depths
 
 HEADS, DIM = 2, 3

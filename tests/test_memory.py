@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.generation.streamers import BaseStreamer
 
-from hf_longspec.modeling.cache_longspec import BUCKET, DraftWindow
+from hf_longspec.modeling.cache_layers_longspec import BUCKET
+from hf_longspec.modeling.draft_window_longspec import DraftWindow
 
 WINDOW, SHAPE, NEW = 16, (4, 8, 8), 40
 

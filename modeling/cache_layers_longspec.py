@@ -1,0 +1,224 @@
+"""The layers of a SpeculativeCache: where a target's keys and values lie, prefix and tree.
+
+Each layer appends in a prefill, places a tree behind the prefix in a round, and moves the accepted path next to it in
+`commit`. Writes are in place; lengths come as tensors on the device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from .slots_longspec import move_slots, ring_contents, write_slots
+
+BUCKET = 256  # tokens; capacities are multiples of this
+
+
+class Placement(NamedTuple):
+    """Where nodes at `depths` (B, T) of a tree lie: behind the `length` tokens of the prefix.
+
+    lengths: (B,) int64 on the device; length: the same on the host, for kernels that want a slice;
+    start: first cache index that is not padding; visible: (B, P) bool, false where one of the first P indices is
+    padding, None if all padding lies before `start`.
+    """
+
+    lengths: Tensor
+    length: int
+    start: int
+    visible: Tensor | None
+    depths: Tensor
+
+
+class Prefix(NamedTuple):
+    """What a layer holds of the prefix: key, value (B, K, S, D), and where each node may look, None for everywhere."""
+
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None  # (B, T, S) bool
+
+
+class FullLayer(CacheLayerMixin):
+    """All keys and values of a layer, (B, K, capacity, D), with room for a tree behind the prefix.
+
+    `window` is set where a sliding layer keeps its whole past, as in a `DynamicCache` made without a config.
+    """
+
+    is_sliding = False
+
+    def __init__(self, reserve: int, window: int | None = None):
+        super().__init__()
+        self.reserve = reserve  # tokens to have room for: prompt, first answer tokens, tree
+        self.window = window
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        capacity = _bucket(max(self.reserve, key_states.shape[2]))
+        self.keys = key_states.new_empty(*key_states.shape[:2], capacity, key_states.shape[3])
+        self.values = value_states.new_empty(*value_states.shape[:2], capacity, value_states.shape[3])
+        # what an adopted sliding layer has forgotten: a masked slot still meets the weights, and 0 · NaN is NaN
+        self.keys[:, :, : self.length] = self.values[:, :, : self.length] = 0
+        self.is_initialized = True
+
+    def ensure(self, capacity: int) -> None:
+        """Make room for `capacity` tokens. Doubling: a long answer copies the cache a logarithmic number of times."""
+        if self.is_initialized and capacity > self.keys.shape[2]:
+            size = _bucket(max(capacity, 2 * self.keys.shape[2]))
+            self.keys = _regrown(self.keys, size, self.length)
+            self.values = _regrown(self.values, size, self.length)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Append (B, K, T, D) in place; returns all keys and values as views."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.length + key_states.shape[2]
+        self.ensure(end)
+        self.keys[:, :, self.length : end] = key_states
+        self.values[:, :, self.length : end] = value_states
+        self.length = end
+        return self.stored()
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """The keys and values of the text so far, (B, K, length, D), as views."""
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def place_tree(self, key_states: Tensor, value_states: Tensor, at: Placement) -> None:
+        slots = at.lengths[:, None] + torch.arange(key_states.shape[2], device=self.keys.device)
+        write_slots(self.keys, slots, key_states)
+        write_slots(self.values, slots, value_states)
+
+    def prefix(self, at: Placement) -> Prefix:
+        held = slice(at.start, at.length)
+        mask = None
+        if self.window is not None or at.visible is not None:
+            index = torch.arange(at.start, at.length, device=self.keys.device).expand(len(at.lengths), 1, -1)
+            mask = index >= at.start if self.window is None else index > _too_far(at, self.window)
+            mask = mask & _seen(index, at.visible)
+            mask = mask.expand(-1, at.depths.shape[1], -1)
+        return Prefix(self.keys[:, :, held], self.values[:, :, held], mask)
+
+    def commit(self, path: Tensor, counts: Tensor, at: Placement) -> None:
+        # steps beyond `counts` land behind the new prefix, where the next tree overwrites them
+        source = at.lengths[:, None] + path
+        target = at.lengths[:, None] + torch.arange(path.shape[1], device=path.device)
+        move_slots(self.keys, source, target)
+        move_slots(self.values, source, target)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class SlidingLayer(CacheLayerMixin):
+    """The last `window − 1` keys and values of a sliding-window layer as a ring, and the tree of a round behind it.
+
+    Token i of the text lies in slot i mod (window − 1). Memory does not depend on the context.
+    """
+
+    is_sliding = True
+
+    def __init__(self, window: int, tree_size: int):
+        super().__init__()
+        self.window, self.tree_size = window, tree_size
+        self.ring = max(window - 1, 1)
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        slots = self.ring + self.tree_size
+        # zeros, not garbage: a masked slot still meets the weights, and 0 · NaN is NaN
+        self.keys = key_states.new_zeros(*key_states.shape[:2], slots, key_states.shape[3])
+        self.values = value_states.new_zeros(*value_states.shape[:2], slots, value_states.shape[3])
+        self.is_initialized = True
+
+    def ensure(self, capacity: int) -> None:
+        """A ring never grows."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Append (B, K, T, D); returns the window's tokens in the order of the text with the new ones behind them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys, values = self.stored()
+        self.length += key_states.shape[2]
+        kept = min(self.ring, key_states.shape[2])
+        slots = self._slots(kept)
+        self.keys[:, :, slots] = key_states[:, :, -kept:]
+        self.values[:, :, slots] = value_states[:, :, -kept:]
+        return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """The window's keys and values in the order of the text, as copies."""
+        slots = self._slots(min(self.length, self.window - 1))
+        return self.keys[:, :, slots], self.values[:, :, slots]
+
+    def _slots(self, last: int) -> Tensor:
+        return torch.arange(self.length - last, self.length, device=self.keys.device) % self.ring
+
+    def place_tree(self, key_states: Tensor, value_states: Tensor, at: Placement) -> None:
+        nodes = slice(self.ring, self.ring + key_states.shape[2])
+        self.keys[:, :, nodes] = key_states
+        self.values[:, :, nodes] = value_states
+
+    def prefix(self, at: Placement) -> Prefix:
+        held = ring_contents(at.lengths, self.ring)[:, None]  # (B, 1, ring)
+        mask = (held > _too_far(at, self.window)) & (held >= at.start) & _seen(held, at.visible)
+        return Prefix(self.keys[:, :, : self.ring], self.values[:, :, : self.ring], mask)
+
+    def commit(self, path: Tensor, counts: Tensor, at: Placement) -> None:
+        # Only accepted nodes may enter the ring, and of a path longer than the ring only its end:
+        # every other step moves a tree slot onto itself.
+        steps = torch.arange(path.shape[1], device=path.device)
+        enters = (steps < counts[:, None]) & (steps >= counts[:, None] - self.ring)
+        source = self.ring + path
+        target = torch.where(enters, (at.lengths[:, None] + steps) % self.ring, source)
+        move_slots(self.keys, source, target)
+        move_slots(self.values, source, target)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        kept = min(self.length, self.window - 1)
+        return kept + query_length, self.length - kept
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return self.window
+
+
+class SharedLayer:
+    """Stands where a layer attends to another layer's keys and values and stores none."""
+
+    is_sliding = False
+    is_initialized = False
+    supports_early_init = False
+
+
+def _seen(index: Tensor, visible: Tensor | None) -> Tensor:
+    """(B, 1, S) bool: which cache indices (B, 1, S) are no padding."""
+    if visible is None:
+        return torch.ones_like(index, dtype=torch.bool)
+    prompt = visible.shape[1]
+    return visible.gather(1, index[:, 0].clamp(0, prompt - 1))[:, None] | (index >= prompt)
+
+
+def _too_far(at: Placement, window: int) -> Tensor:
+    """(B, T, 1): the last position that is out of a node's sliding window."""
+    return (at.lengths[:, None] + at.depths - window)[:, :, None]
+
+
+def _bucket(tokens: int) -> int:
+    return -(-tokens // BUCKET) * BUCKET
+
+
+def _regrown(old: Tensor, capacity: int, length: int) -> Tensor:
+    new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
+    new[:, :, :length] = old[:, :, :length]
+    return new
