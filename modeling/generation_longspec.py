@@ -42,7 +42,7 @@ class LongSpecOutput(GenerateDecoderOnlyOutput):
 
 
 class Call(NamedTuple):
-    """What all rounds of one call have in common; `extras`: what each forward of the target gets besides its tokens."""
+    """What all rounds of a call have in common; `extras`: what each forward of the target gets besides its tokens."""
 
     target: PreTrainedModel
     text: Text

@@ -164,7 +164,9 @@ def test_committed_path_longer_than_the_window(window, prompt):
 def test_no_two_accepted_nodes_go_to_one_slot(monkeypatch):
     """A scatter may write in any order, so of a path longer than the ring only the end may enter it."""
     moves = []
-    monkeypatch.setattr(cache_layers_longspec, "move_slots", lambda store, source, target: moves.append((source, target)))
+    monkeypatch.setattr(
+        cache_layers_longspec, "move_slots", lambda store, source, target: moves.append((source, target))
+    )
     cache = speculative_cache(4)
     append(cache, list(range(9)))
     run_round(cache, list(range(9)), list(range(100, 108)), [0, 0, 1, 2, 3, 4, 5, 6], 4)

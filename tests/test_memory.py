@@ -100,8 +100,8 @@ def test_plain_generate_holds_more_at_its_peak():
             probe = Probe(live)
             target.generate(torch.full((1, 4096), 5), max_new_tokens=8, streamer=probe, pad_token_id=0, **assistant)
         peaks.append(max(probe.peaks[3:]) - min(probe.held[2:]))
-    layer = 2 * 2 * 16 * 4 * 4096
-    assert peaks[0] >= layer / 2 > peaks[1]
+    one_layers_keys = 2 * 16 * 4 * 4096
+    assert peaks[0] > 0.9 * one_layers_keys > 4 * peaks[1]
 
 
 @pytest.mark.parametrize("window, tree", [(16, (4, 8, 8)), (512, (4, 16, 16, 16, 16)), (8, ()), (8, (3,))])
