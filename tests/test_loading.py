@@ -71,6 +71,15 @@ def test_the_folder_holds_the_code_and_nothing_of_the_target(saved):
     assert config["tree_shape"] == [4, 8, 8]
 
 
+def test_the_shipped_draft_is_a_whole_hub_folder():
+    """Its code files are links to those of modeling/, so that there is one set of files."""
+    modeling = Path(__file__).parent.parent / "modeling"
+    for folder in (modeling.parent / "hub_configs").iterdir():
+        if (folder / "model.safetensors").is_file():
+            links = {path.name: path.resolve() for path in folder.glob("*.py")}
+            assert links == {path.name: path.resolve() for path in modeling.glob("*_longspec.py")}
+
+
 def test_loads_as_remote_code_without_the_package(saved, tmp_path):
     target, draft, folder = saved
     expected = generate(target, draft)
