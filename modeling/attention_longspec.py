@@ -7,7 +7,7 @@ reference, slow and readable; every backend must agree with it. Knows nothing of
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,28 +65,80 @@ def unpack_heads(packed: Tensor, query: Tensor) -> Tensor:
     return packed.reshape(query.shape)
 
 
-PrefixAttention = Callable[[Tensor, Tensor, Tensor, float, float | None], tuple[Tensor, Tensor]]
+class Spans(NamedTuple):
+    """Which keys each row of a batch may see: those from its start up to its end, in slots of a key store.
+
+    starts, ends: (B,) int64 on the device; host: the same pairs; derived: what kernels make of them, once a round.
+    """
+
+    starts: Tensor
+    ends: Tensor
+    host: tuple[tuple[int, int], ...]
+    derived: dict[Any, Any]
+
+    @classmethod
+    def of(cls, host: list[tuple[int, int]], device: torch.device) -> Spans:
+        starts, ends = torch.tensor(host, device=device).unbind(dim=1)
+        return cls(starts, ends, tuple(host), {})
+
+    @property
+    def common(self) -> slice | None:
+        """The slots of every row, if they are the same."""
+        return slice(*self.host[0]) if len(set(self.host)) == 1 else None
+
+    @property
+    def cover(self) -> slice:
+        """The slots from the first that any row may see to the last."""
+        return slice(min(start for start, _ in self.host), max(end for _, end in self.host))
+
+
+PrefixAttention = Callable[[Tensor, Tensor, Tensor, Spans, float, float | None], tuple[Tensor, Tensor]]
 
 
 class Backend(NamedTuple):
-    """How queries attend to the unmasked prefix: (query, key, value, scaling, softcap) -> (out, lse) as `attend`."""
+    """How queries attend to the prefix: (query, key, value, spans, scaling, softcap) -> (out, lse) as `attend`.
+
+    key, value: (B, K, S, D) stores, of which each row sees its span.
+    """
 
     name: str
     prefix: PrefixAttention
 
 
 def eager_prefix(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans, scaling: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    return attend(query, key, value, None, scaling, softcap)
+    cover = spans.cover
+    mask = None
+    if spans.common is None:
+        slot = torch.arange(cover.start, cover.stop, device=query.device)
+        mask = (slot >= spans.starts[:, None]) & (slot < spans.ends[:, None])
+        mask = mask[:, None].expand(-1, query.shape[2], -1)
+    return attend(query, key[:, :, cover], value[:, :, cover], mask, scaling, softcap)
 
 
 def torch_prefix(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans, scaling: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """torch's built-in flash kernels, which return the log-sum-exp; grouped queries are rows, nothing is expanded."""
     if softcap is not None:
         raise ValueError(f"the torch attention backend has no soft-capping, got softcap={softcap}")
+    common = spans.common
+    if common is not None:
+        return _flash(query, key[:, :, common], value[:, :, common], scaling)
+    if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+        return _flash_by_row(query, key, value, spans, scaling)
+    # the CPU kernel and the one for float32 know no lengths: a call a row
+    rows = [
+        _flash(query[row : row + 1], key[row : row + 1, :, start:end], value[row : row + 1, :, start:end], scaling)
+        for row, (start, end) in enumerate(spans.host)
+    ]
+    out, lse = zip(*rows, strict=True)
+    return torch.cat(out), torch.cat(lse)
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Unmasked attention over all of `key`."""
     if key.shape[2] == 0:  # the CPU kernel divides by the number of keys and kills the process
         return torch.zeros_like(query, dtype=torch.float32), query.new_full(
             query.shape[:3], NEG_INF, dtype=torch.float32
@@ -102,6 +154,44 @@ def torch_prefix(
         )
         lse = lse[..., : rows.shape[2]]
     return unpack_heads(out, query), lse.reshape(query.shape[:3])
+
+
+def _flash_by_row(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scaling: float) -> tuple[Tensor, Tensor]:
+    """One kernel for rows of different spans (CUDA): each K/V head of each row is a sequence of its own.
+
+    The stores must be contiguous; they are taken as they lie.
+    """
+    batch, kv_heads, slots, dim = key.shape
+    rows = pack_heads(query, kv_heads)  # (B, K, G·T, D)
+    begins, held = _sequences(spans, kv_heads, slots)
+    packed = rows.shape[2]
+    queries = torch.arange(0, batch * kv_heads * packed + 1, packed, device=query.device, dtype=torch.int32)
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        rows.reshape(-1, 1, dim),
+        key.view(-1, 1, dim),
+        value.view(-1, 1, dim),
+        queries,
+        begins,
+        packed,
+        max(end - start for start, end in spans.host),
+        0.0,
+        False,
+        False,
+        scale=scaling,
+        seqused_k=held,
+    )
+    lse = lse.reshape(query.shape[:3])
+    return unpack_heads(out, query), lse.masked_fill(lse == float("inf"), NEG_INF)  # a row without keys
+
+
+def _sequences(spans: Spans, kv_heads: int, slots: int) -> tuple[Tensor, Tensor]:
+    """Where the keys of each (row, K/V head) begin in a flat store, (B·K + 1,), and how many there are, (B·K,)."""
+    if (kv_heads, slots) not in spans.derived:
+        sequence = torch.arange(len(spans.host) * kv_heads + 1, device=spans.starts.device) * slots
+        sequence[:-1] += spans.starts.repeat_interleave(kv_heads)
+        held = (spans.ends - spans.starts).repeat_interleave(kv_heads)
+        spans.derived[kv_heads, slots] = sequence.int(), held.int()
+    return spans.derived[kv_heads, slots]
 
 
 BACKENDS = {"eager": Backend("eager", eager_prefix), "torch": Backend("torch", torch_prefix)}

@@ -6,38 +6,60 @@ Each layer appends in a prefill, places a tree behind the prefix in a round, and
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from .attention_longspec import Backend, Spans, attend
 from .slots_longspec import move_slots, ring_contents, write_slots
 
 BUCKET = 256  # tokens; capacities are multiples of this
 
 
 class Placement(NamedTuple):
-    """Where nodes at `depths` (B, T) of a tree lie: behind the `length` tokens of the prefix.
+    """Where nodes at `depths` (B, T) of a tree lie: each row's behind the tokens of its prefix.
 
-    lengths: (B,) int64 on the device; length: the same on the host, for kernels that want a slice;
-    start: first cache index that is not padding; visible: (B, P) bool, false where one of the first P indices is
-    padding, None if all padding lies before `start`.
+    spans: each row's prefix, from its first index that is no padding to its length; visible: (B, P) bool, false where
+    one of the first P indices is padding, None if all padding lies before the spans; shared: what layers have in
+    common, made once a round.
     """
 
-    lengths: Tensor
-    length: int
-    start: int
+    spans: Spans
     visible: Tensor | None
     depths: Tensor
+    shared: dict[Any, Any]
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` makes, for all layers that ask under `key`."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
+
+    def to(self, device: torch.device) -> Placement:
+        """The same for a layer on another device than most are on."""
+        if self.depths.device == device:
+            return self
+        visible = None if self.visible is None else self.visible.to(device)
+        spans = list(self.spans.host)
+        return self.once(device, lambda: Placement(Spans.of(spans, device), visible, self.depths.to(device), {}))
 
 
 class Prefix(NamedTuple):
-    """What a layer holds of the prefix: key, value (B, K, S, D), and where each node may look, None for everywhere."""
+    """What a layer holds of the prefix: stores (B, K, S, D) and, where spans do not say it, who sees what."""
 
     key: Tensor
     value: Tensor
+    spans: Spans
     mask: Tensor | None  # (B, T, S) bool
+
+    def attend(self, query: Tensor, backend: Backend, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+        """Attention of the nodes' queries (B, H, T, D) over the prefix, with its log-sum-exp; see `attend`."""
+        if self.mask is None:
+            return backend.prefix(query, self.key, self.value, self.spans, scaling, softcap)
+        return attend(query, self.key, self.value, self.mask, scaling, softcap)
 
 
 class FullLayer(CacheLayerMixin):
@@ -57,8 +79,8 @@ class FullLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         capacity = _bucket(max(self.reserve, key_states.shape[2]))
-        self.keys = key_states.new_empty(*key_states.shape[:2], capacity, key_states.shape[3])
-        self.values = value_states.new_empty(*value_states.shape[:2], capacity, value_states.shape[3])
+        self.keys = _store(key_states, capacity)
+        self.values = _store(value_states, capacity)
         # what an adopted sliding layer has forgotten: a masked slot still meets the weights, and 0 · NaN is NaN
         self.keys[:, :, : self.length] = self.values[:, :, : self.length] = 0
         self.is_initialized = True
@@ -86,26 +108,30 @@ class FullLayer(CacheLayerMixin):
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def place_tree(self, key_states: Tensor, value_states: Tensor, at: Placement) -> None:
-        slots = at.lengths[:, None] + torch.arange(key_states.shape[2], device=self.keys.device)
+        slots = at.spans.ends[:, None] + torch.arange(key_states.shape[2], device=self.keys.device)
         write_slots(self.keys, slots, key_states)
         write_slots(self.values, slots, value_states)
 
     def prefix(self, at: Placement) -> Prefix:
-        held = slice(at.start, at.length)
-        mask = None
-        if self.window is not None or at.visible is not None:
-            index = torch.arange(at.start, at.length, device=self.keys.device).expand(len(at.lengths), 1, -1)
-            mask = index >= at.start if self.window is None else index > _too_far(at, self.window)
-            mask = mask & _seen(index, at.visible)
-            mask = mask.expand(-1, at.depths.shape[1], -1)
-        return Prefix(self.keys[:, :, held], self.values[:, :, held], mask)
+        if self.window is None and at.visible is None:
+            return Prefix(self.keys, self.values, at.spans, None)
+        cover = at.spans.cover
+        mask = at.once(("full", self.window), lambda: self._mask(at, cover))
+        return Prefix(self.keys[:, :, cover], self.values[:, :, cover], at.spans, mask)
+
+    def _mask(self, at: Placement, cover: slice) -> Tensor:
+        index = torch.arange(cover.start, cover.stop, device=self.keys.device).expand(len(at.spans.host), 1, -1)
+        mask = (index >= at.spans.starts[:, None, None]) & (index < at.spans.ends[:, None, None])
+        if self.window is not None:
+            mask = mask & (index > _too_far(at, self.window))
+        return (mask & _seen(index, at.visible)).expand(-1, at.depths.shape[1], -1)
 
     def commit(self, path: Tensor, counts: Tensor, at: Placement) -> None:
         # steps beyond `counts` land behind the new prefix, where the next tree overwrites them
-        source = at.lengths[:, None] + path
-        target = at.lengths[:, None] + torch.arange(path.shape[1], device=path.device)
-        move_slots(self.keys, source, target)
-        move_slots(self.values, source, target)
+        ends = at.spans.ends[:, None]
+        target = ends + torch.arange(path.shape[1], device=path.device)
+        move_slots(self.keys, ends + path, target)
+        move_slots(self.values, ends + path, target)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -118,17 +144,18 @@ class FullLayer(CacheLayerMixin):
 
 
 class SlidingLayer(CacheLayerMixin):
-    """The last `window − 1` keys and values of a sliding-window layer as a ring, and the tree of a round behind it.
+    """The last keys and values of a sliding-window layer as a ring, and the tree of a round behind it.
 
-    Token i of the text lies in slot i mod (window − 1). Memory does not depend on the context.
+    Token i of the text lies in slot i mod ring. The ring holds `window − 1` tokens and `lead` more: so many may a row
+    be ahead of the shortest one, whose length a cache is cut to in the end. Memory does not depend on the context.
     """
 
     is_sliding = True
 
-    def __init__(self, window: int, tree_size: int):
+    def __init__(self, window: int, tree_size: int, lead: int = 0):
         super().__init__()
         self.window, self.tree_size = window, tree_size
-        self.ring = max(window - 1, 1)
+        self.ring = max(window - 1, 1) + lead
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -168,9 +195,13 @@ class SlidingLayer(CacheLayerMixin):
         self.values[:, :, nodes] = value_states
 
     def prefix(self, at: Placement) -> Prefix:
-        held = ring_contents(at.lengths, self.ring)[:, None]  # (B, 1, ring)
-        mask = (held > _too_far(at, self.window)) & (held >= at.start) & _seen(held, at.visible)
-        return Prefix(self.keys[:, :, : self.ring], self.values[:, :, : self.ring], mask)
+        mask = at.once(("sliding", self.window, self.ring), lambda: self._mask(at))
+        return Prefix(self.keys[:, :, : self.ring], self.values[:, :, : self.ring], at.spans, mask)
+
+    def _mask(self, at: Placement) -> Tensor:
+        held = ring_contents(at.spans.ends, self.ring)[:, None]  # (B, 1, ring)
+        starts = at.spans.starts[:, None, None]
+        return (held > _too_far(at, self.window)) & (held >= starts) & _seen(held, at.visible)
 
     def commit(self, path: Tensor, counts: Tensor, at: Placement) -> None:
         # Only accepted nodes may enter the ring, and of a path longer than the ring only its end:
@@ -178,7 +209,7 @@ class SlidingLayer(CacheLayerMixin):
         steps = torch.arange(path.shape[1], device=path.device)
         enters = (steps < counts[:, None]) & (steps >= counts[:, None] - self.ring)
         source = self.ring + path
-        target = torch.where(enters, (at.lengths[:, None] + steps) % self.ring, source)
+        target = torch.where(enters, (at.spans.ends[:, None] + steps) % self.ring, source)
         move_slots(self.keys, source, target)
         move_slots(self.values, source, target)
 
@@ -211,14 +242,21 @@ def _seen(index: Tensor, visible: Tensor | None) -> Tensor:
 
 def _too_far(at: Placement, window: int) -> Tensor:
     """(B, T, 1): the last position that is out of a node's sliding window."""
-    return (at.lengths[:, None] + at.depths - window)[:, :, None]
+    return (at.spans.ends[:, None] + at.depths - window)[:, :, None]
 
 
 def _bucket(tokens: int) -> int:
     return -(-tokens // BUCKET) * BUCKET
 
 
+def _store(like: Tensor, capacity: int) -> Tensor:
+    """An empty store (B, K, capacity, D)."""
+    # zeros in a batch: slots that a shorter row does not see may never be written, and 0 · NaN is NaN
+    make = like.new_empty if like.shape[0] == 1 else like.new_zeros
+    return make(*like.shape[:2], capacity, like.shape[3])
+
+
 def _regrown(old: Tensor, capacity: int, length: int) -> Tensor:
-    new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
+    new = _store(old, capacity)
     new[:, :, :length] = old[:, :, :length]
     return new

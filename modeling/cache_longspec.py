@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 
+from .attention_longspec import Spans
 from .cache_layers_longspec import FullLayer, Placement, SharedLayer, SlidingLayer
 from .configuration_longspec import layer_kinds
 
@@ -32,16 +33,21 @@ class SpeculativeCache(Cache):
         reserve: int,
         tree_size: int,
         longest: int | None = None,
+        batch: int = 1,
+        lead: int = 0,
     ):
         """An empty cache with the layers of `past`.
 
         reserve: tokens to have room for; tree_size: nodes of the largest tree; longest: tokens that text and tree can
-        reach at most, if that is known: a sliding window that is no shorter never slides.
+        reach at most, if that is known: a sliding window that is no shorter never slides; lead: how many tokens a row
+        may be ahead of the shortest one.
         """
         self.past = past  # the cache that `hand_back` fills
         self.placement: Placement | None = None
-        self.start = 0
+        self.starts = [0] * batch
         self.visible: Tensor | None = None
+        self._committed: list[int] | None = None
+        self._spans: Spans | None = None
         window = getattr(text_config, "sliding_window", None) or 0
         layers: list = []
         for index, kind in enumerate(layer_kinds(text_config)):
@@ -53,7 +59,7 @@ class SpeculativeCache(Cache):
             elif keeps_all or window > LARGEST_RING:
                 layers.append(FullLayer(reserve, window))
             else:
-                layers.append(SlidingLayer(past.layers[index].sliding_window, tree_size))
+                layers.append(SlidingLayer(past.layers[index].sliding_window, tree_size, lead))
         super().__init__(layers=layers)
 
     @property
@@ -61,8 +67,14 @@ class SpeculativeCache(Cache):
         return [layer for layer in self.layers if not isinstance(layer, SharedLayer)]
 
     @property
+    def lengths(self) -> list[int]:
+        """The tokens of each row that the cache holds."""
+        return self._committed or [self.owners[0].length] * len(self.starts)
+
+    @property
     def length(self) -> int:
-        return self.owners[0].length
+        """That of the longest row."""
+        return max(self.lengths)
 
     @property
     def round_placement(self) -> Placement:
@@ -75,19 +87,23 @@ class SpeculativeCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         layer = self.layers[layer_idx]
         if self.placement is None:
+            self._spans = None
             return layer.update(key_states, value_states)
-        layer.place_tree(key_states, value_states, self.placement)
+        layer.place_tree(key_states, value_states, self.placement.to(key_states.device))
         return key_states, value_states
 
     def place(self, depths: Tensor) -> Placement:
         """The placement of nodes at `depths` (B, T) behind what the cache holds."""
-        lengths = torch.full((depths.shape[0],), self.length, device=depths.device)
-        return Placement(lengths, self.length, self.start, self.visible, depths)
+        if self._spans is None:  # once a round: they cross to the device
+            self._spans = Spans.of(list(zip(self.starts, self.lengths, strict=True)), depths.device)
+        return Placement(self._spans, self.visible, depths, {})
 
     def hide_padding(self, mask: Tensor) -> None:
         """Attend only to indices where `mask` (B, P), an attention mask of the prompt, is one."""
-        self.start = int(mask.any(dim=0).long().argmax())  # read once a call
-        self.visible = None if bool(mask[:, self.start :].all()) else mask.bool()
+        self.starts = mask.long().argmax(dim=1).tolist()  # read once a call
+        index = torch.arange(mask.shape[1], device=mask.device)
+        behind = index >= torch.tensor(self.starts, device=mask.device)[:, None]
+        self.visible = None if bool((mask.bool() == behind).all()) else mask.bool()
 
     def begin_round(self, depths: Tensor) -> None:
         """Until `commit` or `abandon`, `update` places a tree whose nodes have these depths (B, T)."""
@@ -95,15 +111,18 @@ class SpeculativeCache(Cache):
             layer.ensure(self.length + depths.shape[1])
         self.placement = self.place(depths)
 
-    def commit(self, path: Tensor, counts: Tensor, emitted: int) -> None:
-        """Keep the nodes `path[:, :count]`, (B, P) with counts (B,), as the next tokens of the prefix; drop the rest.
+    def commit(self, path: Tensor, counts: Tensor, emitted: list[int]) -> None:
+        """Keep the nodes `path[:, :count]`, (B, P) with counts (B,), as the next tokens of each row; drop the rest.
 
-        emitted: `counts` on the host (batch 1).
+        emitted: `counts` on the host.
         """
         placement = self.round_placement
+        self._committed = [length + count for length, count in zip(self.lengths, emitted, strict=True)]
+        self._spans = None
         for layer in self.owners:
-            layer.commit(path, counts, placement)
-            layer.length += emitted
+            device = layer.keys.device
+            layer.commit(path.to(device), counts.to(device), placement.to(device))
+            layer.length = max(self._committed)
         self.placement = None
 
     def abandon(self) -> None:
@@ -114,6 +133,7 @@ class SpeculativeCache(Cache):
         """Where plain `generate` drops its cache and starts another: `past` keeps what it has, `successor` follows."""
         self.hand_back(self.past)
         self.past = successor
+        self._committed = self._spans = None
         for layer in self.owners:
             layer.length, layer.is_initialized = 0, False  # the memory is the old cache's now
 
@@ -129,7 +149,7 @@ class SpeculativeCache(Cache):
                 theirs.keys = theirs.values = None
 
     def hand_back(self, past: DynamicCache) -> None:
-        """Give `past` what plain decoding would have left in it."""
+        """Give `past` what plain decoding would have left in it: all rows as long as the shortest."""
         for index, layer in enumerate(self.layers):
             if isinstance(layer, SharedLayer) or not layer.is_initialized:
                 continue
@@ -138,6 +158,7 @@ class SpeculativeCache(Cache):
             theirs = past.layers[index]
             if not theirs.is_initialized:
                 theirs.lazy_initialization(layer.keys, layer.values)
+            layer.length = min(self._committed or [layer.length])
             keys, values = layer.stored()
             if getattr(theirs, "is_sliding", False):
                 kept = slice(1 - theirs.sliding_window, None) if theirs.sliding_window > 1 else slice(None)

@@ -32,16 +32,22 @@ class LongSpecCandidateGenerator:
         heads = (batch, config.num_key_value_heads, config.head_dim)
         self.window = DraftWindow(config.window, self.inner_nodes, heads, draft.dtype, target.device)
 
-    def prefill(self, embeds: Tensor, last_position: int) -> None:
-        """Fill the window from the text's embeddings (B, T, hidden), whose last token stands at `last_position`."""
+    def prefill(self, embeds: Tensor, last_position: Tensor, real: Tensor) -> None:
+        """Fill the window from the text's embeddings (B, T, hidden), whose last tokens stand at `last_position` (B,).
+
+        real: (B, T), false where a token is padding.
+        """
         if not self.shape:
             return
-        embeds = embeds[:, -self.window.window :]
-        first = last_position + 1 - embeds.shape[1]
-        positions = torch.arange(first, last_position + 1, device=embeds.device).expand(embeds.shape[:2])
-        self.window.first = first
+        tail = slice(-self.window.window, None)
+        embeds, real = embeds[:, tail], real[:, tail]
+        back = torch.arange(1 - embeds.shape[1], 1, device=embeds.device)
+        positions = last_position[:, None] + back
+        # counted back from the last one, padding inside a text can take them below zero
+        real = real & (positions >= 0)
+        self.window.first = positions.masked_fill(~real, last_position.max()).amin(dim=1)
         key, value = self.draft.window_kv(embeds, positions)
-        self.window.write(key, value, positions)
+        self.window.write(key, value, positions, real)
 
     def advance(self, tokens: Tensor, positions: Tensor, real: Tensor | None = None) -> None:
         """Add emitted tokens (B, T) at `positions` (B, T) to the window; where `real` (B, T) is false is padding."""
@@ -94,11 +100,7 @@ class LongSpecCandidateGenerator:
             return attend(query, window.keys, window.values, mask, self.scaling)[0].to(query.dtype)
 
         def cross_attend(query: Tensor) -> Tensor:
-            if prefix.mask is None:
-                out, _ = self.backend.prefix(query, prefix.key, prefix.value, self.scaling, None)
-            else:
-                out, _ = attend(query, prefix.key, prefix.value, prefix.mask, self.scaling)
-            return out.to(query.dtype)
+            return prefix.attend(query, self.backend, self.scaling, None)[0].to(query.dtype)
 
         embeds = self.target.embed(tokens)
         hidden = self.draft.layer(embeds, positions, self.target.rotate, self_attend, cross_attend)

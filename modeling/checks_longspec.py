@@ -9,12 +9,8 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, Static
 from transformers.generation import GenerationMode
 
 
-def check_inputs(
-    input_ids: Tensor, generation_config: GenerationConfig, synced_gpus: bool, model_kwargs: dict[str, Any]
-) -> None:
+def check_inputs(input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
     """Raises `ValueError` for inputs of a call that LongSpec cannot serve."""
-    if input_ids.shape[0] != 1:
-        raise ValueError(f"LongSpec decodes one sequence at a time, got a batch of {input_ids.shape[0]}")
     if not model_kwargs.get("use_cache", True):
         raise ValueError("LongSpec needs the target's cache, got use_cache=False")
     past = model_kwargs.get("past_key_values")
@@ -27,11 +23,12 @@ def check_inputs(
     positions = model_kwargs.get("position_ids")
     if positions is not None and positions.dim() != 2:
         raise ValueError(f"LongSpec needs position_ids of shape (batch, length), got {tuple(positions.shape)}")
-    if synced_gpus:
-        raise ValueError("LongSpec does not serve synced_gpus yet, got synced_gpus=True")
-    if generation_config.output_attentions or generation_config.output_hidden_states:
+    if generation_config.output_attentions:
+        raise ValueError("LongSpec's attention makes no attention weights, got output_attentions=True")
+    held = past.layers[0].keys if past.get_seq_length() > 0 else input_ids
+    if held is not None and held.shape[0] != input_ids.shape[0]:
         raise ValueError(
-            "LongSpec cannot return attentions or hidden states, got output_attentions or output_hidden_states"
+            f"expected past_key_values of the prompts' batch size {input_ids.shape[0]}, got {held.shape[0]}"
         )
 
 
@@ -51,11 +48,6 @@ def check_generation(
     check_steadiness(target)
     if generation_config.num_beams != 1:
         raise ValueError(f"LongSpec needs num_beams=1, got num_beams={generation_config.num_beams}")
-    if generation_config.num_return_sequences not in (None, 1):
-        raise ValueError(
-            "LongSpec decodes one sequence at a time, got "
-            f"num_return_sequences={generation_config.num_return_sequences}"
-        )
     if generation_config.prompt_lookup_num_tokens is not None:
         raise ValueError("expected a LongSpec draft or prompt_lookup_num_tokens, got both")
     if generation_config.assistant_early_exit is not None:

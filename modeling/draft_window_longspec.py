@@ -24,12 +24,12 @@ class DraftWindow:
         self.tree_start = window + 1
         self.keys = torch.zeros(batch, heads, self.tree_start + tree_size, dim, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
-        self.first = 0  # position of the earliest token it was ever given
+        self.first = torch.zeros(batch, dtype=torch.long, device=device)  # position of each row's earliest token
 
     def write(self, key: Tensor, value: Tensor, positions: Tensor, real: Tensor | None = None) -> None:
         """Store keys and values (B, K, T, D) of tokens at `positions` (B, T): of more than the window holds, the last.
 
-        real: (B, T), false where a row is padding; without it, T ≤ window.
+        real: (B, T), false where a token is padding; without it, T ≤ window.
         """
         slots = positions % self.window
         if real is not None:
@@ -51,7 +51,7 @@ class DraftWindow:
         ancestry: (B, T, tree_size), true for a node itself and its ancestors.
         """
         held = ring_contents(root_position, self.window)[:, None]  # (B, 1, window)
-        ring = (held >= self.first) & (held > positions[:, :, None] - self.window)
+        ring = (held >= self.first[:, None, None]) & (held > positions[:, :, None] - self.window)
         padding = torch.zeros_like(ring[:, :, :1])
         return torch.cat([ring, padding, ancestry], dim=-1)
 

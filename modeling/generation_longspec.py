@@ -5,6 +5,8 @@ A round: grow a tree, verify it in one target forward, accept a path, commit it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,8 +25,9 @@ from .interface_longspec import Round, attending, switched
 from .prefill_longspec import make_cache, prefill
 from .rope_switch_longspec import RopeSwitch
 from .target_longspec import BoundTarget
+from .text_longspec import Text
 from .tree_longspec import TokenTree, ancestor_mask, node_depths
-from .verification_longspec import Text, accept
+from .verification_longspec import accept
 
 logger = logging.get_logger(__name__)
 
@@ -69,83 +72,113 @@ def assisted_decoding(
 ) -> LongSpecOutput | Tensor:
     """Write what `target` alone would write, several tokens per forward; `generate` calls this for LongSpec drafts.
 
-    input_ids: (1, L) prompt. Returns (1, L + new) ids, or a `LongSpecOutput` with `return_dict_in_generate`.
+    input_ids: (B, L) prompts. Returns (B, L + new) ids, or a `LongSpecOutput` with `return_dict_in_generate`.
     Raises `ValueError` for what speculation cannot serve, before any work is done.
     """
-    check_inputs(input_ids, generation_config, synced_gpus, model_kwargs)
-    bound = draft.bind(target)
-    backend = choose_backend(draft, target, bound)
-    with torch.inference_mode(False):  # or a caller's inference mode would leave the draft unfit for training
-        draft.to(device=bound.device, dtype=bound.dtype)
-    clock = PhaseClock(draft.config.profile, bound.device)
-    text = Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-    past = model_kwargs["past_key_values"]
-    cache = make_cache(target, draft, past, input_ids, generation_config, model_kwargs)
-    generator = LongSpecCandidateGenerator(draft, bound, backend, batch=1)
-    accept_lengths: list[int] = []
-    try:
-        with clock("prefill"):
-            cache.adopt(past)
-            root_position, extras = prefill(target, text, cache, generator, generation_config, model_kwargs)
-        call = Call(target, text, cache, generator, backend, RopeSwitch(target, model_kwargs), clock, extras)
-        with switched(target), target._optimize_model_for_decode():
-            while not text.finished:
-                accept_lengths.append(decode_round(call, root_position))
-                root_position = root_position + accept_lengths[-1]
-    finally:
-        cache.abandon()
-        cache.hand_back(cache.past)
-    if streamer is not None:
-        streamer.end()
+    with ending(streamer):
+        check_inputs(input_ids, generation_config, model_kwargs)
+        bound = draft.bind(target)
+        backend = choose_backend(draft, target, bound)
+        with torch.inference_mode(False):  # or a caller's inference mode would leave the draft unfit for training
+            draft.to(device=bound.device, dtype=bound.dtype)
+        clock = PhaseClock(draft.config.profile, bound.device)
+        rope_switch = RopeSwitch(target, model_kwargs)
+        past = model_kwargs["past_key_values"]
+        text = Text(
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            streamer,
+            nodes=1 + sum(draft.config.tree_shape),
+            vocab=target.config.get_text_config(decoder=True).vocab_size,
+            keeps_cache=generation_config.return_dict_in_generate or getattr(past, "_is_user_defined", False),
+            together=rope_switch.last_short is not None,
+        )
+        cache = make_cache(target, draft, past, text, generation_config, model_kwargs, bound.device)
+        generator = LongSpecCandidateGenerator(draft, bound, backend, text.batch)
+        accept_lengths: list[list[int]] = [[] for _ in range(text.batch)]
+        try:
+            with clock("prefill"):
+                cache.adopt(past)
+                root_positions, extras = prefill(target, text, cache, generator, generation_config, model_kwargs)
+            call = Call(target, text, cache, generator, backend, rope_switch, clock, extras)
+            with switched(target), target._optimize_model_for_decode():
+                # under synced_gpus a rank that has finished goes on with rounds that write nothing
+                while target._has_unfinished_sequences(text.finished, synced_gpus, device=text.device):
+                    running = [row for row, end in enumerate(text.ends) if end is None]
+                    counts = decode_round(call, root_positions)
+                    root_positions = root_positions + torch.tensor(counts, device=root_positions.device)
+                    for row in running:
+                        accept_lengths[row] += [counts[row]] if counts[row] else []
+        finally:
+            text.rewind_noise()
+            cache.abandon()
+            cache.hand_back(cache.past)
     if not generation_config.return_dict_in_generate:
-        return text.ids
+        return text.sequences
     return LongSpecOutput(
-        sequences=text.ids,
-        scores=text.scores,
-        logits=text.logits,
+        sequences=text.sequences,
+        **text.records.as_dict(),
         past_key_values=cache.past,
-        accept_lengths=[accept_lengths],
+        accept_lengths=accept_lengths,
         phase_seconds=dict(clock.seconds) if draft.config.profile else None,
     )
 
 
-def decode_round(call: Call, root_position: Tensor) -> int:
-    """Grow, verify, accept, commit. Returns the number of tokens emitted, at least one.
+@contextmanager
+def ending(streamer: Any) -> Iterator[None]:
+    """A streamer is told the end of the text, also when that is an error: somebody may be waiting for it."""
+    try:
+        yield
+    finally:
+        if streamer is not None:
+            streamer.end()
 
-    root_position: (1,), where the newest token of the text stands.
+
+def decode_round(call: Call, root_positions: Tensor) -> list[int]:
+    """Grow, verify, accept, commit. Returns the number of tokens that each row wrote; a row may rest.
+
+    root_positions: (B,), where the newest token of each row stands.
     """
     text, cache, generator, rope_switch, clock = call.text, call.cache, call.generator, call.rope_switch, call.clock
-    if rope_switch.drops_cache(text.ids, cache):
-        text.emit(rope_switch.rebuild(text.ids, cache))
-        generator.advance(text.ids[:, -2:-1], root_position[:, None])
-        return 1
+    if rope_switch.drops_cache(text, cache):
+        outputs = rope_switch.rebuild(text, cache)
+        read = text.sequences[:, -1:]
+        text.emit(list(range(text.batch)), outputs.logits[:, -1], outputs.hidden_states)
+        generator.advance(read, root_positions[:, None])
+        return [1] * text.batch
     with clock("grow"):
-        tree = generator.grow(text.last_token, root_position, cache, rope_switch.levels(root_position, cache))
+        root = torch.tensor(text.newest, device=root_positions.device)
+        tree = generator.grow(root, root_positions, cache, rope_switch.levels(root_positions, cache))
+        if text.padded is not None:
+            rows, pad = text.padded
+            tree = tree.forced(rows.to(root.device), pad)
     with clock("verify"):
-        logits = verify(call, tree, root_position)
-    path = [0]
+        ancestors = ancestor_mask(tree.parents, tree.levels)
+        depths = node_depths(ancestors)
+        outputs = verify(call, tree, ancestors, root_positions[:, None] + depths, depths)
+    paths = [[0] if room else [] for room in text.room()]
     try:
         with clock("accept"):
-            accept(tree, logits, text, path)
+            accept(tree, depths, outputs.logits, outputs.hidden_states, text, paths)
     finally:  # also when a user's processor, criterion or streamer raises: the cache keeps up with the text
         with clock("commit"):
-            commit(call, tree, path, root_position)
-    return len(path)
+            commit(call, tree, paths, root_positions)
+    return [len(path) for path in paths]
 
 
-def verify(call: Call, tree: TokenTree, root_position: Tensor) -> Tensor:
-    """One target forward over the tree: logits (1, T, vocab) of every node. The cache is left inside the round."""
+def verify(call: Call, tree: TokenTree, ancestors: Tensor, positions: Tensor, depths: Tensor) -> Any:
+    """One target forward over the trees: its outputs, logits (B, T, vocab). The cache is left inside the round."""
     target, cache = call.target, call.cache
     nodes = tree.tokens.shape[1]
     extras = {name: value.expand(-1, nodes) if "token_type" in name else value for name, value in call.extras.items()}
-    ancestors = ancestor_mask(tree.parents, tree.levels)
-    depths = node_depths(ancestors)
     cache.begin_round(depths)
     state = Round(cache, ancestors, call.backend, seen=set())
     with attending(state):
         outputs = target(
             input_ids=tree.tokens,
-            position_ids=root_position[:, None] + depths,
+            position_ids=positions,
             past_key_values=cache,
             use_cache=True,
             return_dict=True,
@@ -157,17 +190,19 @@ def verify(call: Call, tree: TokenTree, root_position: Tensor) -> Tensor:
             f"{type(target).__name__} does not follow transformers' attention interface: expected it to attend "
             f"through it in layers {sorted(expected)}, it did in {sorted(state.seen)}"
         )
-    return outputs.logits
+    return outputs
 
 
-def commit(call: Call, tree: TokenTree, path: list[int], root_position: Tensor) -> None:
-    """Keep the accepted path in both caches."""
+def commit(call: Call, tree: TokenTree, paths: list[list[int]], root_positions: Tensor) -> None:
+    """Keep the accepted paths in both caches."""
     steps = tree.levels + 1
-    padded = torch.tensor([path + [0] * (steps - len(path))], device=tree.tokens.device)
-    counts = torch.tensor([len(path)], device=tree.tokens.device)
-    call.cache.commit(padded, counts, len(path))
-    step = torch.arange(steps, device=tree.tokens.device)
-    call.generator.advance(tree.tokens.gather(1, padded), root_position[:, None] + step, step < counts[:, None])
+    device = tree.tokens.device
+    emitted = [len(path) for path in paths]
+    padded = torch.tensor([path + [0] * (steps - len(path)) for path in paths], device=device)
+    counts = torch.tensor(emitted, device=device)
+    call.cache.commit(padded, counts, emitted)
+    step = torch.arange(steps, device=device)
+    call.generator.advance(tree.tokens.gather(1, padded), root_positions[:, None] + step, step < counts[:, None])
 
 
 def choose_backend(draft: Any, target: PreTrainedModel, bound: BoundTarget) -> Backend:

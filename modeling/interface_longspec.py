@@ -15,10 +15,12 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from .attention_longspec import Backend, apply_sinks, attend, merge
+from .cache_layers_longspec import Placement
 from .cache_longspec import SpeculativeCache
 
 
@@ -82,7 +84,7 @@ def hybrid_attention(
     state.seen.add(module.layer_idx)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = state.cache.layers[module.layer_idx]
-    placement = state.cache.round_placement
+    placement = state.cache.round_placement.to(query.device)
     prefix = layer.prefix(placement)
     shapes = [states.shape[1::2] for states in (prefix.key, prefix.value)]  # heads and dimension
     if not once or [states.shape[1::2] for states in (key, value)] != shapes:
@@ -90,21 +92,25 @@ def hybrid_attention(
             "LongSpec needs a target that attends once a layer to the keys and values it caches, got "
             f"{type(module).__name__}, which does otherwise"
         )
-    if prefix.mask is None:
-        over_prefix = state.backend.prefix(query, prefix.key, prefix.value, scaling, softcap)
-    else:
-        over_prefix = attend(query, prefix.key, prefix.value, prefix.mask, scaling, softcap)
-    mask = state.ancestors
-    if layer.window is not None:
-        apart = placement.depths[:, :, None] - placement.depths[:, None, :]
-        mask = mask & (apart < layer.window)
+    mask = placement.once(("tree", layer.window), lambda: tree_mask(state, placement, layer.window))
+    over_prefix = prefix.attend(query, state.backend, scaling, softcap)
     over_tree = attend(query, key, value, mask, scaling, softcap)
-    out, lse = merge(*over_prefix, *over_tree)
+    out, lse = merge(over_prefix[0], over_prefix[1], over_tree[0], over_tree[1])
     if s_aux is not None:
         out = apply_sinks(out, lse, s_aux)
     return out.transpose(1, 2).to(query.dtype).contiguous(), None
 
 
+def tree_mask(state: Round, placement: Placement, window: int | None) -> Tensor:
+    """(B, T, T) bool: a node sees itself and its ancestors, of a sliding layer those within its window."""
+    ancestors = state.ancestors.to(placement.depths.device)
+    if window is None:
+        return ancestors
+    apart = placement.depths[:, :, None] - placement.depths[:, None, :]
+    return ancestors & (apart < window)
+
+
+@torch.compiler.disable  # a round's state comes through a ContextVar, which dynamo cannot trace
 def registered_attention(original: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The registered attention function: a round's attention if this thread is in one, else the target's own."""
     attention = _SHARED.attention.get()
@@ -114,6 +120,7 @@ def registered_attention(original: str, module: nn.Module, *args: Any, **kwargs:
     return attention(module, *args, **kwargs)
 
 
+@torch.compiler.disable
 def registered_mask(original: str, *args: Any, **kwargs: Any) -> Any:
     """The mask function of the same name: no mask during a round, the target's own one otherwise."""
     own = AttentionMaskInterface().get(original)

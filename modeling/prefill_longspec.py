@@ -11,7 +11,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from .cache_longspec import SpeculativeCache
 from .candidate_generator_longspec import LongSpecCandidateGenerator
 from .checks_longspec import check_prefix
-from .verification_longspec import Text
+from .text_longspec import Text
 
 HEADROOM = 512  # tokens a call makes room for beyond its prompt before the cache has to grow
 
@@ -20,20 +20,26 @@ def make_cache(
     target: PreTrainedModel,
     draft: Any,
     past: DynamicCache,
-    input_ids: Tensor,
+    text: Text,
     generation_config: GenerationConfig,
     model_kwargs: dict[str, Any],
+    device: torch.device,
 ) -> SpeculativeCache:
-    """An empty cache with room for the prompt, the first `HEADROOM` tokens of the answer and a tree."""
+    """An empty cache with room for the prompt, the first `HEADROOM` tokens of the answer and a tree.
+
+    device: that of most layers.
+    """
     embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
-    prompt = past.get_seq_length() + (input_ids.shape[1] if embeds is None else embeds.shape[1])
-    answer = max(generation_config.max_length - input_ids.shape[1], 0)
+    prompt = past.get_seq_length() + (text.prompt if embeds is None else embeds.shape[1])
+    answer = max(generation_config.max_length - text.prompt, 0)
     tree_size = 1 + sum(draft.config.tree_shape)
     text_config = target.config.get_text_config(decoder=True)
     reserve = prompt + min(answer, HEADROOM) + tree_size
-    cache = SpeculativeCache(text_config, past, reserve, tree_size, longest=prompt + answer + tree_size)
+    longest = prompt + answer + tree_size
+    lead = 0 if text.together else text.lead
+    cache = SpeculativeCache(text_config, past, reserve, tree_size, longest, batch=text.batch, lead=lead)
     if mask is not None:
-        cache.hide_padding(mask.to(target.device))
+        cache.hide_padding(mask.to(device))
     return cache
 
 
@@ -47,11 +53,12 @@ def prefill(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Read the prompt as plain `generate` does, emit its first token, fill the draft's window.
 
-    Returns the position (1,) of that token, the first root, and what every step passes on (see `step_extras`).
+    Returns the positions (B,) of that token, the first roots, and what every step passes on (see `step_extras`).
     """
     model_kwargs["past_key_values"] = cache
+    prompt = text.sequences
     outputs = target._prefill(
-        text.ids, generation_config, model_kwargs, is_first_iteration=not generation_config.is_assistant
+        prompt, generation_config, model_kwargs, is_first_iteration=not generation_config.is_assistant
     )
     if outputs.past_key_values is not cache:
         # phi3 drops the cache it is given when a prompt reaches beyond its rope switch
@@ -59,16 +66,17 @@ def prefill(
         cache.adopt(outputs.past_key_values)
     bound = generator.target
     check_prefix(cache.layers[bound.layer], generator.draft.config)
+    starts = torch.tensor(cache.starts, device=bound.device)
     positions = model_kwargs.get("position_ids")
-    last = cache.length - cache.start - 1 if positions is None else int(positions[0, -1])
-    window = slice(-min(generator.draft.config.window, cache.length - cache.start), None)
+    last = cache.length - starts - 1 if positions is None else positions[:, -1].to(bound.device)
     if (embeds := model_kwargs.get("inputs_embeds")) is not None:
-        embeds = bound.scale(embeds[:, window])
+        embeds = bound.scale(embeds[:, -generator.draft.config.window :]).to(bound.device)
     else:
-        embeds = bound.embed(text.ids[:, window].to(bound.device))
-    generator.prefill(embeds, last)
-    text.emit(outputs.logits[:, -1])
-    return torch.full((1,), last + 1, device=bound.device), step_extras(target, text.ids, outputs, model_kwargs)
+        embeds = bound.embed(prompt[:, -generator.draft.config.window :].to(bound.device))
+    index = torch.arange(cache.length - embeds.shape[1], cache.length, device=bound.device)
+    generator.prefill(embeds, last, index >= starts[:, None])
+    text.emit(list(range(text.batch)), outputs.logits[:, -1], outputs.hidden_states)
+    return (last + 1).expand(text.batch), step_extras(target, text.sequences, outputs, model_kwargs)
 
 
 def step_extras(target: PreTrainedModel, ids: Tensor, outputs: Any, model_kwargs: dict[str, Any]) -> dict[str, Any]:

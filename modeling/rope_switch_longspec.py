@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from .cache_longspec import SpeculativeCache
+from .text_longspec import Text
 
 
 class RopeSwitch:
@@ -22,39 +23,39 @@ class RopeSwitch:
         longrope = parameters.get("rope_type") == "longrope"
         self.target = target
         self.last_short = parameters["original_max_position_embeddings"] if longrope else None
+        self.options = {name: model_kwargs[name] for name in ("output_hidden_states",) if name in model_kwargs}
         self.mask, self.positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
 
-    def levels(self, root_position: Tensor, cache: SpeculativeCache) -> int | None:
-        """How many levels below a root at `root_position` (1,) may be guessed; None: any number.
+    def levels(self, root_positions: Tensor, cache: SpeculativeCache) -> int | None:
+        """How many levels below roots at `root_positions` (B,) may be guessed; None: any number.
 
         The frequencies change by position, the cache is dropped by length; padding sets the two apart.
         """
         if self.last_short is None:
             return None
-        places = (int(root_position), cache.length)  # the frequencies of a step are chosen by its position
+        places = (int(root_positions.max()), cache.length)  # a batch has the frequencies of its largest position
         limits = [self.last_short - 1 - place for place in places if place < self.last_short]
         return min(limits, default=None)
 
-    def drops_cache(self, ids: Tensor, cache: SpeculativeCache) -> bool:
-        """Whether plain `generate` would throw the cache away before it reads the newest token of `ids` (1, L)."""
-        if self.last_short is None or ids.shape[1] <= self.last_short or cache.length > self.last_short:
+    def drops_cache(self, text: Text, cache: SpeculativeCache) -> bool:
+        """Whether plain `generate` would throw the cache away before it reads the newest token of `text`."""
+        if self.last_short is None or text.lengths[0] <= self.last_short or cache.length > self.last_short:
             return False
-        return self._inputs(ids, cache).get("past_key_values") is None
+        return self._inputs(text.sequences, cache).get("past_key_values") is None
 
-    def rebuild(self, ids: Tensor, cache: SpeculativeCache) -> Tensor:
-        """Read what plain `generate` reads anew of `ids` (1, L) into the emptied cache; its last logits (1, vocab).
+    def rebuild(self, text: Text, cache: SpeculativeCache) -> Any:
+        """Read what plain `generate` reads anew of `text` into the emptied cache; the target's outputs.
 
-        That is all of `ids` from transformers 5.18 on; 5.17 forgets the text here, and we with it.
+        That is all of it from transformers 5.18 on; 5.17 forgets the text here, and we with it.
         """
-        inputs = self._inputs(ids, cache)
+        inputs = self._inputs(text.sequences, cache)
         cache.drop(DynamicCache(config=self.target.config.get_text_config(decoder=True)))
-        outputs = self.target(**inputs | {"past_key_values": cache}, return_dict=True)
-        return outputs.logits[:, -1]
+        return self.target(**inputs | {"past_key_values": cache} | self.options, return_dict=True)
 
     def _inputs(self, ids: Tensor, cache: SpeculativeCache) -> dict:
         mask, positions = self.mask, self.positions
         if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(1, ids.shape[1] - mask.shape[1])], dim=1)
+            mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])], dim=1)
         if positions is not None:
             behind = torch.arange(1, 1 + ids.shape[1] - positions.shape[1], device=positions.device)
             positions = torch.cat([positions, positions[:, -1:] + behind], dim=1)

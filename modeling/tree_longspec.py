@@ -41,6 +41,16 @@ class TokenTree(NamedTuple):
             self.levels + 1,
         )
 
+    def forced(self, rows: Tensor, token: int) -> TokenTree:
+        """In `rows` (B,) bool, chains of `token` instead: what follows there is known (padding)."""
+        node = torch.arange(self.tokens.shape[1], device=rows.device)
+        chain = torch.where(node <= self.levels, node - 1, 0).clamp(min=0)
+        rows = rows[:, None]
+        root = node == 0
+        return self._replace(
+            tokens=torch.where(rows & ~root, token, self.tokens), parents=torch.where(rows, chain, self.parents)
+        )
+
     def prune(self, size: int | None) -> TokenTree:
         """The `size` best nodes by score, root included, in their old order; all of them if `size` is None.
 

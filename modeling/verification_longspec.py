@@ -6,78 +6,55 @@ would, so any tree and any processor give the same text. Knows trees and logits,
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig
+from torch import Tensor
 
+from .sampling_longspec import Picks
+from .text_longspec import Text
 from .tree_longspec import TokenTree, children
 
 
-class Text:
-    """The sequence as plain `generate` holds it: one `emit` per token runs processors, sampler, streamer and criteria.
+def accept(
+    tree: TokenTree,
+    depths: Tensor,
+    logits: Tensor,
+    hidden_states: tuple[Tensor, ...] | None,
+    text: Text,
+    paths: list[list[int]],
+) -> None:
+    """Extend `text` along the trees as far as the target agrees, and each row by the target's own next token.
 
-    The random generator is asked once per emitted token, in order, so the same seed gives the same text.
+    depths: (B, T) of the nodes. logits: (B, T, vocab) and hidden_states: (B, T, hidden) per layer, of the target at
+    each node. paths: the accepted nodes of each row so far: just the root `[0]`, or none where a row is to rest. They
+    grow in place, so that they are right even if `text` raises; in the end a row has as many as tokens were written.
     """
-
-    def __init__(
-        self, input_ids: Tensor, processors: Any, criteria: Any, generation_config: GenerationConfig, streamer: Any
-    ):
-        self.ids = input_ids  # (1, L)
-        self.processors, self.criteria, self.streamer = processors, criteria, streamer
-        self.do_sample = generation_config.do_sample
-        record = generation_config.return_dict_in_generate
-        self.scores: tuple | None = () if record and generation_config.output_scores else None
-        self.logits: tuple | None = () if record and generation_config.output_logits else None
-        self.finished = False
-
-    @property
-    def last_token(self) -> Tensor:
-        return self.ids[:, -1]
-
-    @property
-    def is_argmax(self) -> bool:
-        """Whether a token is the argmax of its logits, whatever came before it, and nobody asked to see them."""
-        return not self.do_sample and len(self.processors) == 0 and self.scores is None and self.logits is None
-
-    def emit(self, logits: Tensor) -> int:
-        """Pick the next token from the target's logits (1, vocab) and append it."""
-        logits = logits.to(copy=True, dtype=torch.float32, device=self.ids.device)
-        scores = self.processors(self.ids, logits)
-        if self.scores is not None:
-            self.scores += (scores,)
-        if self.logits is not None:
-            self.logits += (logits,)
-        if self.do_sample:
-            probabilities = nn.functional.softmax(scores, dim=-1)
-            return self.append(torch.multinomial(probabilities, num_samples=1).squeeze(1))
-        return self.append(torch.argmax(scores, dim=-1))
-
-    def append(self, token: Tensor) -> int:
-        """Append `token` (1,): ask the stopping criteria, then stream it, as `generate` does. Returns it."""
-        self.ids = torch.cat([self.ids, token[:, None]], dim=-1)
-        self.finished = bool(self.criteria(self.ids, self.scores).all())
-        if self.streamer is not None:
-            self.streamer.put(token.cpu())
-        return int(token)
-
-
-def accept(tree: TokenTree, logits: Tensor, text: Text, path: list[int]) -> None:
-    """Extend `text` along the tree as far as the target agrees, and by the target's own next token (batch 1).
-
-    path: the accepted nodes so far, just the root `[0]`; grows in place, so that it is right even if `text` raises.
-
-    logits: (1, T, vocab) of the target at each node. In the end there are as many nodes in `path` as tokens emitted.
-    """
-    # the walk needs the tree on the host: one transfer a round
-    tokens, parents = torch.stack([tree.tokens[0], tree.parents[0]]).tolist()
-    below = children(tokens, parents)
-    best = logits[0].float().argmax(dim=-1).to(text.ids.device) if text.is_argmax else None
-    while True:
-        node = path[-1]
-        token = text.append(best[node : node + 1]) if best is not None else text.emit(logits[:, node])
-        child = below[node].get(token)
-        if text.finished or child is None:
+    room = text.room()
+    stopped = [end is not None for end in text.ends]
+    known = [tree.tokens, tree.parents]
+    picks = text.pick_tree(logits, depths, tree.levels) if text.by_tree else None
+    if picks is not None:
+        valid = [] if picks.valid is None else [picks.valid.long()]
+        known += [states.to(depths.device) for states in (picks.tokens, *valid)]
+    host = torch.stack(known).cpu()  # the walk needs the trees on the host: one transfer a round
+    below = [children(*pair) for pair in zip(host[0].tolist(), host[1].tolist(), strict=True)]
+    moving = [row for row, path in enumerate(paths) if path]
+    while moving:
+        nodes = [paths[row][-1] for row in moving]
+        states = None if hidden_states is None else tuple(layer[moving, nodes][:, None] for layer in hidden_states)
+        if picks is None:
+            tokens = text.emit(moving, logits[moving, nodes], states)
+        else:
+            scores = None if picks.scores is None else picks.scores[moving, nodes]
+            picked = Picks(host[2, moving, nodes], scores, None if picks.valid is None else host[3, moving, nodes])
+            recorded = None if text.records.logits is None else logits[moving, nodes].to(text.device, torch.float32)
+            tokens = text.write(moving, picked, recorded, states)
+        going = []
+        for row, node, token in zip(moving, nodes, tokens, strict=True):
+            child = below[row][node].get(token)
+            just_stopped = text.ends[row] is not None and not stopped[row]
+            if child is not None and not just_stopped and len(paths[row]) < room[row]:
+                paths[row].append(child)
+                going.append(row)
+        if text.together and len(going) < text.batch:
             return
-        path.append(child)
+        moving = going
