@@ -48,13 +48,14 @@ def accept(
             picked = Picks(host[2, moving, nodes], scores, None if picks.valid is None else host[3, moving, nodes])
             recorded = None if text.records.logits is None else logits[moving, nodes].to(text.device, torch.float32)
             tokens = text.write(moving, picked, recorded, states)
-        going = []
+        going = {}
         for row, node, token in zip(moving, nodes, tokens, strict=True):
             child = below[row][node].get(token)
             just_stopped = text.ends[row] is not None and not stopped[row]
             if child is not None and not just_stopped and len(paths[row]) < room[row]:
-                paths[row].append(child)
-                going.append(row)
+                going[row] = child
         if text.together and len(going) < text.batch:
             return
-        moving = going
+        moving = list(going)
+        for row, child in going.items():
+            paths[row].append(child)
