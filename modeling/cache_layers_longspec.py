@@ -58,7 +58,8 @@ class Prefix(NamedTuple):
     def attend(self, query: Tensor, backend: Backend, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor]:
         """Attention of the nodes' queries (B, H, T, D) over the prefix, with its log-sum-exp; see `attend`."""
         if self.mask is None:
-            return backend.prefix(query, self.key, self.value, self.spans, scaling, softcap)
+            key, value = self.key.to(query.dtype), self.value.to(query.dtype)  # copies under autocast only
+            return backend.prefix(query, key, value, self.spans, scaling, softcap)
         return attend(query, self.key, self.value, self.mask, scaling, softcap)
 
 

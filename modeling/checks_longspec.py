@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.generation import GenerationMode
+
+
+@contextmanager
+def ended_on_error(streamer: Any) -> Iterator[None]:
+    """Where what runs within it raises, the streamer is told the end: the reader of an iterator waits for it."""
+    try:
+        yield
+    except BaseException:
+        if streamer is not None:
+            streamer.end()
+        raise
 
 
 def check_inputs(input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
@@ -40,12 +53,26 @@ def check_generation(
     mode_kwargs: dict[str, Any],
 ) -> None:
     """Raises `ValueError`, before anything is allocated, for what plain `generate` serves and LongSpec cannot."""
-    draft.config.check()
+    with ended_on_error(mode_kwargs.get("streamer")):
+        draft.config.check()
+        check_target(target)
+        check_options(mode, generation_config, mode_kwargs)
+        draft.bind(target)
+
+
+def check_target(target: PreTrainedModel) -> None:
+    """Raises `ValueError` for a target that LongSpec cannot serve, whatever the draft."""
     if target.config.is_encoder_decoder:
         raise ValueError(f"LongSpec needs a decoder-only target, got the encoder–decoder {type(target).__name__}")
     if target._is_stateful:
         raise ValueError(f"LongSpec needs a target with key/value caches, got the stateful {type(target).__name__}")
+    if (ranks := getattr(target, "tp_size", None) or 1) > 1:
+        raise ValueError(f"LongSpec needs every K/V head of its target, got one that is split over {ranks} devices")
     check_steadiness(target)
+
+
+def check_options(mode: GenerationMode, generation_config: GenerationConfig, mode_kwargs: dict[str, Any]) -> None:
+    """Raises `ValueError` for options of `generate` that LongSpec cannot serve."""
     if generation_config.num_beams != 1:
         raise ValueError(f"LongSpec needs num_beams=1, got num_beams={generation_config.num_beams}")
     if generation_config.prompt_lookup_num_tokens is not None:
@@ -65,7 +92,6 @@ def check_generation(
         raise ValueError(f"LongSpec serves greedy decoding and sampling, got generation mode {mode.value!r}")
     if mode_kwargs.get("assistant_tokenizer") is not None:
         raise ValueError("a LongSpec draft shares the target's tokenizer, got assistant_tokenizer")
-    draft.bind(target)
 
 
 def check_steadiness(target: PreTrainedModel) -> None:

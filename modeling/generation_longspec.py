@@ -5,8 +5,6 @@ A round: grow a tree, verify it in one target forward, accept a path, commit it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +17,7 @@ from transformers.utils import logging
 from .attention_longspec import Backend, resolve_backend
 from .cache_longspec import SpeculativeCache
 from .candidate_generator_longspec import LongSpecCandidateGenerator
-from .checks_longspec import check_inputs
+from .checks_longspec import check_inputs, ended_on_error
 from .clock_longspec import PhaseClock
 from .interface_longspec import Round, attending, switched
 from .prefill_longspec import make_cache, prefill
@@ -75,7 +73,7 @@ def assisted_decoding(
     input_ids: (B, L) prompts. Returns (B, L + new) ids, or a `LongSpecOutput` with `return_dict_in_generate`.
     Raises `ValueError` for what speculation cannot serve, before any work is done.
     """
-    with ending(streamer):
+    with ended_on_error(streamer):
         check_inputs(input_ids, generation_config, model_kwargs)
         bound = draft.bind(target)
         backend = choose_backend(draft, target, bound)
@@ -115,6 +113,8 @@ def assisted_decoding(
             text.rewind_noise()
             cache.abandon()
             cache.hand_back(cache.past)
+    if streamer is not None:
+        streamer.end()
     if not generation_config.return_dict_in_generate:
         return text.sequences
     return LongSpecOutput(
@@ -124,16 +124,6 @@ def assisted_decoding(
         accept_lengths=accept_lengths,
         phase_seconds=dict(clock.seconds) if draft.config.profile else None,
     )
-
-
-@contextmanager
-def ending(streamer: Any) -> Iterator[None]:
-    """A streamer is told the end of the text, also when that is an error: somebody may be waiting for it."""
-    try:
-        yield
-    finally:
-        if streamer is not None:
-            streamer.end()
 
 
 def decode_round(call: Call, root_positions: Tensor) -> list[int]:

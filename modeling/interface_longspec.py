@@ -93,11 +93,12 @@ def hybrid_attention(
             f"{type(module).__name__}, which does otherwise"
         )
     mask = placement.once(("tree", layer.window), lambda: tree_mask(state, placement, layer.window))
-    over_prefix = prefix.attend(query, state.backend, scaling, softcap)
-    over_tree = attend(query, key, value, mask, scaling, softcap)
-    out, lse = merge(over_prefix[0], over_prefix[1], over_tree[0], over_tree[1])
-    if s_aux is not None:
-        out = apply_sinks(out, lse, s_aux)
+    with torch.autocast(query.device.type, enabled=False):  # or the products of float32 would be rounded
+        over_prefix = prefix.attend(query, state.backend, scaling, softcap)
+        over_tree = attend(query, key, value, mask, scaling, softcap)
+        out, lse = merge(over_prefix[0], over_prefix[1], over_tree[0], over_tree[1])
+        if s_aux is not None:
+            out = apply_sinks(out, lse, s_aux)
     return out.transpose(1, 2).to(query.dtype).contiguous(), None
 
 

@@ -50,16 +50,26 @@ def bind(config: LongSpecConfig, target: PreTrainedModel) -> BoundTarget:
     attention = attention_module(decoder, config.target_layer)
     device = execution_device(attention, target)
     embedding, head = target.get_input_embeddings(), target.get_output_embeddings()
+    # FSDP shards a root module's own weights again behind its forward, and says here how to get them back
+    gather = getattr(target, "unshard", lambda: None)
     # Granite multiplies behind its embedding; Gemma scales inside of it.
     multiplier = getattr(decoder, "embedding_multiplier", None)
 
     def scale(embeds: Tensor) -> Tensor:
         return embeds if multiplier is None else embeds * multiplier
 
+    def embed(ids: Tensor) -> Tensor:
+        gather()
+        return scale(embedding(ids)).to(device)
+
+    def logits(hidden: Tensor) -> Tensor:
+        gather()
+        return scaled_logits(head(hidden), text_config).to(device)
+
     return BoundTarget(
-        embed=lambda ids: scale(embedding(ids)).to(device),
+        embed=embed,
         scale=scale,
-        logits=lambda hidden: scaled_logits(head(hidden), text_config).to(device),
+        logits=logits,
         rotate=query_rotation(decoder, attention, text_config, config.target_layer),
         layer=config.target_layer,
         device=device,
