@@ -88,10 +88,10 @@ class Noise:
 
     def ahead(self, steps: list[int], count: int, vocab: int) -> Tensor:
         """(B, count, vocab): what each row needs from its step on."""
-        self._draw_until(max(steps) + count - 1, vocab)
+        self._draw_until(max(max(steps), self.first) + count - 1, vocab)
         rows = [
-            torch.stack([draw[row] for draw in self.draws[step - self.first : step - self.first + count]])
-            for row, step in enumerate(steps)
+            torch.stack([draw[row] for draw in self.draws[index : index + count]])
+            for row, index in enumerate(max(step - self.first, 0) for step in steps)  # a row that rests needs none
         ]
         return torch.stack(rows)
 

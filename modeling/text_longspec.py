@@ -179,6 +179,9 @@ class Text:
         host = tokens.tolist()
         for row, token in zip(rows, host, strict=True):
             self.newest[row] = token
+        if self.sampler.noise is not None:
+            moving = [step for step, end in zip(self.steps, self.ends, strict=True) if end is None or self.keeps_tails]
+            self.sampler.noise.forget(min(moving, default=max(self.steps)))
         return host
 
     def _ask(self, rows: list[int]) -> None:
