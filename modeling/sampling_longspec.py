@@ -62,6 +62,14 @@ def are_criteria_by_row(criteria: list) -> bool:
     return all(_is_of(criterion, "stopping_criteria", known) for criterion in criteria)
 
 
+def pays_by_tree(device: torch.device, elements: int) -> bool:
+    """Whether to process the logits of all nodes, so many `elements`, rather than those of the path.
+
+    A CPU pays for every node; elsewhere a round trip to the host for every token of the path is dearer.
+    """
+    return device.type != "cpu" and elements <= LARGEST_TREE_LOGITS
+
+
 def _is_of(instance: Any, module: str, names: set[str]) -> bool:
     # the very class: a subclass may keep a state
     kind = type(instance)

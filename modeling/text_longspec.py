@@ -14,13 +14,13 @@ from transformers import GenerationConfig
 
 from .records_longspec import Records
 from .sampling_longspec import (
-    LARGEST_TREE_LOGITS,
     Noise,
     Picks,
     Sampler,
     are_by_row,
     are_criteria_by_row,
     are_without_history,
+    pays_by_tree,
 )
 
 # Tokens that a row may be ahead of the slowest one: their noise, and in sliding layers their room, is kept.
@@ -60,10 +60,8 @@ class Text:
         without_history = are_without_history(processors)
         by_row = are_by_row(processors) and are_criteria_by_row(criteria) and streamer is None and not together
         self.together = self.batch == 1 or not by_row
-        # A CPU pays for every node; elsewhere a round trip for every token is dearer than the nodes.
-        small = self.batch * nodes * vocab <= LARGEST_TREE_LOGITS
         is_argmax = not do_sample and len(processors) == 0
-        self.by_tree = is_argmax or (without_history and small and self.device.type != "cpu")
+        self.by_tree = is_argmax or (without_history and pays_by_tree(self.device, self.batch * nodes * vocab))
         noise = do_sample and (self.by_tree or not self.together)
         self.sampler = Sampler(processors, do_sample, Noise(self.batch, self.device) if noise else None)
         ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
