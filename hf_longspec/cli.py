@@ -148,6 +148,55 @@ def evaluate(
     typer.echo(json.dumps(setting | {"buckets": [bucket.as_dict() for bucket in buckets]}))
 
 
+@app.command()
+def bench(
+    target: Annotated[str, typer.Option(help="Folder or Hub id of the target.")],
+    draft: Annotated[str, typer.Option(help="Folder or Hub id of its LongSpec draft.")],
+    text: Annotated[list[Path], typer.Option(help="Text to cut prompts from: a file, or a folder of text files.")],
+    batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8",
+    context: Annotated[int, typer.Option(min=4, help="Tokens of the longest prompt.")] = 1024,
+    tree: Tree = None,
+    max_new_tokens: MaxNewTokens = 128,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each engine.")] = 3,
+    dtype: Annotated[Dtype, typer.Option(help="Number format; auto is the target's own.")] = Dtype.auto,
+    profile: Profile = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python files of the two repositories.")
+    ] = False,
+) -> None:
+    """Total tokens per second of batches, greedy, without and with the draft: a table, and one line of JSON last."""
+    import json
+
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from .evaluation import acceptance, report, throughput
+
+    logging.disable_progress_bar()
+    try:
+        sizes = [int(size) for size in batches.split(",")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 1:
+        fail(f"expected batch sizes such as 1,8, got --batches {batches!r}")
+    model, tokenizer, its_draft = load_pair(target, draft, dtype, trust_remote_code)
+    its_draft.config.profile = profile
+    if tree is not None:
+        its_draft.config.tree_shape = tree
+    results = []
+    try:
+        tokens = acceptance.read_tokens(text, tokenizer)
+        for size in sizes:
+            options = {"max_new_tokens": max_new_tokens, "repeats": repeats}
+            results.append(throughput.measure(model, its_draft, tokens, context, size, **options))
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    Console(highlight=False).print(report.throughput_table(results))
+    setting = {"target": target, "draft": draft, "tree": list(its_draft.config.tree_shape), "dtype": str(model.dtype)}
+    setting |= {"device": report.device_name(model.device)} | report.versions()
+    typer.echo(json.dumps(setting | {"batches": [result.as_dict() for result in results]}))
+
+
 def show(
     target_name: str,
     draft_name: str,

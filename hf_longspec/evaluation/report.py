@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from .acceptance import Bucket
 from .side_by_side import Run, Verdict
+from .throughput import Throughput
 
 
 class ConsoleStreamer(TextStreamer):
@@ -92,6 +93,23 @@ def acceptance_table(buckets: list[Bucket]) -> Table:
             cells += [f"{bucket.plain_tokens_per_second:.1f}", f"{bucket.tokens_per_second:.1f}"]
             cells += [f"{bucket.speed_up:.2f}", f"{bucket.equal} / {bucket.ties} / {bucket.different}"]
         rows.add_row(*cells)
+    return rows
+
+
+def throughput_table(results: list[Throughput]) -> Table:
+    """A row per batch: total tokens/s without and with the draft; rows equal / parted at a tie / different.
+
+    With the time of each phase, in seconds of the last call, where it was taken.
+    """
+    rows = Table(box=None, header_style="bold", pad_edge=False)
+    phases = list(results[0].phase_seconds) if results else []
+    for name in ("batch", "τ", "plain, tok/s", "ours, tok/s", "x", "= / ~ / ≠", *phases):
+        rows.add_column(name, justify="right", no_wrap=True)
+    for result in results:
+        cells = [str(result.batch), f"{result.accept_length:.2f}", f"{result.plain_tokens_per_second:.1f}"]
+        cells += [f"{result.tokens_per_second:.1f}", f"{result.speed_up:.2f}"]
+        cells += [f"{result.equal} / {result.ties} / {result.different}"]
+        rows.add_row(*cells, *(f"{result.phase_seconds[phase]:.3f}" for phase in phases))
     return rows
 
 
