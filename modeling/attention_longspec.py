@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 NEG_INF = float("-inf")
+# A prefix is read in parts of at least so many tokens, up to so many in all: enough to occupy a large GPU.
+PART_TOKENS = 512
+SEQUENCES = 256
 
 
 def attend(
@@ -68,27 +71,24 @@ def unpack_heads(packed: Tensor, query: Tensor) -> Tensor:
 class Spans(NamedTuple):
     """Which keys each row of a batch may see: those from its start up to its end, in slots of a key store.
 
-    starts, ends: (B,) int64 on the device; host: the same pairs; derived: what kernels make of them, once a round.
+    starts, ends: (B,) int64 on the device; host: the same pairs, None where only the device shall know them, as in a
+    CUDA graph; derived: what kernels make of them, once a round.
     """
 
     starts: Tensor
     ends: Tensor
-    host: tuple[tuple[int, int], ...]
+    host: tuple[tuple[int, int], ...] | None
     derived: dict[Any, Any]
-
-    @classmethod
-    def of(cls, host: list[tuple[int, int]], device: torch.device) -> Spans:
-        starts, ends = torch.tensor(host, device=device).unbind(dim=1)
-        return cls(starts, ends, tuple(host), {})
 
     @property
     def common(self) -> slice | None:
-        """The slots of every row, if they are the same."""
-        return slice(*self.host[0]) if len(set(self.host)) == 1 else None
+        """The slots of every row, if they are known to be the same."""
+        return slice(*self.host[0]) if self.host is not None and len(set(self.host)) == 1 else None
 
-    @property
-    def cover(self) -> slice:
-        """The slots from the first that any row may see to the last."""
+    def cover(self, slots: int) -> slice:
+        """The slots from the first that any row may see to the last; all `slots` of a store if that is not known."""
+        if self.host is None:
+            return slice(0, slots)
         return slice(min(start for start, _ in self.host), max(end for _, end in self.host))
 
 
@@ -108,7 +108,7 @@ class Backend(NamedTuple):
 def eager_prefix(
     query: Tensor, key: Tensor, value: Tensor, spans: Spans, scaling: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    cover = spans.cover
+    cover = spans.cover(key.shape[2])
     mask = None
     if spans.common is None:
         slot = torch.arange(cover.start, cover.stop, device=query.device)
@@ -128,6 +128,8 @@ def torch_prefix(
         return _flash(query, key[:, :, common], value[:, :, common], scaling)
     if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
         return _flash_by_row(query, key, value, spans, scaling)
+    if spans.host is None:
+        return eager_prefix(query, key, value, spans, scaling, softcap)
     # the CPU kernel and the one for float32 know no lengths: a call a row
     rows = [
         _flash(query[row : row + 1], key[row : row + 1, :, start:end], value[row : row + 1, :, start:end], scaling)
@@ -157,41 +159,54 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[T
 
 
 def _flash_by_row(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scaling: float) -> tuple[Tensor, Tensor]:
-    """One kernel for rows of different spans (CUDA): each K/V head of each row is a sequence of its own.
+    """One kernel for rows of different spans, which it reads on the device (CUDA).
 
-    The stores must be contiguous; they are taken as they lie.
+    Each part of the keys of each (row, K/V head) is a sequence of its own, so that a long prefix has many readers, as
+    in flash-decoding; the parts are merged. The stores must be contiguous; they are taken as they lie.
     """
     batch, kv_heads, slots, dim = key.shape
     rows = pack_heads(query, kv_heads)  # (B, K, G·T, D)
-    begins, held = _sequences(spans, kv_heads, slots)
     packed = rows.shape[2]
-    queries = torch.arange(0, batch * kv_heads * packed + 1, packed, device=query.device, dtype=torch.int32)
+    parts = max(min(SEQUENCES // (batch * kv_heads), slots // PART_TOKENS), 1)
+    part = -(-slots // parts)
+    if (kv_heads, slots) not in spans.derived:
+        spans.derived[kv_heads, slots] = _sequences(spans, kv_heads, slots, parts, part)
+    begins, held = spans.derived[kv_heads, slots]
+    queries = torch.arange(0, batch * kv_heads * parts * packed + 1, packed, device=query.device, dtype=torch.int32)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        rows.reshape(-1, 1, dim),
+        rows[:, :, None].expand(-1, -1, parts, -1, -1).reshape(-1, 1, dim),
         key.view(-1, 1, dim),
         value.view(-1, 1, dim),
         queries,
         begins,
         packed,
-        max(end - start for start, end in spans.host),
+        part,
         0.0,
         False,
         False,
         scale=scaling,
         seqused_k=held,
     )
-    lse = lse.reshape(query.shape[:3])
-    return unpack_heads(out, query), lse.masked_fill(lse == float("inf"), NEG_INF)  # a row without keys
+    lse = lse.reshape(batch, kv_heads, parts, packed)
+    lse = lse.masked_fill(lse == float("inf"), NEG_INF)  # a part without keys
+    out = out.reshape(batch, kv_heads, parts, packed, dim)
+    if parts == 1:
+        return unpack_heads(out, query), lse.reshape(query.shape[:3])
+    whole = lse.logsumexp(dim=2, keepdim=True)
+    weights = torch.exp(lse - whole.masked_fill(whole == NEG_INF, 0.0))
+    merged = (out.float() * weights[..., None]).sum(dim=2)
+    return unpack_heads(merged, query), whole.reshape(query.shape[:3])
 
 
-def _sequences(spans: Spans, kv_heads: int, slots: int) -> tuple[Tensor, Tensor]:
-    """Where the keys of each (row, K/V head) begin in a flat store, (B·K + 1,), and how many there are, (B·K,)."""
-    if (kv_heads, slots) not in spans.derived:
-        sequence = torch.arange(len(spans.host) * kv_heads + 1, device=spans.starts.device) * slots
-        sequence[:-1] += spans.starts.repeat_interleave(kv_heads)
-        held = (spans.ends - spans.starts).repeat_interleave(kv_heads)
-        spans.derived[kv_heads, slots] = sequence.int(), held.int()
-    return spans.derived[kv_heads, slots]
+def _sequences(spans: Spans, kv_heads: int, slots: int, parts: int, part: int) -> tuple[Tensor, Tensor]:
+    """Where each part of the keys of each (row, K/V head) begins in a flat store, (N + 1,), and its length, (N,)."""
+    device = spans.starts.device
+    offsets = torch.arange(parts, device=device) * part
+    held = (spans.ends - spans.starts)[:, None] - offsets  # (B, parts)
+    held = held.clamp(0, part)[:, None].expand(-1, kv_heads, -1).reshape(-1)
+    stores = torch.arange(len(spans.starts) * kv_heads, device=device).view(-1, kv_heads, 1) * slots
+    begins = stores + (spans.starts[:, None] + offsets)[:, None]
+    return torch.nn.functional.pad(begins.reshape(-1), (0, 1)).int(), held.int()
 
 
 BACKENDS = {"eager": Backend("eager", eager_prefix), "torch": Backend("torch", torch_prefix)}

@@ -43,8 +43,9 @@ class Placement(NamedTuple):
         if self.depths.device == device:
             return self
         visible = None if self.visible is None else self.visible.to(device)
-        spans = list(self.spans.host)
-        return self.once(device, lambda: Placement(Spans.of(spans, device), visible, self.depths.to(device), {}))
+        starts, ends = self.spans.starts.to(device), self.spans.ends.to(device)
+        spans = Spans(starts, ends, self.spans.host, {})
+        return self.once(device, lambda: Placement(spans, visible, self.depths.to(device), {}))
 
 
 class Prefix(NamedTuple):
@@ -80,10 +81,9 @@ class FullLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         capacity = _bucket(max(self.reserve, key_states.shape[2]))
-        self.keys = _store(key_states, capacity)
-        self.values = _store(value_states, capacity)
-        # what an adopted sliding layer has forgotten: a masked slot still meets the weights, and 0 · NaN is NaN
-        self.keys[:, :, : self.length] = self.values[:, :, : self.length] = 0
+        # zeros, not garbage: a masked slot still meets the weights, and 0 · NaN is NaN
+        self.keys = key_states.new_zeros(*key_states.shape[:2], capacity, key_states.shape[3])
+        self.values = value_states.new_zeros(*value_states.shape[:2], capacity, value_states.shape[3])
         self.is_initialized = True
 
     def ensure(self, capacity: int) -> None:
@@ -116,12 +116,12 @@ class FullLayer(CacheLayerMixin):
     def prefix(self, at: Placement) -> Prefix:
         if self.window is None and at.visible is None:
             return Prefix(self.keys, self.values, at.spans, None)
-        cover = at.spans.cover
+        cover = at.spans.cover(self.keys.shape[2])
         mask = at.once(("full", self.window), lambda: self._mask(at, cover))
         return Prefix(self.keys[:, :, cover], self.values[:, :, cover], at.spans, mask)
 
     def _mask(self, at: Placement, cover: slice) -> Tensor:
-        index = torch.arange(cover.start, cover.stop, device=self.keys.device).expand(len(at.spans.host), 1, -1)
+        index = torch.arange(cover.start, cover.stop, device=self.keys.device).expand(len(at.depths), 1, -1)
         mask = (index >= at.spans.starts[:, None, None]) & (index < at.spans.ends[:, None, None])
         if self.window is not None:
             mask = mask & (index > _too_far(at, self.window))
@@ -250,14 +250,7 @@ def _bucket(tokens: int) -> int:
     return -(-tokens // BUCKET) * BUCKET
 
 
-def _store(like: Tensor, capacity: int) -> Tensor:
-    """An empty store (B, K, capacity, D)."""
-    # zeros in a batch: slots that a shorter row does not see may never be written, and 0 · NaN is NaN
-    make = like.new_empty if like.shape[0] == 1 else like.new_zeros
-    return make(*like.shape[:2], capacity, like.shape[3])
-
-
 def _regrown(old: Tensor, capacity: int, length: int) -> Tensor:
-    new = _store(old, capacity)
+    new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
     new[:, :, :length] = old[:, :, :length]
     return new

@@ -43,11 +43,13 @@ class SpeculativeCache(Cache):
         may be ahead of the shortest one.
         """
         self.past = past  # the cache that `hand_back` fills
+        self.tree_size = tree_size
         self.placement: Placement | None = None
         self.starts = [0] * batch
         self.visible: Tensor | None = None
+        self.on_device = False  # whether the lengths of rounds shall be read on the device only, as CUDA graphs do
         self._committed: list[int] | None = None
-        self._spans: Spans | None = None
+        self._bounds: Tensor | None = None  # (2, B): where the spans of the rows start and end, on the device
         window = getattr(text_config, "sliding_window", None) or 0
         layers: list = []
         for index, kind in enumerate(layer_kinds(text_config)):
@@ -61,6 +63,10 @@ class SpeculativeCache(Cache):
             else:
                 layers.append(SlidingLayer(past.layers[index].sliding_window, tree_size, lead))
         super().__init__(layers=layers)
+
+    def __bool__(self) -> bool:
+        """As the cache it stands for: phi3 asks, and a `DynamicCache()` that nothing was put into is false."""
+        return len(self.past) > 0 or self.length > 0
 
     @property
     def owners(self) -> list[FullLayer | SlidingLayer]:
@@ -87,16 +93,18 @@ class SpeculativeCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         layer = self.layers[layer_idx]
         if self.placement is None:
-            self._spans = None
+            assert len(set(self.lengths)) == 1, "rows of different lengths cannot be appended to"
+            self._committed = self._bounds = None
             return layer.update(key_states, value_states)
         layer.place_tree(key_states, value_states, self.placement.to(key_states.device))
         return key_states, value_states
 
     def place(self, depths: Tensor) -> Placement:
         """The placement of nodes at `depths` (B, T) behind what the cache holds."""
-        if self._spans is None:  # once a round: they cross to the device
-            self._spans = Spans.of(list(zip(self.starts, self.lengths, strict=True)), depths.device)
-        return Placement(self._spans, self.visible, depths, {})
+        if self._bounds is None:  # they cross to the device once a call; `commit` keeps them up there
+            self._bounds = torch.tensor([self.starts, self.lengths], device=depths.device)
+        host = None if self.on_device else tuple(zip(self.starts, self.lengths, strict=True))
+        return Placement(Spans(self._bounds[0], self._bounds[1], host, {}), self.visible, depths, {})
 
     def hide_padding(self, mask: Tensor) -> None:
         """Attend only to indices where `mask` (B, P), an attention mask of the prompt, is one."""
@@ -105,23 +113,34 @@ class SpeculativeCache(Cache):
         behind = index >= torch.tensor(self.starts, device=mask.device)[:, None]
         self.visible = None if bool((mask.bool() == behind).all()) else mask.bool()
 
+    def make_room(self) -> bool:
+        """Room for a tree behind the longest row in all layers. Returns whether any of them had to move its memory."""
+        before = [layer.keys.data_ptr() for layer in self.owners]
+        for layer in self.owners:
+            layer.ensure(self.length + self.tree_size)
+        return before != [layer.keys.data_ptr() for layer in self.owners]
+
     def begin_round(self, depths: Tensor) -> None:
-        """Until `commit` or `abandon`, `update` places a tree whose nodes have these depths (B, T)."""
+        """Until `committed` or `abandon`, `update` places a tree whose nodes have these depths (B, T)."""
         for layer in self.owners:
             layer.ensure(self.length + depths.shape[1])
         self.placement = self.place(depths)
 
-    def commit(self, path: Tensor, counts: Tensor, emitted: list[int]) -> None:
+    def commit(self, path: Tensor, counts: Tensor) -> None:
         """Keep the nodes `path[:, :count]`, (B, P) with counts (B,), as the next tokens of each row; drop the rest.
 
-        emitted: `counts` on the host.
+        Work of the device alone; `committed` tells the host.
         """
         placement = self.round_placement
-        self._committed = [length + count for length, count in zip(self.lengths, emitted, strict=True)]
-        self._spans = None
         for layer in self.owners:
             device = layer.keys.device
             layer.commit(path.to(device), counts.to(device), placement.to(device))
+        placement.spans.ends.add_(counts)
+
+    def committed(self, emitted: list[int]) -> None:
+        """`emitted`: the counts of the `commit` before."""
+        self._committed = [length + count for length, count in zip(self.lengths, emitted, strict=True)]
+        for layer in self.owners:
             layer.length = max(self._committed)
         self.placement = None
 
@@ -133,7 +152,7 @@ class SpeculativeCache(Cache):
         """Where plain `generate` drops its cache and starts another: `past` keeps what it has, `successor` follows."""
         self.hand_back(self.past)
         self.past = successor
-        self._committed = self._spans = None
+        self._committed = self._bounds = None
         for layer in self.owners:
             layer.length, layer.is_initialized = 0, False  # the memory is the old cache's now
 

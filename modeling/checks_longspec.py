@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import transformers
+from packaging import version
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.generation import GenerationMode
@@ -36,12 +38,30 @@ def check_inputs(input_ids: Tensor, generation_config: GenerationConfig, model_k
     positions = model_kwargs.get("position_ids")
     if positions is not None and positions.dim() != 2:
         raise ValueError(f"LongSpec needs position_ids of shape (batch, length), got {tuple(positions.shape)}")
+    check_reading(input_ids, generation_config.prefill_chunk_size, model_kwargs)
     if generation_config.output_attentions:
         raise ValueError("LongSpec's attention makes no attention weights, got output_attentions=True")
     held = past.layers[0].keys if past.get_seq_length() > 0 else input_ids
     if held is not None and held.shape[0] != input_ids.shape[0]:
         raise ValueError(
             f"expected past_key_values of the prompts' batch size {input_ids.shape[0]}, got {held.shape[0]}"
+        )
+
+
+def check_reading(input_ids: Tensor, chunk: int | None, model_kwargs: dict[str, Any]) -> None:
+    """Raises `ValueError` where transformers itself reads a prompt twice, and plain `generate` writes nonsense."""
+    past, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
+    held = past.get_seq_length()
+    if chunk is not None and model_kwargs.get("inputs_embeds") is not None:
+        raise ValueError("transformers splits token ids only, got inputs_embeds beside prefill_chunk_size")
+    if chunk is not None and held and version.parse(transformers.__version__) < version.parse("5.21"):
+        raise ValueError(
+            f"transformers {transformers.__version__} reads all of a prompt again behind a filled cache with "
+            f"prefill_chunk_size={chunk}; expected transformers 5.21, an empty cache or prefill_chunk_size=None"
+        )
+    if mask is not None and held >= input_ids.shape[1] == mask.shape[1]:
+        raise ValueError(
+            f"expected past_key_values that hold less than the prompt of {mask.shape[1]} tokens, got {held} tokens"
         )
 
 

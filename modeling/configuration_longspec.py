@@ -1,7 +1,8 @@
 """LongSpecConfig: the shape of a draft, the shape of its tree, and which target it belongs to.
 
 Knows the target only by its config. Architecture fields are fixed once a draft is trained; decoding options
-(`tree_shape`, `verify_tokens`, `attention_backend`, `profile`) may be changed on a loaded draft at any time.
+(`tree_shape`, `verify_tokens`, `attention_backend`, `cuda_graphs`, `profile`) may be changed on a loaded draft at any
+time.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class LongSpecConfig(PreTrainedConfig):
             nothing to guess: one token a round.
         verify_tokens (`int`, *optional*): rows fed to the target, root included: the tree's best. `None`: all of it.
         attention_backend (`str`): how the target attends while it verifies: `"auto"`, `"eager"` or `"torch"`.
+        cuda_graphs (`str` or `bool`): replay a round's phases as CUDA graphs: `"auto"` where that is possible.
         profile (`bool`): time each phase of a round (adds a device synchronization per phase).
     """
 
@@ -59,6 +61,7 @@ class LongSpecConfig(PreTrainedConfig):
     tree_shape: tuple | list = (4, 16, 16, 16, 16)
     verify_tokens: int | None = None
     attention_backend: str = "auto"
+    cuda_graphs: str | bool = "auto"
     profile: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -86,6 +89,8 @@ class LongSpecConfig(PreTrainedConfig):
             raise ValueError(
                 f"`attention_backend` must be one of {ATTENTION_BACKENDS}, got {self.attention_backend!r}"
             )
+        if self.cuda_graphs not in ("auto", True, False):
+            raise ValueError(f"`cuda_graphs` must be 'auto', True or False, got {self.cuda_graphs!r}")
         if self.verify_tokens is not None and (not _is_int(self.verify_tokens) or self.verify_tokens < 1):
             raise ValueError(f"`verify_tokens` must be None or a positive integer, got {self.verify_tokens!r}")
         self._check_tree_shape()

@@ -6,6 +6,7 @@ A round: grow a tree, verify it in one target forward, accept a path, commit it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +20,14 @@ from .cache_longspec import SpeculativeCache
 from .candidate_generator_longspec import LongSpecCandidateGenerator
 from .checks_longspec import check_inputs, ended_on_error
 from .clock_longspec import PhaseClock
+from .graphs_longspec import Phase, resolve_graphs
 from .interface_longspec import Round, attending, switched
 from .prefill_longspec import make_cache, prefill
 from .rope_switch_longspec import RopeSwitch
 from .target_longspec import BoundTarget
 from .text_longspec import Text
 from .tree_longspec import TokenTree, ancestor_mask, node_depths
-from .verification_longspec import accept
+from .verification_longspec import Verified, accept
 
 logger = logging.get_logger(__name__)
 
@@ -55,6 +57,14 @@ class Call(NamedTuple):
     extras: dict[str, Any]
 
 
+class Phases(NamedTuple):
+    """The phases of a round that are work of the device alone: `grow`, `verify` and `commit` below, for one call."""
+
+    grow: Phase
+    verify: Phase
+    commit: Phase
+
+
 @torch.no_grad()
 def assisted_decoding(
     draft: Any,
@@ -77,6 +87,7 @@ def assisted_decoding(
         check_inputs(input_ids, generation_config, model_kwargs)
         bound = draft.bind(target)
         backend = choose_backend(draft, target, bound)
+        graphs = resolve_graphs(draft.config.cuda_graphs, target, bound.device)
         with torch.inference_mode(False):  # or a caller's inference mode would leave the draft unfit for training
             draft.to(device=bound.device, dtype=bound.dtype)
         clock = PhaseClock(draft.config.profile, bound.device)
@@ -101,11 +112,15 @@ def assisted_decoding(
                 cache.adopt(past)
                 root_positions, extras = prefill(target, text, cache, generator, generation_config, model_kwargs)
             call = Call(target, text, cache, generator, backend, rope_switch, clock, extras)
+            cache.on_device = graphs.captures
+            phases = Phases(*(graphs.phase(partial(run, call)) for run in (grow, verify, commit)))
             with switched(target), target._optimize_model_for_decode():
                 # under synced_gpus a rank that has finished goes on with rounds that write nothing
                 while target._has_unfinished_sequences(text.finished, synced_gpus, device=text.device):
+                    if cache.make_room():
+                        graphs.forget()
                     running = [row for row, end in enumerate(text.ends) if end is None]
-                    counts = decode_round(call, root_positions)
+                    counts = decode_round(call, phases, root_positions)
                     root_positions = root_positions + torch.tensor(counts, device=root_positions.device)
                     for row in running:
                         accept_lengths[row] += [counts[row]] if counts[row] else []
@@ -126,41 +141,49 @@ def assisted_decoding(
     )
 
 
-def decode_round(call: Call, root_positions: Tensor) -> list[int]:
+def decode_round(call: Call, phases: Phases, root_positions: Tensor) -> list[int]:
     """Grow, verify, accept, commit. Returns the number of tokens that each row wrote; a row may rest.
 
     root_positions: (B,), where the newest token of each row stands.
     """
-    text, cache, generator, rope_switch, clock = call.text, call.cache, call.generator, call.rope_switch, call.clock
-    if rope_switch.drops_cache(text, cache):
-        outputs = rope_switch.rebuild(text, cache)
+    text, cache, clock = call.text, call.cache, call.clock
+    if call.rope_switch.drops_cache(text, cache):
+        outputs = call.rope_switch.rebuild(text, cache)
         read = text.sequences[:, -1:]
         text.emit(list(range(text.batch)), outputs.logits[:, -1], outputs.hidden_states)
-        generator.advance(read, root_positions[:, None])
+        call.generator.advance(read, root_positions[:, None])
         return [1] * text.batch
+    device = root_positions.device
     with clock("grow"):
-        root = torch.tensor(text.newest, device=root_positions.device)
-        tree = generator.grow(root, root_positions, cache, rope_switch.levels(root_positions, cache))
-        if text.padded is not None:
-            rows, pad = text.padded
-            tree = tree.forced(rows.to(root.device), pad)
+        roots, stopped = torch.tensor(text.newest, device=device), torch.tensor(text.stopped, device=device)
+        tree = phases.grow(roots, root_positions, stopped)
     with clock("verify"):
-        ancestors = ancestor_mask(tree.parents, tree.levels)
-        depths = node_depths(ancestors)
-        outputs = verify(call, tree, ancestors, root_positions[:, None] + depths, depths)
+        checked = phases.verify(tree, root_positions)
     paths = [[0] if room else [] for room in text.room()]
     try:
         with clock("accept"):
-            accept(tree, depths, outputs.logits, outputs.hidden_states, text, paths)
+            accept(tree, checked, text, paths)
     finally:  # also when a user's processor, criterion or streamer raises: the cache keeps up with the text
         with clock("commit"):
-            commit(call, tree, paths, root_positions)
-    return [len(path) for path in paths]
+            counts = [len(path) for path in paths]
+            steps = torch.tensor([path + [0] * (tree.levels + 1 - len(path)) for path in paths], device=device)
+            phases.commit(tree, steps, torch.tensor(counts, device=device), root_positions)
+            cache.committed(counts)
+    return counts
 
 
-def verify(call: Call, tree: TokenTree, ancestors: Tensor, positions: Tensor, depths: Tensor) -> Any:
-    """One target forward over the trees: its outputs, logits (B, T, vocab). The cache is left inside the round."""
+def grow(call: Call, roots: Tensor, root_positions: Tensor, stopped: Tensor) -> TokenTree:
+    """A tree below each of `roots` (B,); of padding in the rows that have `stopped` (B,), if padding follows there."""
+    levels = call.rope_switch.levels(root_positions, call.cache)
+    tree = call.generator.grow(roots, root_positions, call.cache, levels)
+    return tree if call.text.pad is None else tree.forced(stopped, call.text.pad)
+
+
+def verify(call: Call, tree: TokenTree, root_positions: Tensor) -> Verified:
+    """One target forward over the trees. The cache is left inside the round."""
     target, cache = call.target, call.cache
+    ancestors = ancestor_mask(tree.parents, tree.levels)
+    depths = node_depths(ancestors)
     nodes = tree.tokens.shape[1]
     extras = {name: value.expand(-1, nodes) if "token_type" in name else value for name, value in call.extras.items()}
     cache.begin_round(depths)
@@ -168,7 +191,7 @@ def verify(call: Call, tree: TokenTree, ancestors: Tensor, positions: Tensor, de
     with attending(state):
         outputs = target(
             input_ids=tree.tokens,
-            position_ids=positions,
+            position_ids=root_positions[:, None] + depths,
             past_key_values=cache,
             use_cache=True,
             return_dict=True,
@@ -180,19 +203,14 @@ def verify(call: Call, tree: TokenTree, ancestors: Tensor, positions: Tensor, de
             f"{type(target).__name__} does not follow transformers' attention interface: expected it to attend "
             f"through it in layers {sorted(expected)}, it did in {sorted(state.seen)}"
         )
-    return outputs
+    return Verified(depths, outputs.logits, outputs.hidden_states)
 
 
-def commit(call: Call, tree: TokenTree, paths: list[list[int]], root_positions: Tensor) -> None:
-    """Keep the accepted paths in both caches."""
-    steps = tree.levels + 1
-    device = tree.tokens.device
-    emitted = [len(path) for path in paths]
-    padded = torch.tensor([path + [0] * (steps - len(path)) for path in paths], device=device)
-    counts = torch.tensor(emitted, device=device)
-    call.cache.commit(padded, counts, emitted)
-    step = torch.arange(steps, device=device)
-    call.generator.advance(tree.tokens.gather(1, padded), root_positions[:, None] + step, step < counts[:, None])
+def commit(call: Call, tree: TokenTree, path: Tensor, counts: Tensor, root_positions: Tensor) -> None:
+    """Keep the first `counts` (B,) nodes of each accepted `path` (B, levels + 1) in both caches."""
+    call.cache.commit(path, counts)
+    step = torch.arange(path.shape[1], device=path.device)
+    call.generator.advance(tree.tokens.gather(1, path), root_positions[:, None] + step, step < counts[:, None])
 
 
 def choose_backend(draft: Any, target: PreTrainedModel, bound: BoundTarget) -> Backend:

@@ -118,6 +118,8 @@ def registered_attention(original: str, module: nn.Module, *args: Any, **kwargs:
     if attention is None:
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         attention = AttentionInterface().get_interface(original, eager)
+    elif original == "sdpa":  # it swallows the cap of gemma2's scores: what plain `generate` writes on it is uncapped
+        kwargs.pop("softcap", None)
     return attention(module, *args, **kwargs)
 
 

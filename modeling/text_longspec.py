@@ -88,10 +88,8 @@ class Text:
         return self._ids[:, : max(self.lengths)].to(self.device)
 
     @property
-    def padded(self) -> tuple[Tensor, int] | None:
-        """The rows, (B,) bool, in which nothing but a token, padding, follows; None if there are none."""
-        stopped = [end is not None for end in self.ends]
-        return (torch.tensor(stopped), self.pad) if self.pad is not None and any(stopped) else None
+    def stopped(self) -> list[bool]:
+        return [end is not None for end in self.ends]
 
     def rewind_noise(self) -> None:
         """Leave the random generator as plain `generate` would."""

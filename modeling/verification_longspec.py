@@ -6,6 +6,8 @@ would, so any tree and any processor give the same text. Knows trees and logits,
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,22 +16,23 @@ from .text_longspec import Text
 from .tree_longspec import TokenTree, children
 
 
-def accept(
-    tree: TokenTree,
-    depths: Tensor,
-    logits: Tensor,
-    hidden_states: tuple[Tensor, ...] | None,
-    text: Text,
-    paths: list[list[int]],
-) -> None:
+class Verified(NamedTuple):
+    """Of each node: depths (B, T); the target's logits (B, T, vocab) and hidden_states (B, T, hidden) per layer."""
+
+    depths: Tensor
+    logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None
+
+
+def accept(tree: TokenTree, verified: Verified, text: Text, paths: list[list[int]]) -> None:
     """Extend `text` along the trees as far as the target agrees, and each row by the target's own next token.
 
-    depths: (B, T) of the nodes. logits: (B, T, vocab) and hidden_states: (B, T, hidden) per layer, of the target at
-    each node. paths: the accepted nodes of each row so far: just the root `[0]`, or none where a row is to rest. They
-    grow in place, so that they are right even if `text` raises; in the end a row has as many as tokens were written.
+    paths: the accepted nodes of each row so far: just the root `[0]`, or none where a row is to rest. They grow in
+    place, so that they are right even if `text` raises; in the end a row has as many as tokens were written.
     """
+    depths, logits, hidden_states = verified
     room = text.room()
-    stopped = [end is not None for end in text.ends]
+    stopped = text.stopped
     known = [tree.tokens, tree.parents]
     picks = text.pick_tree(logits, depths, tree.levels) if text.by_tree else None
     if picks is not None:

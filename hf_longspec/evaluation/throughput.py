@@ -95,9 +95,10 @@ def measure(
             output.past_key_values = None
             outputs[assistant is not None] = output
     texts = [outputs[side].sequences[:, context:].tolist() for side in (False, True)]
+    logits = plain_logits(target, inputs, **options) if texts[0] != texts[1] else [None] * batch
     verdicts = [
-        side_by_side.judge(target, {"input_ids": ids[mask.bool()][None]}, *pair)
-        for ids, mask, *pair in zip(*inputs.values(), *texts, strict=True)
+        side_by_side.judge(target, {"input_ids": ids[mask.bool()][None]}, *pair, plain_logits=own)
+        for ids, mask, *pair, own in zip(*inputs.values(), *texts, logits, strict=True)
     ]
     rounds = [count for row in outputs[True].accept_lengths for count in row]
     return Throughput(
@@ -112,6 +113,12 @@ def measure(
         ties=sum(not verdict.equal and verdict.tie for verdict in verdicts),
         different=sum(not verdict.equal and not verdict.tie for verdict in verdicts),
     )
+
+
+def plain_logits(target: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> list[Tensor]:
+    """Of each row, the logits (new tokens, vocab) by which plain `generate` picks its tokens in this batch."""
+    output = target.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
+    return list(torch.stack(output.logits, dim=1))
 
 
 def _wait(target: PreTrainedModel) -> None:

@@ -1,0 +1,107 @@
+"""CUDA graphs: a phase of a round is launched at once, when its first round has shown that it works.
+
+A round of a small model is some thousand kernels, each of which costs the host more than the device. Knows functions
+of tensors, not models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+class Graphs:
+    """The graphs of one call: all of its phases are captured, or none."""
+
+    def __init__(self, captures: bool):
+        self.captures = captures
+        self.phases: list[Phase] = []
+
+    def phase(self, run: Callable[..., Any]) -> Phase:
+        self.phases.append(Phase(run, self))
+        return self.phases[-1]
+
+    def forget(self) -> None:
+        """Capture anew: memory that the phases work on has moved."""
+        for phase in self.phases:
+            phase.forget()
+
+
+class Phase:
+    """A function of tensors whose work is all on the device; from its second call on it is replayed as a CUDA graph.
+
+    What a replay returns is overwritten by the next one. The function must not ask the host for anything that changes
+    between calls.
+    """
+
+    def __init__(self, run: Callable[..., Any], graphs: Graphs):
+        self.run, self.graphs = run, graphs
+        self.forget()
+
+    def forget(self) -> None:
+        self.called = False
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: list[Any] = []
+        self.result: Any = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        leaves, form = pytree.tree_flatten(inputs)
+        # libraries set themselves up in a first call
+        if not self.graphs.captures or not self.called or not (self.graph or self._capture(leaves, form)):
+            self.called = True
+            return self.run(*inputs)
+        assert self.graph is not None
+        for ours, theirs in zip(self.inputs, leaves, strict=True):
+            if isinstance(ours, Tensor):
+                ours.copy_(theirs)
+        self.graph.replay()
+        return self.result
+
+    def _capture(self, leaves: list[Any], form: Any) -> bool:
+        """Record the function on copies of its inputs. Whether that was possible."""
+        self.inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.result = self.run(*pytree.tree_unflatten(self.inputs, form))
+        except RuntimeError as error:  # torch's way to say that something in it cannot be captured
+            self.graphs.captures = False
+            reason = str(error).strip().splitlines()[0]
+            logger.warning_once(f"LongSpec goes on without CUDA graphs, a round cannot be captured: {reason}")
+            return False
+        self.graph = graph
+        return True
+
+
+def resolve_graphs(wanted: str | bool, target: PreTrainedModel, device: torch.device) -> Graphs:
+    """`config.cuda_graphs` for a call: "auto" captures where it can. Raises `ValueError` where True cannot be had."""
+    reason = misfit(target, device)
+    if wanted is True and reason:
+        raise ValueError(f"cuda_graphs=True cannot be had here: {reason}; use 'auto' or False")
+    if wanted == "auto" and reason and device.type == "cuda":
+        logger.warning_once(f"LongSpec runs without CUDA graphs: {reason}")
+    return Graphs(wanted is not False and reason is None)
+
+
+def misfit(target: PreTrainedModel, device: torch.device) -> str | None:
+    """Why rounds over this target cannot be captured, or None."""
+    if device.type != "cuda":
+        return f"CUDA graphs need a CUDA device, got {device.type}"
+    if any(hasattr(module, "_hf_hook") for module in target.modules()):
+        return "accelerate's hooks move data in every forward"
+    if hasattr(target, "unshard"):
+        return "FSDP gathers weights in every forward"
+    if torch.is_autocast_enabled(device.type):
+        return "autocast keeps copies of the weights"
+    parameters = getattr(target.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    if parameters.get("rope_type") == "longrope":
+        return "the frequencies of longrope depend on the length"
+    return None
