@@ -115,10 +115,11 @@ class SpeculativeCache(Cache):
 
     def make_room(self) -> bool:
         """Room for a tree behind the longest row in all layers. Returns whether any of them had to move its memory."""
-        before = [layer.keys.data_ptr() for layer in self.owners]
-        for layer in self.owners:
+        layers = [layer for layer in self.owners if layer.is_initialized]
+        before = [layer.keys.data_ptr() for layer in layers]
+        for layer in layers:
             layer.ensure(self.length + self.tree_size)
-        return before != [layer.keys.data_ptr() for layer in self.owners]
+        return before != [layer.keys.data_ptr() for layer in layers]
 
     def begin_round(self, depths: Tensor) -> None:
         """Until `committed` or `abandon`, `update` places a tree whose nodes have these depths (B, T)."""

@@ -99,6 +99,8 @@ def check_options(mode: GenerationMode, generation_config: GenerationConfig, mod
         raise ValueError("expected a LongSpec draft or prompt_lookup_num_tokens, got both")
     if generation_config.assistant_early_exit is not None:
         raise ValueError("expected a LongSpec draft or assistant_early_exit, got both")
+    if getattr(generation_config, "use_mtp", None):
+        raise ValueError("expected a LongSpec draft or use_mtp, got both")
     if generation_config.dola_layers is not None:
         raise ValueError(
             f"expected a LongSpec draft or dola_layers, got both, dola_layers={generation_config.dola_layers!r}"

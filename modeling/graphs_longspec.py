@@ -53,10 +53,11 @@ class Phase:
         self.result: Any = None
 
     def __call__(self, *inputs: Any) -> Any:
-        leaves, form = pytree.tree_flatten(inputs)
-        # libraries set themselves up in a first call
-        if not self.graphs.captures or not self.called or not (self.graph or self._capture(leaves, form)):
+        if not self.graphs.captures or not self.called:  # libraries set themselves up in a first call
             self.called = True
+            return self.run(*inputs)
+        leaves, form = pytree.tree_flatten(inputs)
+        if self.graph is None and not self._capture(leaves, form):
             return self.run(*inputs)
         assert self.graph is not None
         for ours, theirs in zip(self.inputs, leaves, strict=True):
