@@ -1,0 +1,166 @@
+"""Which families of transformers LongSpec serves: each one is tried on a tiny random model.
+
+Float32, greedily and sampled under one seed, on trees and on a chain, with prompts shorter and longer than every
+window: `generate(assistant_model=draft)` has to write what plain `generate` writes, and to leave the random generator
+where it leaves it. `tiny_models` makes the targets.
+"""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from hf_longspec import LongSpecConfig, LongSpecForCausalLM
+from hf_longspec.modeling.configuration_longspec import layer_kinds
+
+from .tiny_models import VOCAB, NotBuildable, first_line, randomized, tiny_model
+
+NEW_TOKENS = 24
+WIDE_TREE = (13, 80, 80)  # every next token, and about half of the pairs: random drafts are right seldom
+GREEDY: dict[str, Any] = {"do_sample": False, "no_repeat_ngram_size": 3}  # or small models repeat themselves
+SAMPLED: dict[str, Any] = {"do_sample": True, "top_k": 0}
+
+
+class Setting(NamedTuple):
+    """One comparison of `generate` with and without the draft; length: of the prompt in tokens."""
+
+    length: int
+    tree: tuple[int, ...]
+    backend: str
+    options: dict[str, Any]
+
+
+SETTINGS = (
+    Setting(3, WIDE_TREE, "auto", SAMPLED),
+    Setting(29, WIDE_TREE, "eager", SAMPLED),
+    Setting(29, (4, 8, 8, 8), "auto", GREEDY),
+    Setting(2, (4, 8, 8, 8), "eager", GREEDY),
+    Setting(9, (1, 1, 1, 1), "auto", GREEDY),
+    Setting(17, (1, 1, 1, 1), "auto", SAMPLED),
+)
+
+
+class Result(str, Enum):
+    served = "served"
+    refused = "refused"
+    no_decoder = "no text decoder"
+    not_buildable = "not buildable"
+    wrong = "WRONG"
+
+
+class Trial(NamedTuple):
+    """What became of one family; reason: empty where it is served."""
+
+    family: str
+    model: str
+    attention: str
+    result: Result
+    reason: str = ""
+
+
+class Different(Exception):
+    """The draft changed the text, or what the random generator draws next."""
+
+
+def try_families(families: Iterable[str]) -> Iterator[Trial]:
+    for family in families:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")
+            yield try_family(family)
+
+
+def try_family(family: str) -> Trial:
+    """Builds a tiny model of `family` and tries it with a random draft."""
+    try:
+        target = tiny_model(family)
+    except NotBuildable as error:
+        return Trial(family, "", "", Result.not_buildable, str(error))
+    name, attention = type(target).__name__, attention_kinds(target.config)
+    if not target.can_generate():
+        return Trial(family, name, attention, Result.no_decoder, "the class has no `generate`")
+    try:
+        texts = [write(target, setting) for setting in SETTINGS]
+    except Exception as error:  # whatever plain `generate` fails with
+        reason = f"plain generate: {type(error).__name__}: {first_line(error)}"
+        return Trial(family, name, attention, Result.not_buildable, reason)
+    try:
+        compare(target, texts)
+    except Different as error:
+        return Trial(family, name, attention, Result.wrong, str(error))
+    except Exception as error:  # a refusal, or a crash
+        result = Result.refused if is_refusal(error) else Result.wrong
+        reason = first_line(error) if result is Result.refused else f"{type(error).__name__}: {first_line(error)}"
+        return Trial(family, name, attention, result, reason)
+    return Trial(family, name, attention, Result.served)
+
+
+def compare(target: PreTrainedModel, texts: list[tuple[list[int], float]]) -> None:
+    """Raises `Different` unless the draft leaves `texts` as they are, those that `target` alone writes by `SETTINGS`.
+
+    Also where the comparison would prove nothing, since nothing of what the draft guessed was accepted.
+    """
+    config = LongSpecConfig.from_target(target.config, window=8)
+    draft = randomized(lambda: LongSpecForCausalLM(config), seed=1)
+    for setting, text in zip(SETTINGS, texts, strict=True):
+        draft.config.tree_shape, draft.config.attention_backend = setting.tree, setting.backend
+        lengths: list[int] = []
+        written = write(target, setting, draft, lengths)
+        if written[0] != text[0]:
+            place = next(i for i, pair in enumerate(zip(*(side[0] for side in (written, text)), strict=True)) if len(set(pair)) > 1)
+            raise Different(f"another token at {place} of {NEW_TOKENS}, prompt of {setting.length}, tree {setting.tree}")
+        if written[1] != text[1]:
+            raise Different(f"the random generator was left in another state, tree {setting.tree}")
+        if setting.tree is WIDE_TREE and max(lengths, default=0) < 3:
+            raise Different(f"no round accepted more than {max(lengths, default=0)} tokens of tree {setting.tree}")
+
+
+def write(
+    target: PreTrainedModel, setting: Setting, draft: Any = None, accept_lengths: list[int] | None = None
+) -> tuple[list[int], float]:
+    """The tokens `target` writes by `setting`, and what the random generator draws next."""
+    assistant = {} if draft is None else {"assistant_model": draft}
+    torch.manual_seed(7)
+    out = target.generate(
+        prompt(setting.length),
+        max_new_tokens=NEW_TOKENS,
+        return_dict_in_generate=True,
+        **setting.options,
+        **assistant,
+    )
+    if accept_lengths is not None:
+        accept_lengths += out.accept_lengths[0]
+    return out.sequences[0, -NEW_TOKENS:].tolist(), float(torch.rand(1))
+
+
+def prompt(length: int) -> Tensor:
+    """(1, length) token ids, none of them special."""
+    return torch.randint(2, VOCAB, (1, length), generator=torch.Generator().manual_seed(length))
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether an error is a clear answer: our own `ValueError`, or one that `generate` raises itself."""
+    if not isinstance(error, ValueError):
+        return False
+    origin = traceback.extract_tb(error.__traceback__)[-1].filename
+    return "LongSpec" in str(error) or "/transformers/generation/" in origin.replace("\\", "/")
+
+
+def attention_kinds(config: PreTrainedConfig) -> str:
+    """The kinds of layers of a model in one line, first those that come first."""
+    text = config.get_text_config(decoder=True)
+    try:
+        kinds = layer_kinds(text)
+    except (ValueError, AttributeError):
+        try:
+            kinds = [type(layer).__name__ for layer in DynamicCache(config=text).layers]
+        except (ValueError, AttributeError):
+            kinds = []
+        kinds = getattr(text, "layer_types", None) or kinds
+    return ", ".join(dict.fromkeys(kinds))
