@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Iterable, Iterator
 from enum import Enum
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -148,8 +149,8 @@ def is_refusal(error: Exception) -> bool:
     """Whether an error is a clear answer: our own `ValueError`, or one that `generate` raises itself."""
     if not isinstance(error, ValueError):
         return False
-    origin = traceback.extract_tb(error.__traceback__)[-1].filename
-    return "LongSpec" in str(error) or "/transformers/generation/" in origin.replace("\\", "/")
+    origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return origin.stem.endswith("_longspec") or origin.parent.name == "generation"
 
 
 def attention_kinds(config: PreTrainedConfig) -> str:

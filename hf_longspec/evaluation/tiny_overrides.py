@@ -9,7 +9,7 @@ def _mrope(*section: int, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": section, **more}}
 
 
-_QWEN_VL = {"text_config": _mrope(2, 3, 3)}
+_QWEN_VL = {"text_config": _mrope(1, 1, 2)}  # its heads are hidden_size / heads = 8 wide
 _GLM_V = {"text_config": {"head_dim": 16, **_mrope(1, 1, 2, partial_rotary_factor=0.5)}}
 
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -41,8 +41,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mistral4": {"text_config": {"head_dim": 24}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [2, 1]}},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
-    "paddleocr_vl": _QWEN_VL,
-    "qwen2_5_omni_thinker": {"vision_start_token_id": 20, "text_config": _mrope(2, 3, 3)},
+    "paddleocr_vl": {"text_config": _mrope(2, 3, 3)},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 20, "text_config": _mrope(1, 1, 2)},
     "qwen2_5_vl": _QWEN_VL,
     "qwen2_vl": _QWEN_VL,
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 20},
