@@ -146,14 +146,14 @@ def layer_kinds(text_config: PreTrainedConfig) -> list[str]:
     Read off the cache transformers itself would build. Raises `ValueError` for any other kind of layer state.
     """
     family = text_config.model_type
-    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
-        own = text_config if name == "num_hidden_layers" else layer_config(text_config, 0)
-        if not _is_int(getattr(own, name, None)):
-            raise ValueError(f"LongSpec needs a target made of attention layers, got {family!r} without `{name}`")
-    if getattr(text_config, "attention_chunk_size", None) is not None:
+    needed = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
+    own = layer_config(text_config, 0) if _is_int(getattr(text_config, "num_hidden_layers", None)) else text_config
+    if missing := [name for name in needed if not _is_int(getattr(own, name, None))]:
+        raise ValueError(f"LongSpec needs a target made of attention layers, got {family!r} without {missing}")
+    if getattr(own, "attention_chunk_size", None) is not None:
         raise ValueError(f"LongSpec does not serve chunked attention, got {family!r}")
-    if getattr(text_config, "kv_lora_rank", None) is not None:
-        raise ValueError(f"LongSpec does not serve latent attention (`kv_lora_rank`), got {family!r}")
+    if getattr(own, "kv_lora_rank", None) is not None:
+        raise ValueError(f"LongSpec does not serve latent attention, got {family!r} with a `kv_lora_rank`")
     names = {"DynamicLayer": "full", "DynamicSlidingWindowLayer": "sliding", "DummyLayer": "shared"}
     layers = [type(layer).__name__ for layer in DynamicCache(config=text_config).layers]
     if not layers or set(layers) - set(names):

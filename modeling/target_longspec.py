@@ -19,6 +19,8 @@ from .configuration_longspec import LongSpecConfig, kv_shape, layer_config, laye
 
 # Families whose full-attention layers carry no rotary embedding while their sliding layers do.
 _NO_ROPE_ON_FULL_LAYERS = ("cohere2", "cohere2_moe", "exaone4", "exaone_moe")
+# Families that choose by the content of the keys which of them a query may see.
+_OWN_MASKS = ("doge",)
 
 
 class BoundTarget(NamedTuple):
@@ -48,6 +50,13 @@ def bind(config: LongSpecConfig, target: PreTrainedModel) -> BoundTarget:
     decoder = target.get_decoder()
     text_config = target.config.get_text_config(decoder=True)
     attention = attention_module(decoder, config.target_layer)
+    if text_config.model_type in _OWN_MASKS:
+        raise ValueError(f"LongSpec does not serve attention masks of a target's own, got {type(target).__name__}")
+    if "shared" in layer_kinds(text_config):
+        raise ValueError(
+            "LongSpec does not serve layers that use the keys and values of another one yet, got "
+            f"{type(target).__name__}"
+        )
     if "position_ids" not in inspect.signature(decoder.forward).parameters:
         raise ValueError(
             "LongSpec needs a target whose decoder takes `position_ids`, since the nodes of a tree do not stand in a "
@@ -139,9 +148,9 @@ def query_rotation(
     unrotated = unrotated or (by_type and text_config.rope_parameters.get(text_config.layer_types[layer], {}) is None)
     if not getattr(attention, "use_rope", True) or unrotated or rotary is None:
         return lambda query, positions: query
-    names = set() if apply is None else set(inspect.signature(apply).parameters)
+    names = set(inspect.signature(apply).parameters) if apply is not None else set()
     alone = {"x", "cos", "sin"} <= names  # gemma3n and gemma4 rotate queries and keys in two calls
-    if not alone and not {"q", "k", "cos", "sin"} <= names:
+    if apply is None or not (alone or {"q", "k", "cos", "sin"} <= names):
         raise ValueError(f"LongSpec does not know how {type(attention).__name__} rotates its queries")
 
     def rotate(query: Tensor, positions: Tensor) -> Tensor:

@@ -7,9 +7,11 @@ where it leaves it. `tiny_models` makes the targets.
 
 from __future__ import annotations
 
+import io
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +23,11 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from hf_longspec import LongSpecConfig, LongSpecForCausalLM
 from hf_longspec.modeling.configuration_longspec import layer_kinds
 
-from .tiny_models import VOCAB, NotBuildable, first_line, randomized, tiny_model
+from .tiny_models import VOCAB, NotBuildable, one_line, randomized, tiny_model
 
 NEW_TOKENS = 24
 WIDE_TREE = (13, 80, 80)  # every next token, and about half of the pairs: random drafts are right seldom
+LEAST_EFFECT = 0.01  # of a token of the context on the next one: below it, a wrong attention might not show
 GREEDY: dict[str, Any] = {"do_sample": False, "no_repeat_ngram_size": 3}  # or small models repeat themselves
 SAMPLED: dict[str, Any] = {"do_sample": True, "top_k": 0}
 
@@ -71,10 +74,12 @@ class Different(Exception):
 
 
 def try_families(families: Iterable[str]) -> Iterator[Trial]:
+    """One `Trial` a family, in order; what tiny models print and warn of is kept quiet."""
     for family in families:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            yield try_family(family)
+            trial = try_family(family)
+        yield trial
 
 
 def try_family(family: str) -> Trial:
@@ -86,10 +91,15 @@ def try_family(family: str) -> Trial:
     name, attention = type(target).__name__, attention_kinds(target.config)
     if not target.can_generate():
         return Trial(family, name, attention, Result.no_decoder, "the class has no `generate`")
+    if "Diffusion" in name:
+        return Trial(family, name, attention, Result.no_decoder, "it does not write one token after the other")
     try:
         texts = [write(target, setting) for setting in SETTINGS]
+        effect = context_effect(target)
     except Exception as error:  # whatever plain `generate` fails with
-        reason = f"plain generate: {type(error).__name__}: {first_line(error)}"
+        if refusal := refused_by_config(target.config):
+            return Trial(family, name, attention, Result.refused, refusal)
+        reason = f"plain generate: {one_line(error)}"
         return Trial(family, name, attention, Result.not_buildable, reason)
     try:
         compare(target, texts)
@@ -97,8 +107,10 @@ def try_family(family: str) -> Trial:
         return Trial(family, name, attention, Result.wrong, str(error))
     except Exception as error:  # a refusal, or a crash
         result = Result.refused if is_refusal(error) else Result.wrong
-        reason = first_line(error) if result is Result.refused else f"{type(error).__name__}: {first_line(error)}"
-        return Trial(family, name, attention, result, reason)
+        return Trial(family, name, attention, result, one_line(error))
+    if effect < LEAST_EFFECT:
+        reason = f"nothing is shown: a token of the context changes the next one's probabilities by {effect:.1e} only"
+        return Trial(family, name, attention, Result.not_buildable, reason)
     return Trial(family, name, attention, Result.served)
 
 
@@ -114,8 +126,9 @@ def compare(target: PreTrainedModel, texts: list[tuple[list[int], float]]) -> No
         lengths: list[int] = []
         written = write(target, setting, draft, lengths)
         if written[0] != text[0]:
-            place = next(i for i, pair in enumerate(zip(*(side[0] for side in (written, text)), strict=True)) if len(set(pair)) > 1)
-            raise Different(f"another token at {place} of {NEW_TOKENS}, prompt of {setting.length}, tree {setting.tree}")
+            place = [ours == theirs for ours, theirs in zip(written[0], text[0], strict=True)].index(False)
+            where = f"prompt of {setting.length}, tree {setting.tree}"
+            raise Different(f"another token at {place} of {NEW_TOKENS}, {where}")
         if written[1] != text[1]:
             raise Different(f"the random generator was left in another state, tree {setting.tree}")
         if setting.tree is WIDE_TREE and max(lengths, default=0) < 3:
@@ -140,6 +153,16 @@ def write(
     return out.sequences[0, -NEW_TOKENS:].tolist(), float(torch.rand(1))
 
 
+@torch.no_grad()
+def context_effect(target: PreTrainedModel) -> float:
+    """By how much the probabilities of the next token change with a token before the last one, in 0..1."""
+    ids = prompt(9)
+    other = ids.clone()
+    other[0, 6] = 2 + (other[0, 6] - 1) % (VOCAB - 2)
+    here, there = (target(text, use_cache=False).logits[0, -1].softmax(dim=-1) for text in (ids, other))
+    return float((here - there).abs().sum() / 2)
+
+
 def prompt(length: int) -> Tensor:
     """(1, length) token ids, none of them special."""
     return torch.randint(2, VOCAB, (1, length), generator=torch.Generator().manual_seed(length))
@@ -151,6 +174,15 @@ def is_refusal(error: Exception) -> bool:
         return False
     origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     return origin.stem.endswith("_longspec") or origin.parent.name == "generation"
+
+
+def refused_by_config(config: PreTrainedConfig) -> str:
+    """Why no draft can be made for a target with this config; empty if one can."""
+    try:
+        LongSpecConfig.from_target(config)
+    except ValueError as error:
+        return one_line(error)
+    return ""
 
 
 def attention_kinds(config: PreTrainedConfig) -> str:

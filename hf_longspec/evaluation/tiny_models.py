@@ -26,19 +26,22 @@ from transformers.models.auto.modeling_auto import (
 from .tiny_overrides import OVERRIDES
 
 VOCAB, HIDDEN, LAYERS, HEADS, WINDOW = 13, 32, 4, 4, 6
-LARGEST_MODEL = 60_000_000  # parameters; one that stays larger was not cut where it had to be
+LARGEST_MODEL = 100_000_000  # parameters; one that stays larger was not cut where it had to be
 # The first pattern that matches a field's name tells its value; other whole numbers are cut to `HIDDEN`.
 SIZES: tuple[tuple[str, int], ...] = (
     (r"vocab_size", VOCAB),
-    (r"max_position|n_positions|max_seq_len$|n_ctx|model_max_length|context_length|max_target_pos|max_source_pos", 256),
+    (
+        r"max_position|n_positions|max_seq_len$|n_ctx|model_max_length|context_length|max_target_pos|max_source_pos",
+        256,
+    ),
     (r"^(num_)?((hidden|encoder|decoder)_)?layers$|^n_layers?$|^depth$|^num_blocks$|_hidden_layers$", LAYERS),
     (r"num_kv_shared_layers", 2),
     (r"(key_value|kv|key)_heads$|num_query_groups", 2),
-    (r"(^|_)n?_?(attention_|mamba_|value_)?heads?$|^num_heads$", HEADS),
     (r"qk_head_dim", 24),
     (r"qk_nope_head_dim", 8),
     (r"index_head_dim", 24),
-    (r"head_dim|(^|_)d_head$|^d_kv$|kv_channels|head_size", 16),
+    (r"head_dim|headdim|(^|_)d_head$|^d_kv$|kv_channels|head_size", 16),
+    (r"(^|_)n?_?(attention_|mamba_|value_)?heads?$|^num_heads$", HEADS),
     (r"^sliding_window$|^sliding_window_size$|attention_window_size|^local_attention$|attention_chunk_size", WINDOW),
     (r"pattern$|period$|interval$|max_window_layers", 2),
     (r"n_groups?$|num_expert_group|topk_groups?$|first_k_dense|offset$", 1),
@@ -49,8 +52,15 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"rank", 16),
 )
 SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
-MEDIA_TOKEN = r"(image|video|vision|audio|boi|eoi|boa|eoa|frame|patch|im_).*(token|start|end|patch|newline)_(id|index)$"
-ABSENT = {"head_dim": 16, "num_key_value_heads": 2, "num_experts_per_tok": 2, "n_routed_experts": 4}  # what some defaults leave open
+MEDIA_TOKEN = (
+    r"(image|video|vision|audio|boi|eoi|boa|eoa|frame|patch|im_).*(token|start|end|patch|newline)_(id|index)$"
+)
+ABSENT = {
+    "head_dim": 16,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+}  # what some defaults leave open
 KEPT = ("chunk_size_feed_forward", "transformers_version", "rms_norm_eps")
 
 
@@ -74,20 +84,23 @@ def tiny_config(family: str) -> PreTrainedConfig:
     overrides = OVERRIDES.get(family, {})
     try:
         defaults = config_class()
-    except ValueError:  # a default that its own class refuses
+    except Exception:  # defaults that their own class refuses
         defaults = config_class(**overrides)
     return config_class(**_merged(tiny_fields(defaults), overrides))
 
 
-def tiny_fields(defaults: PreTrainedConfig) -> dict[str, Any]:
-    """The fields of a config like `defaults`, cut to size, as its class takes them."""
+def tiny_fields(defaults: PreTrainedConfig, inner: bool = False) -> dict[str, Any]:
+    """The fields of a config like `defaults`, cut to size, as its class takes them.
+
+    inner: a config inside of another, whose defaults may be other than those of its class.
+    """
     fields: dict[str, Any] = {}
     depth = getattr(defaults, "num_hidden_layers", None) or 0
     for name, value in vars(defaults).items():
         if name.startswith("_") or name in KEPT:
             continue
         if isinstance(value, PreTrainedConfig):
-            fields[name] = {"model_type": value.model_type} | tiny_fields(value)
+            fields[name] = {"model_type": value.model_type} | tiny_fields(value, inner=True)
         elif name in SPECIAL_TOKENS:
             fields[name] = SPECIAL_TOKENS[name]
         elif re.search(MEDIA_TOKEN, name):
@@ -96,7 +109,7 @@ def tiny_fields(defaults: PreTrainedConfig) -> dict[str, Any]:
         elif re.search(r"token_id$|token_index$", name):
             fields[name] = None if "forced" in name else 2
         elif isinstance(value, int) and not isinstance(value, bool):
-            if (size := tiny_size(name, value)) != value:
+            if (size := tiny_size(name, value)) != value or inner:
                 fields[name] = size
         elif isinstance(value, (list, tuple)) and value:
             if (cut := tiny_list(name, list(value), depth)) is not None:
@@ -151,7 +164,7 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
     except NotBuildable:
         raise
     except Exception as error:  # any class of transformers may fail in any way here: that is what is asked
-        raise NotBuildable(f"{type(error).__name__}: {error}") from error
+        raise NotBuildable(one_line(error)) from error
     if model.can_generate():
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
@@ -169,9 +182,11 @@ def randomized(build: Callable[[], PreTrainedModel], seed: int) -> PreTrainedMod
     return model.eval()
 
 
-def first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def one_line(error: Exception) -> str:
+    """An error as one line: the first, or the last where that names the error inside."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    line = lines[-1] if re.match(r"\w+Error: ", lines[-1]) else lines[0]
+    return line if line.startswith("LongSpec") else f"{type(error).__name__}: {line}".removesuffix(": ")
 
 
 def _merged(fields: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
