@@ -114,33 +114,33 @@ class LongSpecConfig(PreTrainedConfig):
         """The config of a draft that fits a target with this config; `fields` override or add.
 
         Raises `ValueError` for targets LongSpec cannot serve: encoder–decoder models, models without per-layer
-        key/value caches, RoPE whose frequencies depend on the current length (dynamic NTK).
+        key/value caches of full size, RoPE whose frequencies depend on the current length (dynamic NTK).
         """
         text = config.get_text_config(decoder=True)
         if config.is_encoder_decoder:
             raise ValueError(f"LongSpec needs a decoder-only target, got the encoder–decoder {config.model_type!r}")
-        layer_kinds(text)
-        heads = text.num_attention_heads
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        layer = fields.get("target_layer", default_target_layer(text))
+        own = layer_config(text, layer)
+        kv_heads, head_dim = kv_shape(own)
         shape = {
             "vocab_size": text.vocab_size,
             "hidden_size": text.hidden_size,
-            "intermediate_size": _first_int(getattr(text, "intermediate_size", None)) or 4 * text.hidden_size,
+            "intermediate_size": _first_int(getattr(own, "intermediate_size", None)) or 4 * text.hidden_size,
             "hidden_act": getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None) or "silu",
             "mlp_bias": getattr(text, "mlp_bias", False),
-            "num_attention_heads": heads,
-            "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+            "num_attention_heads": own.num_attention_heads,
+            "num_key_value_heads": kv_heads,
             "head_dim": head_dim,
             "rms_norm_eps": getattr(text, "rms_norm_eps", None) or 1e-6,  # some families state None
             "initializer_range": getattr(text, "initializer_range", 0.02),
             "rope_parameters": main_rope_parameters(text),
-            "max_position_embeddings": text.max_position_embeddings,
+            "max_position_embeddings": getattr(text, "max_position_embeddings", cls.max_position_embeddings),
             "target_model_type": text.model_type,
             "target_num_hidden_layers": text.num_hidden_layers,
-            "target_layer": default_target_layer(text),
-            "pad_token_id": text.pad_token_id,
-            "bos_token_id": text.bos_token_id,
-            "eos_token_id": text.eos_token_id,
+            "target_layer": layer,
+            "pad_token_id": getattr(text, "pad_token_id", None),
+            "bos_token_id": getattr(text, "bos_token_id", None),
+            "eos_token_id": getattr(text, "eos_token_id", None),
         }
         return cls(**(shape | fields))
 
@@ -150,19 +150,37 @@ def layer_kinds(text_config: PreTrainedConfig) -> list[str]:
 
     Read off the cache transformers itself would build. Raises `ValueError` for any other kind of layer state.
     """
-    if getattr(text_config, "attention_chunk_size", None) is not None:
-        raise ValueError(f"LongSpec does not serve chunked attention, got {text_config.model_type!r}")
+    family = text_config.model_type
+    needed = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
+    own = layer_config(text_config, 0) if _is_int(getattr(text_config, "num_hidden_layers", None)) else text_config
+    if missing := [name for name in needed if not _is_int(getattr(own, name, None))]:
+        raise ValueError(f"LongSpec needs a target made of attention layers, got {family!r} without {missing}")
+    if getattr(own, "attention_chunk_size", None) is not None:
+        raise ValueError(f"LongSpec does not serve chunked attention, got {family!r}")
+    if getattr(own, "kv_lora_rank", None) is not None:
+        raise ValueError(f"LongSpec does not serve latent attention, got {family!r} with a `kv_lora_rank`")
     names = {"DynamicLayer": "full", "DynamicSlidingWindowLayer": "sliding", "DummyLayer": "shared"}
     layers = [type(layer).__name__ for layer in DynamicCache(config=text_config).layers]
     if not layers or set(layers) - set(names):
         raise ValueError(
             "LongSpec needs a target with standard per-layer key/value caches, got "
-            f"{text_config.model_type!r} with {sorted(set(layers)) or 'none'}"
+            f"{family!r} with {sorted(set(layers)) or 'none'}"
         )
     shared = getattr(text_config, "num_kv_shared_layers", None) or 0
     owners = len(layers) if len(layers) < text_config.num_hidden_layers else len(layers) - shared
     kinds = [names[layer] for layer in layers[:owners]]
     return kinds + ["shared"] * (text_config.num_hidden_layers - len(kinds))
+
+
+def kv_sources(text_config: PreTrainedConfig) -> list[int]:
+    """For each layer of a target the one whose keys and values it attends to: itself, or for a `"shared"` layer the
+    last layer of its own type that has some (gemma3n, gemma4).
+    """
+    kinds = layer_kinds(text_config)
+    types = getattr(text_config, "layer_types", None) or kinds
+    owners = [index for index, kind in enumerate(kinds) if kind != "shared"]
+    last = {types[index]: index for index in owners}
+    return [index if kind != "shared" else last.get(types[index], index) for index, kind in enumerate(kinds)]
 
 
 def default_target_layer(text_config: PreTrainedConfig) -> int:
@@ -174,14 +192,31 @@ def default_target_layer(text_config: PreTrainedConfig) -> int:
     raise ValueError(f"no layer of {text_config.model_type!r} owns keys and values: {kinds}")
 
 
+def layer_config(text_config: PreTrainedConfig, layer: int) -> PreTrainedConfig:
+    """The config of one layer: gemma4's full layers, for one, have larger heads than its sliding ones.
+
+    That of the first layer where there is no such layer: what it is asked for is refused elsewhere.
+    """
+    layers = range(text_config.num_hidden_layers)
+    return text_config.per_layer_config[layer if _is_int(layer) and layer in layers else 0]
+
+
+def kv_shape(config: PreTrainedConfig) -> tuple[int, int]:
+    """Key/value heads and head dimension of a layer with this config."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
 def main_rope_parameters(text_config: PreTrainedConfig) -> dict:
     """RoPE parameters of the target's full-attention layers, as one flat dict; default RoPE where it has none.
 
-    Raises `ValueError` for dynamic NTK, whose cached keys change meaning as the text grows.
+    Where only the sliding layers have a rotary embedding, theirs. Raises `ValueError` for dynamic NTK, whose cached
+    keys change meaning as the text grows.
     """
     parameters = getattr(text_config, "rope_parameters", None) or {}
     if "full_attention" in parameters:
-        parameters = parameters["full_attention"]
+        parameters = parameters["full_attention"] or next(filter(None, parameters.values()), {})
     parameters = copy.deepcopy(dict(parameters)) or {"rope_type": "default", "rope_theta": 10_000.0}
     rope_type = parameters.get("rope_type", "default")
     if "dynamic" in rope_type:

@@ -22,7 +22,7 @@ from .checks_longspec import check_inputs, ended_on_error
 from .clock_longspec import PhaseClock
 from .graphs_longspec import Phase, resolve_graphs
 from .interface_longspec import Round, attending, switched
-from .prefill_longspec import make_cache, prefill
+from .prefill_longspec import PER_TOKEN, make_cache, prefill
 from .rope_switch_longspec import RopeSwitch
 from .target_longspec import BoundTarget
 from .text_longspec import Text
@@ -185,7 +185,7 @@ def verify(call: Call, tree: TokenTree, root_positions: Tensor) -> Verified:
     ancestors = ancestor_mask(tree.parents, tree.levels)
     depths = node_depths(ancestors)
     nodes = tree.tokens.shape[1]
-    extras = {name: value.expand(-1, nodes) if "token_type" in name else value for name, value in call.extras.items()}
+    extras = {name: value.expand(-1, nodes) if name in PER_TOKEN else value for name, value in call.extras.items()}
     cache.begin_round(depths)
     state = Round(cache, ancestors, call.backend, seen=set())
     with attending(state):

@@ -13,6 +13,8 @@ from .candidate_generator_longspec import LongSpecCandidateGenerator
 from .checks_longspec import check_prefix
 from .text_longspec import Text
 
+# What a target takes with one value for each token, beside the usual inputs.
+PER_TOKEN = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 HEADROOM = 512  # tokens a call makes room for beyond its prompt before the cache has to grow
 
 
@@ -66,27 +68,35 @@ def prefill(
         cache.adopt(outputs.past_key_values)
     bound = generator.target
     check_prefix(cache.layers[bound.layer], generator.draft.config)
-    starts = torch.tensor(cache.starts, device=bound.device)
-    positions = model_kwargs.get("position_ids")
-    last = cache.length - starts - 1 if positions is None else positions[:, -1].to(bound.device)
-    if (embeds := model_kwargs.get("inputs_embeds")) is not None:
-        embeds = bound.scale(embeds[:, -generator.draft.config.window :]).to(bound.device)
-    else:
-        embeds = bound.embed(prompt[:, -generator.draft.config.window :].to(bound.device))
-    index = torch.arange(cache.length - embeds.shape[1], cache.length, device=bound.device)
-    generator.prefill(embeds, last, index >= starts[:, None])
     text.emit(list(range(text.batch)), outputs.logits[:, -1], outputs.hidden_states)
-    return (last + 1).expand(text.batch), step_extras(target, text.sequences, outputs, model_kwargs)
+    root_positions, extras = step_inputs(target, text.sequences, outputs, model_kwargs)
+    starts = torch.tensor(cache.starts, device=bound.device)
+    if root_positions is None:
+        root_positions = cache.length - starts
+    window = slice(-generator.draft.config.window, None)
+    if (embeds := model_kwargs.get("inputs_embeds")) is not None:
+        embeds = bound.scale(embeds[:, window]).to(bound.device)
+    else:
+        embeds = bound.embed(prompt[:, window].to(bound.device))
+    index = torch.arange(cache.length - embeds.shape[1], cache.length, device=bound.device)
+    root_positions = root_positions.to(bound.device).expand(text.batch)
+    generator.prefill(embeds, root_positions - 1, index >= starts[:, None])
+    return root_positions, extras
 
 
-def step_extras(target: PreTrainedModel, ids: Tensor, outputs: Any, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What plain `generate` passes to every forward of one token beside the token, its place and the cache.
+def step_inputs(
+    target: PreTrainedModel, ids: Tensor, outputs: Any, model_kwargs: dict[str, Any]
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """What plain `generate` passes to its first forward of one token: its position (B,), and all but the usual inputs.
 
-    That is what a user passed for the target's own `forward`, and token types, which go on as the prompt's last.
+    The position is None where the target counts for itself. The rest is what a user passed for the target's own
+    `forward`, and token types, which go on as the prompt's last; that is the same in every step.
     """
     cache = model_kwargs["past_key_values"]
     model_kwargs = target._update_model_kwargs_for_generation(outputs, dict(model_kwargs)) | {"past_key_values": cache}
     inputs = target.prepare_inputs_for_generation(ids, next_sequence_length=1, **model_kwargs)
     own = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "past_key_values"}
     own |= {"use_cache", "logits_to_keep", "return_dict"}
-    return {name: value for name, value in inputs.items() if name not in own}
+    positions = inputs.get("position_ids")
+    extras = {name: value for name, value in inputs.items() if name not in own and value is not None}
+    return None if positions is None else positions[:, -1], extras

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .configuration_longspec import LongSpecConfig, layer_kinds, main_rope_parameters
+from .configuration_longspec import LongSpecConfig, kv_shape, layer_config, layer_kinds, main_rope_parameters
 
 # Families whose full-attention layers carry no rotary embedding while their sliding layers do.
 _NO_ROPE_ON_FULL_LAYERS = ("cohere2", "cohere2_moe", "exaone4", "exaone_moe")
+# Families that choose by the content of the keys which of them a query may see.
+_OWN_MASKS = ("doge",)
 
 
 class BoundTarget(NamedTuple):
@@ -49,6 +51,18 @@ def bind(config: LongSpecConfig, target: PreTrainedModel) -> BoundTarget:
     text_config = target.config.get_text_config(decoder=True)
     attention = attention_module(decoder, config.target_layer)
     device = execution_device(attention, target)
+    if text_config.model_type in _OWN_MASKS:
+        raise ValueError(f"LongSpec does not serve attention masks of a target's own, got {type(target).__name__}")
+    if "shared" in layer_kinds(text_config):
+        raise ValueError(
+            "LongSpec does not serve layers that use the keys and values of another one yet, got "
+            f"{type(target).__name__}"
+        )
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+        raise ValueError(
+            "LongSpec needs a target whose decoder takes `position_ids`, since the nodes of a tree do not stand in a "
+            f"row, got {type(decoder).__name__}"
+        )
     embedding, head = target.get_input_embeddings(), target.get_output_embeddings()
     # FSDP shards a root module's own weights again behind its forward, and says here how to get them back
     gather = getattr(target, "unshard", lambda: None)
@@ -81,12 +95,12 @@ def check_fit(config: LongSpecConfig, target: PreTrainedModel) -> None:
     """Raises `ValueError` that lists every mismatch between a draft's config and a target."""
     text = target.config.get_text_config(decoder=True)
     kinds = layer_kinds(text)
-    heads = text.num_attention_heads
+    kv_heads, head_dim = kv_shape(layer_config(text, config.target_layer))
     actual = {
         "vocab_size": text.vocab_size,
         "hidden_size": text.hidden_size,
-        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
         "target_num_hidden_layers": text.num_hidden_layers,
         "rope_parameters": main_rope_parameters(text),
     }
@@ -117,7 +131,9 @@ def attention_module(decoder: nn.Module, layer: int) -> nn.Module:
     stacks = [module for module in decoder.children() if isinstance(module, nn.ModuleList)]
     for stack in stacks:
         for module in stack[layer].modules() if layer < len(stack) else ():
-            if hasattr(module, "layer_idx") and hasattr(module, "scaling"):
+            # a file that knows the table of attention functions is one that asks it
+            follows = hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
+            if follows and hasattr(module, "layer_idx") and hasattr(module, "scaling"):
                 return module
     raise ValueError(
         f"LongSpec needs a target whose layers hold an attention module that uses transformers' attention interface, "
@@ -147,12 +163,16 @@ def query_rotation(
     apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     sliding = layer_kinds(text_config)[layer] == "sliding"
     unrotated = text_config.model_type in _NO_ROPE_ON_FULL_LAYERS and not sliding
+    by_type = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
+    options = {"layer_type": text_config.layer_types[layer]} if by_type else {}
+    # some families state None for the kind of layer that has no rotary embedding
+    unrotated = unrotated or (by_type and text_config.rope_parameters.get(text_config.layer_types[layer], {}) is None)
     if not getattr(attention, "use_rope", True) or unrotated or rotary is None:
         return lambda query, positions: query
-    if apply is None or not {"q", "k", "cos", "sin"} <= set(inspect.signature(apply).parameters):
+    names = set(inspect.signature(apply).parameters) if apply is not None else set()
+    alone = {"x", "cos", "sin"} <= names  # gemma3n and gemma4 rotate queries and keys in two calls
+    if apply is None or not (alone or {"q", "k", "cos", "sin"} <= names):
         raise ValueError(f"LongSpec does not know how {type(attention).__name__} rotates its queries")
-    by_type = "layer_type" in inspect.signature(rotary.forward).parameters
-    options = {"layer_type": text_config.layer_types[layer]} if by_type else {}
 
     def rotate(query: Tensor, positions: Tensor) -> Tensor:
         cos, sin = rotary(query, positions, **options)
@@ -160,7 +180,8 @@ def query_rotation(
         # gpt_oss gives one angle a pair, the others two
         angles = cos.shape[-1]
         rotated = 2 * angles if text_config.model_type == "gpt_oss" else angles
-        turned, _ = apply(query[..., :rotated], query[..., :rotated], cos, sin)
+        part = query[..., :rotated]
+        turned = apply(part, cos, sin) if alone else apply(part, part, cos, sin)[0]
         return torch.cat([turned, query[..., rotated:]], dim=-1).to(query.dtype)
 
     return rotate
