@@ -80,7 +80,7 @@ def assisted_decoding(
     clock = PhaseClock(draft.config.profile, bound.device)
     text = Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
     past = model_kwargs["past_key_values"]
-    cache = make_cache(target, draft, past, input_ids, generation_config, model_kwargs)
+    cache = make_cache(target, draft, past, input_ids, generation_config, model_kwargs, bound.device)
     generator = LongSpecCandidateGenerator(draft, bound, backend, batch=1)
     accept_lengths: list[int] = []
     try:

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
@@ -90,18 +91,19 @@ def hybrid_attention(
             "LongSpec needs a target that attends once a layer to the keys and values it caches, got "
             f"{type(module).__name__}, which does otherwise"
         )
-    if prefix.mask is None:
-        over_prefix = state.backend.prefix(query, prefix.key, prefix.value, scaling, softcap)
-    else:
-        over_prefix = attend(query, prefix.key, prefix.value, prefix.mask, scaling, softcap)
-    mask = state.ancestors
-    if layer.window is not None:
-        apart = placement.depths[:, :, None] - placement.depths[:, None, :]
-        mask = mask & (apart < layer.window)
-    over_tree = attend(query, key, value, mask, scaling, softcap)
-    out, lse = merge(*over_prefix, *over_tree)
-    if s_aux is not None:
-        out = apply_sinks(out, lse, s_aux)
+    with torch.autocast(query.device.type, enabled=False):  # or products of float32 would be rounded
+        if prefix.mask is None:
+            over_prefix = state.backend.prefix(query, prefix.key, prefix.value, scaling, softcap)
+        else:
+            over_prefix = attend(query, prefix.key, prefix.value, prefix.mask, scaling, softcap)
+        mask = state.ancestors
+        if layer.window is not None:
+            apart = placement.depths[:, :, None] - placement.depths[:, None, :]
+            mask = mask & (apart < layer.window)
+        over_tree = attend(query, key, value, mask, scaling, softcap)
+        out, lse = merge(*over_prefix, *over_tree)
+        if s_aux is not None:
+            out = apply_sinks(out, lse, s_aux)
     return out.transpose(1, 2).to(query.dtype).contiguous(), None
 
 

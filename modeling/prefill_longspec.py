@@ -23,6 +23,7 @@ def make_cache(
     input_ids: Tensor,
     generation_config: GenerationConfig,
     model_kwargs: dict[str, Any],
+    device: torch.device,
 ) -> SpeculativeCache:
     """An empty cache with room for the prompt, the first `HEADROOM` tokens of the answer and a tree."""
     embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
@@ -33,7 +34,7 @@ def make_cache(
     reserve = prompt + min(answer, HEADROOM) + tree_size
     cache = SpeculativeCache(text_config, past, reserve, tree_size, longest=prompt + answer + tree_size)
     if mask is not None:
-        cache.hide_padding(mask.to(target.device))
+        cache.hide_padding(mask.to(device))
     return cache
 
 

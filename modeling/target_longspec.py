@@ -48,7 +48,7 @@ def bind(config: LongSpecConfig, target: PreTrainedModel) -> BoundTarget:
     decoder = target.get_decoder()
     text_config = target.config.get_text_config(decoder=True)
     attention = attention_module(decoder, config.target_layer)
-    parameter = next(attention.parameters())
+    device = execution_device(attention, target)
     embedding, head = target.get_input_embeddings(), target.get_output_embeddings()
     # Granite multiplies behind its embedding; Gemma scales inside of it.
     multiplier = getattr(decoder, "embedding_multiplier", None)
@@ -57,13 +57,13 @@ def bind(config: LongSpecConfig, target: PreTrainedModel) -> BoundTarget:
         return embeds if multiplier is None else embeds * multiplier
 
     return BoundTarget(
-        embed=lambda ids: scale(embedding(ids)),
+        embed=lambda ids: scale(embedding(ids)).to(device),
         scale=scale,
-        logits=lambda hidden: scaled_logits(head(hidden), text_config),
+        logits=lambda hidden: scaled_logits(head(hidden), text_config).to(device),
         rotate=query_rotation(decoder, attention, text_config, config.target_layer),
         layer=config.target_layer,
-        device=parameter.device,
-        dtype=parameter.dtype if parameter.is_floating_point() else target.dtype,
+        device=device,
+        dtype=target.dtype,  # of a weight that is not packed; a layer's own may be uint8 or float8
     )
 
 
@@ -113,6 +113,17 @@ def attention_module(decoder: nn.Module, layer: int) -> nn.Module:
         f"LongSpec needs a target whose layers hold an attention module that uses transformers' attention interface, "
         f"got {type(decoder).__name__}"
     )
+
+
+def execution_device(module: nn.Module, target: PreTrainedModel) -> torch.device:
+    """Where a module computes: as accelerate's hooks say, for offloaded weights lie on `meta`, else where it lies."""
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            if getattr(one, "execution_device", None) is not None:
+                return torch.device(one.execution_device)
+    # some quantizations keep their weights in buffers, or where torch does not see them
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), target.device)
 
 
 def query_rotation(
