@@ -10,7 +10,7 @@ from transformers.generation import GenerationMode
 
 
 def check_inputs(
-    input_ids: Tensor, generation_config: GenerationConfig, synced_gpus: bool, model_kwargs: dict[str, Any]
+    input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
 ) -> None:
     """Raises `ValueError` for inputs of a call that LongSpec cannot serve."""
     if input_ids.shape[0] != 1:
@@ -27,8 +27,6 @@ def check_inputs(
     positions = model_kwargs.get("position_ids")
     if positions is not None and positions.dim() != 2:
         raise ValueError(f"LongSpec needs position_ids of shape (batch, length), got {tuple(positions.shape)}")
-    if synced_gpus:
-        raise ValueError("LongSpec does not serve synced_gpus yet, got synced_gpus=True")
     if generation_config.output_attentions or generation_config.output_hidden_states:
         raise ValueError(
             "LongSpec cannot return attentions or hidden states, got output_attentions or output_hidden_states"

@@ -72,7 +72,7 @@ def assisted_decoding(
     input_ids: (1, L) prompt. Returns (1, L + new) ids, or a `LongSpecOutput` with `return_dict_in_generate`.
     Raises `ValueError` for what speculation cannot serve, before any work is done.
     """
-    check_inputs(input_ids, generation_config, synced_gpus, model_kwargs)
+    check_inputs(input_ids, generation_config, model_kwargs)
     bound = draft.bind(target)
     backend = choose_backend(draft, target, bound)
     with torch.inference_mode(False):  # or a caller's inference mode would leave the draft unfit for training
@@ -89,7 +89,10 @@ def assisted_decoding(
             root_position, extras = prefill(target, text, cache, generator, generation_config, model_kwargs)
         call = Call(target, text, cache, generator, backend, RopeSwitch(target, model_kwargs), clock, extras)
         with switched(target), target._optimize_model_for_decode():
-            while not text.finished:
+            while target._has_unfinished_sequences(text.finished, synced_gpus, device=text.ids.device):
+                if text.finished:
+                    idle_round(call, root_position)
+                    continue
                 accept_lengths.append(decode_round(call, root_position))
                 root_position = root_position + accept_lengths[-1]
     finally:
@@ -131,6 +134,14 @@ def decode_round(call: Call, root_position: Tensor) -> int:
         with clock("commit"):
             commit(call, tree, path, root_position)
     return len(path)
+
+
+def idle_round(call: Call, root_position: Tensor) -> None:
+    """The forwards of a round, for the sake of other ranks that still decode (`synced_gpus`); nothing is kept."""
+    tree = call.generator.grow(call.text.last_token, root_position, call.cache)
+    verify(call, tree, root_position)
+    call.cache.abandon()
+    call.generator.advance(tree.tokens[:, :1], root_position[:, None])
 
 
 def verify(call: Call, tree: TokenTree, root_position: Tensor) -> Tensor:
