@@ -46,6 +46,8 @@ def check_generation(
         raise ValueError(f"LongSpec needs a decoder-only target, got the encoder–decoder {type(target).__name__}")
     if target._is_stateful:
         raise ValueError(f"LongSpec needs a target with key/value caches, got the stateful {type(target).__name__}")
+    if (getattr(target, "tp_size", None) or 1) > 1:
+        raise ValueError(f"LongSpec does not serve tensor-parallel targets, got tp_size={target.tp_size}")
     check_steadiness(target)
     if generation_config.num_beams != 1:
         raise ValueError(f"LongSpec needs num_beams=1, got num_beams={generation_config.num_beams}")

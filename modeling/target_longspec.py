@@ -53,13 +53,24 @@ def bind(config: LongSpecConfig, target: PreTrainedModel) -> BoundTarget:
     # Granite multiplies behind its embedding; Gemma scales inside of it.
     multiplier = getattr(decoder, "embedding_multiplier", None)
 
+    # FSDP shards embedding and head again after each forward of the target; the draft calls them in between
+    gather = getattr(target, "unshard", lambda: None)
+
+    def embed(ids: Tensor) -> Tensor:
+        gather()
+        return scale(embedding(ids)).to(device)
+
+    def logits(hidden: Tensor) -> Tensor:
+        gather()
+        return scaled_logits(head(hidden), text_config).to(device)
+
     def scale(embeds: Tensor) -> Tensor:
         return embeds if multiplier is None else embeds * multiplier
 
     return BoundTarget(
-        embed=lambda ids: scale(embedding(ids)).to(device),
+        embed=embed,
         scale=scale,
-        logits=lambda hidden: scaled_logits(head(hidden), text_config).to(device),
+        logits=logits,
         rotate=query_rotation(decoder, attention, text_config, config.target_layer),
         layer=config.target_layer,
         device=device,
