@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,9 +11,18 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, Static
 from transformers.generation import GenerationMode
 
 
-def check_inputs(
-    input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
-) -> None:
+@contextmanager
+def ended_on_error(streamer: Any) -> Iterator[None]:
+    """If what runs within it raises, `streamer.end()` is called, or the reader of an iterator would wait for ever."""
+    try:
+        yield
+    except BaseException:
+        if streamer is not None:
+            streamer.end()
+        raise
+
+
+def check_inputs(input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
     """Raises `ValueError` for inputs of a call that LongSpec cannot serve."""
     if input_ids.shape[0] != 1:
         raise ValueError(f"LongSpec decodes one sequence at a time, got a batch of {input_ids.shape[0]}")
@@ -41,6 +52,19 @@ def check_generation(
     mode_kwargs: dict[str, Any],
 ) -> None:
     """Raises `ValueError`, before anything is allocated, for what plain `generate` serves and LongSpec cannot."""
+    with ended_on_error(mode_kwargs.get("streamer")):
+        check_options(draft, target, mode, generation_config, mode_kwargs)
+        draft.bind(target)
+
+
+def check_options(
+    draft: Any,
+    target: PreTrainedModel,
+    mode: GenerationMode,
+    generation_config: GenerationConfig,
+    mode_kwargs: dict[str, Any],
+) -> None:
+    """Raises `ValueError` for a target or an option that LongSpec cannot serve."""
     draft.config.check()
     if target.config.is_encoder_decoder:
         raise ValueError(f"LongSpec needs a decoder-only target, got the encoder–decoder {type(target).__name__}")
@@ -73,7 +97,6 @@ def check_generation(
         raise ValueError(f"LongSpec serves greedy decoding and sampling, got generation mode {mode.value!r}")
     if mode_kwargs.get("assistant_tokenizer") is not None:
         raise ValueError("a LongSpec draft shares the target's tokenizer, got assistant_tokenizer")
-    draft.bind(target)
 
 
 def check_steadiness(target: PreTrainedModel) -> None:

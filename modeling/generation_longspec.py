@@ -17,7 +17,7 @@ from transformers.utils import logging
 from .attention_longspec import Backend, resolve_backend
 from .cache_longspec import SpeculativeCache
 from .candidate_generator_longspec import LongSpecCandidateGenerator
-from .checks_longspec import check_inputs
+from .checks_longspec import check_inputs, ended_on_error
 from .clock_longspec import PhaseClock
 from .interface_longspec import Round, attending, switched
 from .prefill_longspec import make_cache, prefill
@@ -72,32 +72,33 @@ def assisted_decoding(
     input_ids: (1, L) prompt. Returns (1, L + new) ids, or a `LongSpecOutput` with `return_dict_in_generate`.
     Raises `ValueError` for what speculation cannot serve, before any work is done.
     """
-    check_inputs(input_ids, generation_config, model_kwargs)
-    bound = draft.bind(target)
-    backend = choose_backend(draft, target, bound)
-    with torch.inference_mode(False):  # or a caller's inference mode would leave the draft unfit for training
-        draft.to(device=bound.device, dtype=bound.dtype)
-    clock = PhaseClock(draft.config.profile, bound.device)
-    text = Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-    past = model_kwargs["past_key_values"]
-    cache = make_cache(target, draft, past, input_ids, generation_config, model_kwargs, bound.device)
-    generator = LongSpecCandidateGenerator(draft, bound, backend, batch=1)
-    accept_lengths: list[int] = []
-    try:
-        with clock("prefill"):
-            cache.adopt(past)
-            root_position, extras = prefill(target, text, cache, generator, generation_config, model_kwargs)
-        call = Call(target, text, cache, generator, backend, RopeSwitch(target, model_kwargs), clock, extras)
-        with switched(target), target._optimize_model_for_decode():
-            while target._has_unfinished_sequences(text.finished, synced_gpus, device=text.ids.device):
-                if text.finished:
-                    idle_round(call, root_position)
-                    continue
-                accept_lengths.append(decode_round(call, root_position))
-                root_position = root_position + accept_lengths[-1]
-    finally:
-        cache.abandon()
-        cache.hand_back(cache.past)
+    with ended_on_error(streamer):
+        check_inputs(input_ids, generation_config, model_kwargs)
+        bound = draft.bind(target)
+        backend = choose_backend(draft, target, bound)
+        with torch.inference_mode(False):  # or a caller's inference mode would leave the draft unfit for training
+            draft.to(device=bound.device, dtype=bound.dtype)
+        clock = PhaseClock(draft.config.profile, bound.device)
+        text = Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+        past = model_kwargs["past_key_values"]
+        cache = make_cache(target, draft, past, input_ids, generation_config, model_kwargs, bound.device)
+        generator = LongSpecCandidateGenerator(draft, bound, backend, batch=1)
+        accept_lengths: list[int] = []
+        try:
+            with clock("prefill"):
+                cache.adopt(past)
+                root_position, extras = prefill(target, text, cache, generator, generation_config, model_kwargs)
+            call = Call(target, text, cache, generator, backend, RopeSwitch(target, model_kwargs), clock, extras)
+            with switched(target), target._optimize_model_for_decode():
+                while target._has_unfinished_sequences(text.finished, synced_gpus, device=text.ids.device):
+                    if text.finished:
+                        idle_round(call, root_position)
+                        continue
+                    accept_lengths.append(decode_round(call, root_position))
+                    root_position = root_position + accept_lengths[-1]
+        finally:
+            cache.abandon()
+            cache.hand_back(cache.past)
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:
