@@ -29,6 +29,7 @@ def announce() -> None:
 
 def register() -> dict[str, type]:
     """Loads the real classes, registers them and returns them by name."""
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from .modeling.configuration_longspec import LongSpecConfig
@@ -36,6 +37,8 @@ def register() -> dict[str, type]:
 
     AutoConfig.register(MODEL_TYPE, LongSpecConfig, exist_ok=True)
     AutoModelForCausalLM.register(LongSpecConfig, LongSpecForCausalLM, exist_ok=True)
+    # `pipeline(assistant_model="folder")` asks no Auto class: it looks the architecture up in transformers by its name
+    transformers.LongSpecForCausalLM = LongSpecForCausalLM
     return {"LongSpecConfig": LongSpecConfig, "LongSpecForCausalLM": LongSpecForCausalLM}
 
 

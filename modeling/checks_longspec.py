@@ -87,7 +87,7 @@ def check_target(target: PreTrainedModel) -> None:
     if target._is_stateful:
         raise ValueError(f"LongSpec needs a target with key/value caches, got the stateful {type(target).__name__}")
     if (ranks := getattr(target, "tp_size", None) or 1) > 1:
-        raise ValueError(f"LongSpec needs every K/V head of its target, got one that is split over {ranks} devices")
+        raise ValueError(f"LongSpec does not serve tensor-parallel targets, got tp_size={ranks}")
     check_steadiness(target)
 
 
@@ -124,10 +124,12 @@ def check_steadiness(target: PreTrainedModel) -> None:
         dropout = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
         if module.training and isinstance(dropout, float) and dropout > 0:
             raise ValueError(f"LongSpec needs target.eval(), got a target in training mode with dropout in {name!r}")
-        for hook in module._forward_pre_hooks.values():
-            # PEFT adapts the last `alora_offsets` tokens of a forward: all of one token, but not all nodes of a tree
-            if any((getattr(hook, "keywords", None) or {}).get("alora_offsets") or ()):
-                raise ValueError("LongSpec does not serve activated LoRA, got a prompt with alora_invocation_tokens")
+        # PEFT adapts the last `alora_offsets` tokens of a forward: all of one token, but not all nodes of a tree. Its
+        # last hook counts; those of calls that raised it leaves in place.
+        hooks = [getattr(hook, "keywords", {}) for hook in module._forward_pre_hooks.values()]
+        offsets = [keywords["alora_offsets"] for keywords in hooks if "alora_offsets" in keywords]
+        if offsets and any(offsets[-1]):
+            raise ValueError("LongSpec does not serve activated LoRA, got a prompt with alora_invocation_tokens")
     # peft puts its own method in the place of the target's for the time of a call
     wrapper = getattr(target.prepare_inputs_for_generation, "__self__", None)
     if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):

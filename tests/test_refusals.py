@@ -91,7 +91,6 @@ def test_options_set_on_a_loaded_draft(llama, no_forward, field, value, message)
         ({"cache_implementation": "quantized"}, "got 'quantized'"),
         ({"cache_implementation": "offloaded"}, "got 'offloaded'"),
         ({"use_cache": False}, "use_cache=False"),
-        ({"synced_gpus": True}, "synced_gpus=True"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "cannot return attentions or hidden states"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "cannot return attentions or hidden states"),
     ],

@@ -1,0 +1,26 @@
+"""Texts of a target, without and with a draft."""
+
+import torch
+
+OPTIONS = {"max_new_tokens": 20, "pad_token_id": 0}
+
+
+def prompt_of(length, seed=0):
+    return torch.randint(2, 13, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def texts(target, lengths=(5, 19), **options):
+    """Greedy and sampled texts."""
+    found = []
+    for length in lengths:
+        for do_sample in (False, True):
+            torch.manual_seed(7)
+            found.append(target.generate(prompt_of(length), do_sample=do_sample, **(OPTIONS | options)).tolist())
+    return found
+
+
+def assert_same(target, draft, **options):
+    """Plain and assisted texts are the same; returns them."""
+    plain = texts(target, **options)
+    assert texts(target, assistant_model=draft, **options) == plain
+    return plain
