@@ -31,6 +31,7 @@ def samplers() -> list[Row]:
     several = {"num_return_sequences": {"do_sample": True, "num_return_sequences": 3}}
     return [
         *group("greedy", {"no option": {}}),
+        *group("greedy", {"scores with a cap": {}}, family="gemma2"),
         *group("greedy", {"no return_dict_in_generate": {"return_dict_in_generate": None}}, long_paths=False),
         *group("sampling", sampled, draws=True),
         *group("sampling", several, draws=True, feature="several sequences"),

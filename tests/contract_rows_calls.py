@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from contract_cell import PAD, Case, Options, Row, group
+from contract_cell import OLD, PAD, Case, Options, Row, group
 from probes import (
     AfterTokens,
     Counting,
@@ -131,6 +131,15 @@ def caches() -> list[Row]:
         mask = torch.ones_like(case.ids) if case.mask is None else case.mask
         return {"input_ids": case.ids[:, 4:], "attention_mask": mask, "past_key_values": prefilled(case, 5)}
 
+    def whole_prompt(case: Case) -> dict[str, Any]:
+        ids = torch.nn.functional.pad(case.ids, (2, 0), value=PAD)
+        mask = (ids != PAD).long()
+        past = prefilled(case._replace(ids=ids, mask=mask), 0)
+        return {"input_ids": ids, "attention_mask": mask, "past_key_values": past}
+
+    def long_prompt(case: Case) -> dict[str, Any]:
+        return {"input_ids": case.ids.repeat(1, 2), "attention_mask": None, "past_key_values": DynamicCache()}
+
     def static(case: Case) -> dict[str, Any]:
         return {"past_key_values": StaticCache(config=case.target.config, max_cache_len=64)}
 
@@ -144,9 +153,17 @@ def caches() -> list[Row]:
         },
         "a prefilled prefix, only the new tokens passed": only_new_tokens,
     }
+    chunked = "prefill_chunk_size and a prefilled prefix"
+    twice = "attention_mask" if OLD else None  # there, stock reads the prompt twice
     rows = [
         *group("caches", shared),
         *group("caches", {f"{name}, sliding windows": own for name, own in shared.items()}, family="gemma3_text"),
+        *group(
+            "caches",
+            {"longrope beyond its switch, DynamicCache() passed": long_prompt},
+            family="phi3 with longrope",
+        ),
+        *group("caches", {"the whole prompt in the cache, padded": whole_prompt}, refused="attention_mask"),
         *group("caches", {"cache_implementation dynamic": {"cache_implementation": "dynamic"}}),
         Row("caches", "one prefilled prefix for several answers", one_prefix),
         Row("caches", "one prefilled prefix for several answers, sliding windows", one_prefix, family="mistral"),
@@ -158,16 +175,17 @@ def caches() -> list[Row]:
     for kind in ("static", "offloaded", "offloaded_static", "quantized"):
         own = {f"cache_implementation {kind}": {"cache_implementation": kind}}
         rows += group("caches", own, refused=f"None or 'dynamic', got '{kind}'")
-    return rows
+    return [row._replace(refused=twice) if row.name.startswith(chunked) else row for row in rows]
 
 
 def prefilled(case: Case, short_of: int) -> DynamicCache:
     """A cache with all but the last tokens of the prompts."""
     past = DynamicCache(config=case.target.config)
-    mask = case.mask if case.mask is None else case.mask[:, :-short_of]
+    held = case.ids.shape[1] - short_of
+    mask = case.mask if case.mask is None else case.mask[:, :held]
     positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        case.target(case.ids[:, :-short_of], past_key_values=past, attention_mask=mask, position_ids=positions)
+        case.target(case.ids[:, :held], past_key_values=past, attention_mask=mask, position_ids=positions)
     return past
 
 
@@ -206,6 +224,13 @@ def inputs() -> list[Row]:
     def pads_unsaid(case: Case) -> dict[str, Any]:
         return {"input_ids": padded(case)["input_ids"], "attention_mask": None}
 
+    def chunked_embeds(case: Case) -> dict[str, Any]:
+        return padded(case) | {
+            "inputs_embeds": case.target.get_input_embeddings()(padded(case)["input_ids"]).detach(),
+            "prefill_chunk_size": 4,
+        }
+
+    both = {"inputs_embeds and prefill_chunk_size, padded": chunked_embeds}
     options: dict[str, Options] = {
         "inputs by position": lambda case: {"inputs": case.ids, "input_ids": None},
         "one token": lambda case: {"input_ids": case.ids[:, -1:], "attention_mask": None},
@@ -219,6 +244,7 @@ def inputs() -> list[Row]:
     }
     return [
         *group("inputs", options),
+        *group("inputs", both, refused="attention_mask|prefill_chunk_size"),
         *group("inputs", {"padding on the left, sliding windows": padded}, family="mistral"),
         *group("inputs", {"padding inside, sliding windows": holes}, family="gemma3_text"),
         *group("inputs", {"none: the text starts with BOS": {"input_ids": None}}, batches=(1,)),
@@ -249,10 +275,17 @@ def refusals() -> list[Row]:
         "num_beams, sampled": ({"num_beams": 3, "do_sample": True}, "needs num_beams=1, got num_beams=3"),
         "prompt_lookup_num_tokens": ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens, got both"),
         "assistant_early_exit": ({"assistant_early_exit": 2}, "assistant_early_exit, got both"),
+        "use_mtp": ({"use_mtp": True}, "use_mtp, got both"),
+        "penalty_alpha": ({"penalty_alpha": 0.6, "top_k": 4}, "Contrastive Search requires"),
+        "force_words_ids": ({"force_words_ids": [[3]]}, "Constrained Beam Search requires"),
         "dola_layers": ({"dola_layers": "high"}, "dola_layers, got both"),
         "assistant_tokenizer": (
             {"tokenizer": tiny_tokenizer(), "assistant_tokenizer": tiny_tokenizer()},
             "shares the target's tokenizer, got assistant_tokenizer",
         ),
     }
-    return [row for name, (own, said) in options.items() for row in group("beside a draft", {name: own}, refused=said)]
+    of_others = {"num_assistant_tokens": 3, "assistant_confidence_threshold": 0.4, "assistant_ensemble_weight": 0.5}
+    refused = [
+        row for name, (own, said) in options.items() for row in group("beside a draft", {name: own}, refused=said)
+    ]
+    return [*group("beside a draft", {"num_assistant_tokens and the like": of_others}), *refused]

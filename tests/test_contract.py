@@ -6,29 +6,37 @@ from unittest import mock
 import pytest
 import torch
 from contract import lines
-from contract_cell import NOT_YET, Case, Row, models, observe, once, prompts, run
+from contract_cell import NOT_YET, WRONG_TODAY, Case, Row, models, observe, once, prompts, run
 from contract_rows import all_rows
 from observation import differences
 from transformers.generation import stopping_criteria
 
-CELLS = [pytest.param(row, batch, id=f"{row.name}, batch {batch}") for row in all_rows() for batch in row.batches]
+
+def cell(row: Row, batch: int):
+    waits = batch > 1 and "batch" in NOT_YET
+    wrong = row.name in WRONG_TODAY and not waits
+    marks = [pytest.mark.xfail(strict=True, reason="the core gets it wrong")] if wrong else []
+    return pytest.param(row, batch, id=f"{row.name}, batch {batch}", marks=marks)
 
 
-@pytest.mark.parametrize("row, batch", CELLS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("row, batch", [cell(row, batch) for row in all_rows() for batch in row.batches])
 def test_equal_or_refused(row: Row, batch: int):
     if row.module is not None:
         pytest.importorskip(row.module)
-    cell = run(row, batch)
+    done = run(row, batch)
     if (refusal := row.expected_refusal(batch)) is not None:
-        assert cell.ours.error is not None, f"served: take its line out of NOT_YET, got {differences(*cell[:2])}"
+        assert done.ours.error is not None, (
+            f"served: take its line out of NOT_YET, got {differences(done.plain, done.ours)}"
+        )
         with pytest.raises(ValueError, match=refusal):
-            raise cell.ours.error
+            raise done.ours.error
         return
-    assert cell.plain.error is None, f"plain `generate` does not serve this row: {cell.plain.error!r}"
-    assert not differences(cell.plain, cell.ours)
+    assert done.plain.error is None, f"plain `generate` does not serve this row: {done.plain.error!r}"
+    assert not differences(done.plain, done.ours)
     if row.long_paths:
-        longest = max(max(accepted, default=0) for accepted in cell.ours.accept_lengths)
-        assert longest >= 3, f"too little was accepted: the row would prove nothing, got {cell.ours.accept_lengths}"
+        longest = max(max(accepted, default=0) for accepted in done.ours.accept_lengths)
+        assert longest >= 3, f"too little was accepted: the row would prove nothing, got {done.ours.accept_lengths}"
 
 
 def test_rows_have_names_of_their_own():
