@@ -1,0 +1,178 @@
+"""One cell of the contract: a row, an option of `generate`, run plainly, with a LongSpec draft and with another LM.
+
+`contract_rows.py` has the rows, `contract.py` prints the table, `test_contract.py` holds us to it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from helpers import VOCAB, tiny_draft, tiny_target
+from observation import Play, Seen, differences, observe
+from packaging import version
+from torch import Tensor
+from transformers import PreTrainedModel
+
+# What the decoding core does not serve yet, with what it says. Take a line out when it is served: its rows must be
+# equal from then on. (Batches and several sequences of a prompt are rows of the same table.)
+NOT_YET = {
+    "batch": "one sequence at a time, got a batch of",
+    "several sequences": "one sequence at a time, got num_return_sequences",
+    "hidden states": "cannot return attentions or hidden states",
+    "synced_gpus": "does not serve synced_gpus yet",
+}
+# Rows that today's core gets wrong: their tests must fail. Take a name out when the core is repaired.
+OLD = version.parse(transformers.__version__) < version.parse("5.21")
+WRONG_TODAY = {"the whole prompt in the cache, padded", "inputs_embeds and prefill_chunk_size, padded", "use_mtp"}
+WRONG_TODAY |= {"longrope beyond its switch, DynamicCache() passed"}
+if OLD:  # sdpa ignores caps; a chunked prefill reads the prompt again behind what the cache holds
+    WRONG_TODAY |= {"scores with a cap", "prefill_chunk_size and a prefilled prefix"}
+    WRONG_TODAY |= {"prefill_chunk_size and a prefilled prefix, sliding windows"}
+LONGROPE = {
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "original_max_position_embeddings": 16,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 16,
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 2.0, 5.0, 9.0],
+    },
+}
+TREE = (13, 120, 40)  # holds every next token, and most pairs: long paths are accepted from a random draft
+LENGTHS = (9, 4, 7, 2)  # of the prompts in a batch; the first one is also the one of a single sequence
+NEW_TOKENS = 24
+PAD, EOS = 0, [3, 11]  # in a batch, rows come to one of these at different times
+
+
+class Case(NamedTuple):
+    """What a row has at hand in one run: ids (B, L), padded on the left, mask (B, L) or None, and the log."""
+
+    target: PreTrainedModel
+    ids: Tensor
+    mask: Tensor | None
+    log: list
+
+    def defaults(self) -> dict[str, Any]:
+        """Options of every call; rows finish at different times in a batch."""
+        batch = {"attention_mask": self.mask, "eos_token_id": EOS} if len(self.ids) > 1 else {}
+        return {"input_ids": self.ids, **batch, "max_new_tokens": NEW_TOKENS, "pad_token_id": PAD} | {
+            "return_dict_in_generate": True
+        }
+
+
+class Row(NamedTuple):
+    """play: makes the calls; batches: the columns that apply; refused: what we say if we refuse it by decision.
+
+    feature: the line of `NOT_YET` it waits for beside "batch"; module: a package it needs; draws: whether tokens are
+    drawn at random; long_paths: whether paths of three tokens and more must be accepted, or the row proves little.
+    """
+
+    group: str
+    name: str
+    play: Play
+    batches: tuple[int, ...] = (1, 4)
+    refused: str | None = None
+    feature: str | None = None
+    module: str | None = None
+    family: str = "llama"
+    draws: bool = False
+    long_paths: bool = True
+
+    def expected_refusal(self, batch: int) -> str | None:
+        """What we must say to this row in a column of so many sequences, None if we must serve it."""
+        waits = [feature for feature in (self.feature, "batch" if batch > 1 else None) if feature in NOT_YET]
+        said = ([self.refused] if self.refused else []) + [NOT_YET[feature] for feature in waits]
+        return "|".join(said) or None
+
+
+Options = dict[str, Any] | Callable[[Case], dict[str, Any]]
+
+
+def once(options: Options) -> Play:
+    """A row that is one call: the defaults and these options, made anew for each run. None takes a default out."""
+
+    def play(generate: Callable, case: Case) -> None:
+        own = options(case) if callable(options) else copy.deepcopy(options)
+        generate(**{name: value for name, value in (case.defaults() | own).items() if value is not None})
+
+    return play
+
+
+def group(name: str, options: dict[str, Options], **fields: Any) -> list[Row]:
+    """Rows that are one call each."""
+    return [Row(name, row, once(own), **fields) for row, own in options.items()]
+
+
+def prompts(batch: int) -> tuple[Tensor, Tensor | None]:
+    lengths = LENGTHS[:batch]
+    random = torch.Generator().manual_seed(0)
+    ids = torch.full((batch, max(lengths)), PAD)
+    for row, length in enumerate(lengths):
+        ids[row, -length:] = torch.randint(2, VOCAB, (length,), generator=random)
+    return ids, (ids != PAD).long() if batch > 1 else None
+
+
+@cache
+def target_of(family: str) -> PreTrainedModel:
+    """A tiny target; "phi3 with longrope" changes its frequencies and drops its cache at 16 tokens."""
+    name, *longrope = family.split(" with ")
+    return tiny_target(name, **(LONGROPE if longrope else {}))
+
+
+@cache
+def models(family: str) -> tuple[PreTrainedModel, Any, PreTrainedModel]:
+    """Target, draft, and the LM that stock decoding gets: one that agrees with the target about most tokens."""
+    target = target_of(family)
+    small = copy.deepcopy(target)
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        for parameter in small.parameters():
+            parameter.data += 0.01 * torch.randn_like(parameter)
+    return target, tiny_draft(target, tree_shape=TREE), small
+
+
+class Cell(NamedTuple):
+    """One row and column: what plain `generate` showed, what we and stock assisted decoding did."""
+
+    plain: Seen
+    ours: Seen
+    stock: Seen | None
+
+    @property
+    def our_differences(self) -> list[str]:
+        return differences(self.plain, self.ours)
+
+
+def run(row: Row, batch: int, *, stock: bool = False) -> Cell:
+    target, draft, small = models(row.family)
+
+    def see(**assistant: Any) -> Seen:
+        return observe(target, row.play, Case(target, *prompts(batch), log=[]), **assistant)
+
+    other = see(assistant_model=copy.deepcopy(small)) if stock else None
+    return Cell(see(), see(assistant_model=draft), other)
+
+
+def verdict(plain: Seen, other: Seen | None, draws: bool = False) -> str:
+    """A cell of the table in a few words; draws: whether the row draws tokens at random."""
+    if other is None:
+        return "–"
+    if other.error is not None:
+        same = repr(other.error) == repr(plain.error)
+        name = type(other.error).__name__
+        return f"{name}, like plain" if same else "refused" if name == "ValueError" else f"raises {name}"
+    found = differences(plain, other)
+    if not found:
+        return "equal"
+    if "sequences" in found[0]:
+        return "other random draws" if draws else "other text"
+    parts = [("past_key_values", "cache"), ("cache", "cache"), ("log", "calls"), ("random", "random state")]
+    named = [name for word, name in parts if any(word in line for line in found)]
+    return "other " + " and ".join(dict.fromkeys(named) or ["outputs"])

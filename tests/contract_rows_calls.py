@@ -1,0 +1,291 @@
+"""Rows of the contract beside those that change scores: stops, streamers, outputs, caches, inputs, refusals."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from contract_cell import OLD, PAD, Case, Options, Row, group
+from probes import (
+    AfterTokens,
+    Counting,
+    Interrupting,
+    Streamed,
+    WhenSure,
+    Written,
+    process_group,
+    ticking,
+    tiny_tokenizer,
+)
+from transformers import DynamicCache, StaticCache, TextIteratorStreamer
+
+
+def stops() -> list[Row]:
+    def stop_strings(case: Case) -> dict[str, Any]:
+        return {"stop_strings": ["aba", "fcb", "dd"], "tokenizer": tiny_tokenizer()}
+
+    def own(case: Case) -> dict[str, Any]:
+        return {"stopping_criteria": [AfterTokens(case.log, case.ids.shape[1])], "eos_token_id": None}
+
+    def own_and_eos(case: Case) -> dict[str, Any]:
+        return {"stopping_criteria": [AfterTokens(case.log, case.ids.shape[1])], "eos_token_id": 3}
+
+    def sure(case: Case) -> dict[str, Any]:
+        return {"stopping_criteria": [WhenSure(case.log, 4.0)], "output_scores": True}
+
+    def all_reasons(case: Case) -> dict[str, Any]:
+        late = AfterTokens(case.log, case.ids.shape[1], least=10, count=3)
+        return {"stopping_criteria": [late], "eos_token_id": [3, 8], "do_sample": True} | stop_strings(case)
+
+    def max_time(generate: Callable, case: Case) -> None:
+        with ticking():
+            generate(**case.defaults(), max_time=9.5)
+
+    options: dict[str, Options] = {
+        "max_length": {"max_length": 20, "max_new_tokens": None},
+        "eos_token_id": {"eos_token_id": 3},
+        "several eos_token_id": {"eos_token_id": [2, 3, 7]},
+        "no eos_token_id": {"eos_token_id": None},
+        "stop_strings": stop_strings,
+        "a criterion that stops rows at their own time": own,
+        "… beside an eos_token_id": own_and_eos,
+        "a criterion that reads scores": sure,
+    }
+    return [
+        *group("stops", {"max_new_tokens=1": {"max_new_tokens": 1}}, long_paths=False),
+        *group("stops", options),
+        *group("stops", {"every reason at once, sampled": all_reasons}, draws=True),
+        Row("stops", "max_time", max_time),
+    ]
+
+
+def streamers() -> list[Row]:
+    def iterated(generate: Callable, case: Case) -> None:
+        streamer = TextIteratorStreamer(tiny_tokenizer(), timeout=5)
+        generate(**case.defaults(), streamer=streamer)
+        case.log.append(list(streamer))
+
+    return [
+        *group("streamers", {"any": lambda case: {"streamer": Streamed(case.log)}}),
+        *group(
+            "streamers",
+            {
+                "beside criteria and processors": lambda case: {
+                    "streamer": Streamed(case.log),
+                    "stopping_criteria": [AfterTokens(case.log, case.ids.shape[1])],
+                    "logits_processor": [Counting(case.log)],
+                }
+            },
+        ),
+        *group(
+            "streamers", {"TextStreamer": lambda case: {"streamer": Written(tiny_tokenizer(), case.log)}}, batches=(1,)
+        ),
+        Row("streamers", "TextIteratorStreamer", iterated, batches=(1,)),
+    ]
+
+
+def outputs() -> list[Row]:
+    def transition_scores(generate: Callable, case: Case) -> None:
+        out = generate(**case.defaults(), output_scores=True, do_sample=True, temperature=0.8)
+        case.log.append(case.target.compute_transition_scores(out.sequences, out.scores, normalize_logits=True))
+
+    everything = {"output_scores": True, "output_logits": True, "repetition_penalty": 1.2}
+    options: dict[str, Options] = {
+        "output_scores": {"output_scores": True, "repetition_penalty": 1.2},
+        "output_logits": {"output_logits": True, "repetition_penalty": 1.2},
+        "output_scores, output_logits": everything,
+    }
+    hidden = {
+        "output_hidden_states": {"output_hidden_states": True},
+        "output_hidden_states, sampled": {"output_hidden_states": True, "do_sample": True, **everything},
+    }
+    return [
+        *group("outputs", options),
+        *group("outputs", {"output_scores, output_logits, sampled": everything | {"do_sample": True}}, draws=True),
+        Row("outputs", "compute_transition_scores", transition_scores, draws=True),
+        *group("outputs", hidden, feature="hidden states"),
+        *group("outputs", {"output_attentions": {"output_attentions": True}}, refused="cannot return attentions"),
+    ]
+
+
+def caches() -> list[Row]:
+    def no_config(case: Case) -> dict[str, Any]:
+        return {"past_key_values": DynamicCache()}
+
+    def with_config(case: Case) -> dict[str, Any]:
+        return {"past_key_values": DynamicCache(config=case.target.config)}
+
+    def one_prefix(generate: Callable, case: Case) -> None:
+        """Several answers over one prefilled prefix."""
+        prefix = prefilled(case, 1)
+        for token in (3, 5, 7):
+            ids = torch.cat([case.ids, torch.full_like(case.ids[:, :1], token)], dim=1)
+            mask = {} if case.mask is None else {"attention_mask": (ids != PAD).long()}
+            own = {"input_ids": ids, **mask, "past_key_values": copy.deepcopy(prefix)}
+            generate(**case.defaults() | own)
+
+    def only_new_tokens(case: Case) -> dict[str, Any]:
+        mask = torch.ones_like(case.ids) if case.mask is None else case.mask
+        return {"input_ids": case.ids[:, 4:], "attention_mask": mask, "past_key_values": prefilled(case, 5)}
+
+    def whole_prompt(case: Case) -> dict[str, Any]:
+        ids = torch.nn.functional.pad(case.ids, (2, 0), value=PAD)
+        mask = (ids != PAD).long()
+        past = prefilled(case._replace(ids=ids, mask=mask), 0)
+        return {"input_ids": ids, "attention_mask": mask, "past_key_values": past}
+
+    def long_prompt(case: Case) -> dict[str, Any]:
+        return {"input_ids": case.ids.repeat(1, 2), "attention_mask": None, "past_key_values": DynamicCache()}
+
+    def static(case: Case) -> dict[str, Any]:
+        return {"past_key_values": StaticCache(config=case.target.config, max_cache_len=64)}
+
+    shared: dict[str, Options] = {
+        "DynamicCache() passed": no_config,
+        "DynamicCache(config) passed": with_config,
+        "prefill_chunk_size": {"prefill_chunk_size": 4},
+        "prefill_chunk_size and a prefilled prefix": lambda case: {
+            "prefill_chunk_size": 2,
+            "past_key_values": prefilled(case, 4),
+        },
+        "a prefilled prefix, only the new tokens passed": only_new_tokens,
+    }
+    chunked = "prefill_chunk_size and a prefilled prefix"
+    twice = "attention_mask" if OLD else None  # there, stock reads the prompt twice
+    rows = [
+        *group("caches", shared),
+        *group("caches", {f"{name}, sliding windows": own for name, own in shared.items()}, family="gemma3_text"),
+        *group(
+            "caches",
+            {"longrope beyond its switch, DynamicCache() passed": long_prompt},
+            family="phi3 with longrope",
+        ),
+        *group("caches", {"the whole prompt in the cache, padded": whole_prompt}, refused="attention_mask"),
+        *group("caches", {"cache_implementation dynamic": {"cache_implementation": "dynamic"}}),
+        Row("caches", "one prefilled prefix for several answers", one_prefix),
+        Row("caches", "one prefilled prefix for several answers, sliding windows", one_prefix, family="mistral"),
+        Row("caches", "five turns of a chat with one cache", chat),
+        Row("caches", "five turns of a chat with one cache, sliding windows", chat, family="mistral"),
+        *group("caches", {"StaticCache passed": static}, refused="got a StaticCache"),
+        *group("caches", {"use_cache=False": {"use_cache": False}}, refused="got use_cache=False"),
+    ]
+    for kind in ("static", "offloaded", "offloaded_static", "quantized"):
+        own = {f"cache_implementation {kind}": {"cache_implementation": kind}}
+        rows += group("caches", own, refused=f"None or 'dynamic', got '{kind}'")
+    return [row._replace(refused=twice) if row.name.startswith(chunked) else row for row in rows]
+
+
+def prefilled(case: Case, short_of: int) -> DynamicCache:
+    """A cache with all but the last tokens of the prompts."""
+    past = DynamicCache(config=case.target.config)
+    held = case.ids.shape[1] - short_of
+    mask = case.mask if case.mask is None else case.mask[:, :held]
+    positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        case.target(case.ids[:, :held], past_key_values=past, attention_mask=mask, position_ids=positions)
+    return past
+
+
+def chat(generate: Callable, case: Case) -> None:
+    past, ids, mask = DynamicCache(config=case.target.config), case.ids, case.mask
+    for turn in range(5):
+        own = {"input_ids": ids, "past_key_values": past, "max_new_tokens": 8, "do_sample": turn % 2 == 1}
+        mask_of_turn = {} if mask is None else {"attention_mask": mask}
+        out = generate(**case.defaults() | own | mask_of_turn)
+        question = torch.tensor([[2 + turn, 11 - turn, 5]]).expand(len(ids), -1)
+        written = torch.cat([out.sequences[:, ids.shape[1] :], question], dim=1)
+        ids = torch.cat([ids, written], dim=1)
+        if mask is not None:  # what followed the end of a row stays hidden
+            mask = torch.cat([mask, (written != PAD).long()], dim=1)
+
+
+def inputs() -> list[Row]:
+    def embeds(case: Case) -> dict[str, Any]:
+        return {"input_ids": None, "inputs_embeds": case.target.get_input_embeddings()(case.ids).detach()}
+
+    def ids_and_embeds(case: Case) -> dict[str, Any]:
+        return embeds(case) | {"input_ids": case.ids, "repetition_penalty": 1.3}
+
+    def positions(case: Case) -> dict[str, Any]:
+        return {"position_ids": torch.arange(case.ids.shape[1]).expand_as(case.ids) + 5}
+
+    def holes(case: Case) -> dict[str, Any]:
+        mask = torch.ones_like(case.ids) if case.mask is None else case.mask.clone()
+        mask[:, 3:5] = mask[0, 1] = 0
+        return {"attention_mask": mask}
+
+    def padded(case: Case) -> dict[str, Any]:
+        wider = torch.nn.functional.pad(case.ids, (4, 0), value=PAD)
+        return {"input_ids": wider, "attention_mask": (wider != PAD).long()}
+
+    def pads_unsaid(case: Case) -> dict[str, Any]:
+        return {"input_ids": padded(case)["input_ids"], "attention_mask": None}
+
+    def chunked_embeds(case: Case) -> dict[str, Any]:
+        return padded(case) | {
+            "inputs_embeds": case.target.get_input_embeddings()(padded(case)["input_ids"]).detach(),
+            "prefill_chunk_size": 4,
+        }
+
+    both = {"inputs_embeds and prefill_chunk_size, padded": chunked_embeds}
+    options: dict[str, Options] = {
+        "inputs by position": lambda case: {"inputs": case.ids, "input_ids": None},
+        "one token": lambda case: {"input_ids": case.ids[:, -1:], "attention_mask": None},
+        "inputs_embeds": embeds,
+        "inputs_embeds and input_ids": ids_and_embeds,
+        "position_ids": positions,
+        "padding on the left": padded,
+        "padding without a mask": pads_unsaid,
+        "padding inside": holes,
+        "padding inside, prefill_chunk_size": lambda case: holes(case) | {"prefill_chunk_size": 4},
+    }
+    return [
+        *group("inputs", options),
+        *group("inputs", both, refused="attention_mask|prefill_chunk_size"),
+        *group("inputs", {"padding on the left, sliding windows": padded}, family="mistral"),
+        *group("inputs", {"padding inside, sliding windows": holes}, family="gemma3_text"),
+        *group("inputs", {"none: the text starts with BOS": {"input_ids": None}}, batches=(1,)),
+    ]
+
+
+def calls_that_end_otherwise() -> list[Row]:
+    def interrupted(generate: Callable, case: Case) -> None:
+        stop = Interrupting(case.ids.shape[1] + 11)
+        past = DynamicCache(config=case.target.config)
+        own = {"past_key_values": past, "stopping_criteria": [stop], "do_sample": True, "streamer": Streamed(case.log)}
+        with contextlib.suppress(KeyboardInterrupt):
+            generate(**case.defaults() | own)
+
+    def synced(generate: Callable, case: Case) -> None:
+        with process_group():
+            generate(**case.defaults(), synced_gpus=True)
+
+    return [
+        Row("calls", "interrupted by the user", interrupted, draws=True, long_paths=False),
+        Row("calls", "synced_gpus", synced, feature="synced_gpus"),
+    ]
+
+
+def refusals() -> list[Row]:
+    options: dict[str, tuple[dict[str, Any], str]] = {
+        "num_beams": ({"num_beams": 3}, "needs num_beams=1, got num_beams=3"),
+        "num_beams, sampled": ({"num_beams": 3, "do_sample": True}, "needs num_beams=1, got num_beams=3"),
+        "prompt_lookup_num_tokens": ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens, got both"),
+        "assistant_early_exit": ({"assistant_early_exit": 2}, "assistant_early_exit, got both"),
+        "use_mtp": ({"use_mtp": True}, "use_mtp, got both"),
+        "penalty_alpha": ({"penalty_alpha": 0.6, "top_k": 4}, "Contrastive Search requires"),
+        "force_words_ids": ({"force_words_ids": [[3]]}, "Constrained Beam Search requires"),
+        "dola_layers": ({"dola_layers": "high"}, "dola_layers, got both"),
+        "assistant_tokenizer": (
+            {"tokenizer": tiny_tokenizer(), "assistant_tokenizer": tiny_tokenizer()},
+            "shares the target's tokenizer, got assistant_tokenizer",
+        ),
+    }
+    of_others = {"num_assistant_tokens": 3, "assistant_confidence_threshold": 0.4, "assistant_ensemble_weight": 0.5}
+    refused = [
+        row for name, (own, said) in options.items() for row in group("beside a draft", {name: own}, refused=said)
+    ]
+    return [*group("beside a draft", {"num_assistant_tokens and the like": of_others}), *refused]

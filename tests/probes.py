@@ -1,0 +1,142 @@
+"""What users hand to `generate`: streamers, processors and criteria that note what they are told, and a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from helpers import VOCAB
+from tokenizers import Tokenizer, decoders, models
+from torch import Tensor, distributed
+from transformers import LogitsProcessor, PreTrainedTokenizerFast, StoppingCriteria, TextStreamer
+from transformers.generation import stopping_criteria
+from transformers.generation.streamers import BaseStreamer
+
+PIECES = ["<pad>", "<s>", "</s>", "a", "b", "c", "d", "e", "f", "ab", "bc", "de", "ba"]
+END = PIECES.index("</s>")
+MERGES = [("a", "b"), ("b", "c"), ("d", "e"), ("b", "a")]
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Thirteen tokens of one and two characters, so that a text has several spellings."""
+    assert len(PIECES) == VOCAB
+    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(PIECES)}, merges=MERGES))
+    tokenizer.decoder = decoders.Fuse()
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **names)
+
+
+class Streamed(BaseStreamer):
+    """Notes what is put, and the end."""
+
+    def __init__(self, log: list):
+        self.log = log
+
+    def put(self, value: Tensor) -> None:
+        self.log.append(["streamed", value.clone()])
+
+    def end(self) -> None:
+        self.log.append(["end"])
+
+
+class Written(TextStreamer):
+    """A `TextStreamer` that writes into the log."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, log: list):
+        super().__init__(tokenizer)
+        self.log = log
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.log.append(["written", text, stream_end])
+
+
+class Counting(LogitsProcessor):
+    """Has state: what it does depends on how often it was called, and on the text."""
+
+    def __init__(self, log: list):
+        self.log, self.calls = log, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.calls += 1
+        self.log.append(["processed", input_ids.clone(), scores.clone()])
+        return scores - (self.calls % 3) * torch.nn.functional.one_hot(input_ids[:, -1], scores.shape[1])
+
+
+class Machine(LogitsProcessor):
+    """A grammar: allows `state + 1 … state + 6`, where the state is the last token it was shown, row by row.
+
+    Like the processors of grammar libraries it takes over one token a call and writes into the scores it is given.
+    """
+
+    def __init__(self, log: list):
+        self.log, self.length = log, None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        assert self.length in (None, input_ids.shape[1] - 1), "expected one call for each token, in order"
+        self.length = input_ids.shape[1]
+        steps = (torch.arange(scores.shape[1]) - input_ids[:, -1:]) % scores.shape[1]
+        return scores.masked_fill_((steps < 1) | (steps > 6), -torch.inf)
+
+
+class Noisy(LogitsProcessor):
+    """Draws from the random generator, as some samplers do."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores + torch.rand(scores.shape)
+
+
+class AfterTokens(StoppingCriteria):
+    """Stops each row at its own time: when it holds `count` tokens that are not below `least`, behind `start`."""
+
+    def __init__(self, log: list, start: int, least: int = 7, count: int = 7):
+        self.log, self.start, self.least, self.count = log, start, least, count
+
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        done = (input_ids[:, self.start :] >= self.least).sum(dim=1) >= self.count
+        self.log.append(["asked", input_ids.clone(), done])
+        return done
+
+
+class WhenSure(StoppingCriteria):
+    """Stops a row when its newest token had a high score; needs `output_scores`."""
+
+    def __init__(self, log: list, least: float):
+        self.log, self.least = log, least
+
+    def __call__(self, input_ids: Tensor, scores: tuple[Tensor, ...], **kwargs: object) -> Tensor:
+        best = scores[-1].max(dim=-1).values
+        self.log.append(["asked", len(scores), best])
+        return best > self.least
+
+
+class Interrupting(StoppingCriteria):
+    """The user presses a key when the text has so many tokens."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        if input_ids.shape[1] == self.length:
+            raise KeyboardInterrupt
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@contextmanager
+def ticking() -> Iterator[None]:
+    """Within it, every look of `max_time` at the clock takes a second."""
+    seconds = iter(range(10_000))
+    with mock.patch.object(stopping_criteria, "time", SimpleNamespace(time=lambda: next(seconds))):
+        yield
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """A job of one process, as `synced_gpus` asks for."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,52 @@
+"""Option combinations nobody thought of: a draft changes nothing that can be seen, or the call is refused.
+
+Other seeds: `LONGSPEC_WALK=1000:500 pytest tests/test_random_walk.py`, from seed 1000 on 500 steps.
+"""
+
+import os
+
+import pytest
+from walk import check, refusal_of, simplest, with_draft, wrong_today
+from walk_steps import FAMILIES, FULL_TREES, Step, draw
+
+FIRST, COUNT = (int(number) for number in os.environ.get("LONGSPEC_WALK", "0:1000").split(":"))
+STEPS_A_CASE = 25
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("first", range(FIRST, FIRST + COUNT, STEPS_A_CASE))
+def test_no_step_differs(first):
+    for seed in range(first, min(first + STEPS_A_CASE, FIRST + COUNT)):
+        if not wrong_today(step := draw(seed)):
+            check(step)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_long_paths_are_accepted():
+    """Or the walk would prove nothing: of the steps that could show it, many accept three tokens in some round."""
+    steps = [step for seed in range(300) if (step := draw(seed)).tree in FULL_TREES and step.new_tokens >= 14]
+    steps = [step for step in steps if refusal_of(step) is None and "dict" in step.outputs]
+    longest = [max((max(row, default=0) for row in with_draft(step).accept_lengths), default=0) for step in steps]
+    assert len(steps) >= 20 and sum(length >= 3 for length in longest) > len(longest) / 3, longest
+
+
+def test_the_walk_comes_everywhere():
+    steps = [draw(seed) for seed in range(1000)]
+    served = [step for step in steps if refusal_of(step) is None and not wrong_today(step)]
+    assert len(served) >= 300
+    assert {step.family for step in served} == set(FAMILIES)
+    assert {len(step.lengths) for step in steps} == {1, 2, 3, 4}
+    assert {step.cache for step in served} == {"none", "passed", "without config", "prefix"}
+    assert {step.prompt for step in served} == {"ids", "embeds", "ids and embeds"}
+    assert sum(bool(step.asked) for step in steps) >= 30
+
+
+def test_a_difference_is_reported_as_a_call_that_repeats_it(monkeypatch):
+    """A draft that writes one token too few: found, made simple, and printed."""
+    import walk
+
+    monkeypatch.setattr(walk, "with_draft", lambda step: walk.look(walk.replace(step, new_tokens=step.new_tokens - 1)))
+    step = Step(seed=3, family="qwen3", lengths=(5,), window=3, sampler="top_k", streamer=True, new_tokens=7)
+    assert str(simplest(step)) == "Step(seed=3)"
+    with pytest.raises(AssertionError, match=r"from walk import Step, check; check\(Step\(seed=3\)\)"):
+        check(step)
