@@ -51,6 +51,8 @@ def assert_as_good_as_plain(results, *inputs, stages=1, **options):
         assert ours.shape == exact.shape and not ours.isnan().any()
         known = rough.isfinite()
         assert torch.equal(ours[~known].double(), exact[~known])  # rows that see nothing: out 0, lse −inf
+        if not known.any():
+            continue
         exact, rough = exact[known], rough[known]
         unit = torch.finfo(rough.dtype).eps * exact.abs().max()
         assert (ours[known] - exact).abs().max() <= 2 * stages * max((rough - exact).abs().max(), unit)

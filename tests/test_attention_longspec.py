@@ -6,7 +6,10 @@ import pytest
 import torch
 from reference_attention import INF, assert_as_good_as_plain
 
-from hf_longspec.modeling.attention_longspec import BACKENDS, apply_sinks, attend, merge, resolve_backend
+from hf_longspec.modeling import attention_longspec
+from hf_longspec.modeling.attention_longspec import BACKENDS, Spans, apply_sinks, attend, merge, resolve_backend
+
+CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
 
 
 def tensors(batch, heads, kv_heads, nodes, keys, dim, dtype=torch.float32, seed=0):
@@ -15,6 +18,19 @@ def tensors(batch, heads, kv_heads, nodes, keys, dim, dtype=torch.float32, seed=
     key = torch.randn(batch, kv_heads, keys, dim, generator=generator)
     value = torch.randn(batch, kv_heads, keys, dim, generator=generator)
     return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def whole(key):
+    """Spans over all keys (B, K, S, D)."""
+    return Spans.of([(0, key.shape[2])] * key.shape[0], key.device)
+
+
+def visible(spans, nodes, slots):
+    """(B, T, S) bool: the spans as a dense mask."""
+    mask = torch.zeros(len(spans), nodes, slots, dtype=torch.bool)
+    for row, (start, end) in enumerate(spans):
+        mask[row, :, start:end] = True
+    return mask
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (6, 1)])
@@ -129,7 +145,7 @@ def test_sinks_take_all_where_nothing_is_seen():
 def test_backend_is_as_good_as_plain_arithmetic(name, dtype, dim, keys):
     query, key, value = tensors(1, 4, 2, nodes=5, keys=keys, dim=dim, dtype=dtype)
     scaling = dim**-0.5
-    out, lse = BACKENDS[name].prefix(query, key, value, scaling, None)
+    out, lse = BACKENDS[name].prefix(query, key, value, whole(key), scaling, None)
     assert out.shape == (1, 4, 5, dim)
     assert lse.shape == (1, 4, 5) and lse.dtype == torch.float32
     assert_as_good_as_plain((out, lse), query, key, value, scaling)
@@ -139,7 +155,7 @@ def test_backend_is_as_good_as_plain_arithmetic(name, dtype, dim, keys):
 @pytest.mark.parametrize("name", sorted(BACKENDS))
 def test_backend_with_no_keys(name, dtype):
     query, key, value = tensors(2, 4, 2, nodes=3, keys=0, dim=64, dtype=dtype)
-    out, lse = BACKENDS[name].prefix(query, key, value, 0.125, None)
+    out, lse = BACKENDS[name].prefix(query, key, value, whole(key), 0.125, None)
     assert torch.equal(out.float(), torch.zeros(2, 4, 3, 64))
     assert torch.equal(lse, torch.full((2, 4, 3), -INF))
 
@@ -153,24 +169,156 @@ def test_backend_reads_the_cache_where_it_lies(name, heads, kv_heads):
     garbage = torch.full((2, kv_heads, 70, 16), float("nan"))
     key_store, value_store = garbage.clone(), garbage.clone()
     key_store[:, :, 5:55], value_store[:, :, 5:55] = key, value
-    out, lse = BACKENDS[name].prefix(query, key_store[:, :, 5:55], value_store[:, :, 5:55], 0.25, None)
+    spans = Spans.of([(5, 55)] * 2, CPU)
+    out, lse = BACKENDS[name].prefix(query, key_store, value_store, spans, 0.25, None)
     assert_as_good_as_plain((out, lse), query, key, value, 0.25)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_eager_backend_caps_scores(dtype):
     query, key, value = tensors(1, 4, 2, nodes=3, keys=20, dim=16, dtype=dtype)
-    out, lse = BACKENDS["eager"].prefix(query, key, value, 1.0, 2.0)
+    out, lse = BACKENDS["eager"].prefix(query, key, value, whole(key), 1.0, 2.0)
     assert_as_good_as_plain((out, lse), query, key, value, 1.0, softcap=2.0)
     assert lse.max() <= 2.0 + math.log(20)
 
 
 def test_torch_backend_refuses_to_forget_the_softcap():
     with pytest.raises(ValueError, match=r"no soft-capping, got softcap=30\.0"):
-        BACKENDS["torch"].prefix(*tensors(1, 2, 1, 1, 1, 8), 1.0, 30.0)
+        BACKENDS["torch"].prefix(*tensors(1, 2, 1, 1, 1, 8), Spans.of([(0, 1)], CPU), 1.0, 30.0)
 
 
-CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
+# --- rows of different spans -----------------------------------------------------------------------------------------
+
+STAGES = 2  # first the log-sum-exp, then weights that it has part in
+RAGGED = {
+    "lengths": [(0, 50), (0, 7), (0, 49)],
+    "starts": [(5, 60), (0, 60), (59, 60)],
+    "both": [(5, 55), (30, 31), (0, 17), (69, 70)],
+    "one is empty": [(0, 20), (9, 9), (3, 21)],
+    "all are empty": [(0, 0), (9, 9), (70, 70)],
+    "far apart": [(0, 3), (60, 70)],
+}
+
+
+def test_spans_by_hand():
+    spans = Spans.of([(2, 9), (0, 7), (4, 4)], CPU)
+    assert spans.starts.tolist() == [2, 0, 4] and spans.ends.tolist() == [9, 7, 4]
+    assert spans.starts.dtype == spans.ends.dtype == torch.int64
+    assert spans.host == ((2, 9), (0, 7), (4, 4))
+    assert spans.common is None and spans.cover == slice(0, 9)
+    same = Spans.of([(2, 9)] * 3, CPU)
+    assert same.common == same.cover == slice(2, 9)
+    assert Spans.of([(5, 6), (3, 4)], CPU).cover == slice(3, 6)
+
+
+def ragged(host, heads, kv_heads, dim, dtype, slots=70):
+    """Queries and stores for spans; what no row may see is NaN, what another row sees holds other numbers."""
+    query, key, value = tensors(len(host), heads, kv_heads, nodes=5, keys=slots, dim=dim, dtype=dtype)
+    seen_by_any = visible(host, 1, slots)[:, 0].any(dim=0)
+    cover = slice(min(start for start, _ in host), max(end for _, end in host))
+    seen_by_any[cover] = True
+    for store in (key, value):
+        store[:, :, ~seen_by_any] = float("nan")
+    return query, key, value
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [16, 63, 128])
+@pytest.mark.parametrize("host", RAGGED.values(), ids=RAGGED)
+@pytest.mark.parametrize("name", sorted(BACKENDS))
+def test_backend_with_rows_of_different_spans(name, host, dim, dtype):
+    query, key, value = ragged(host, 4, 2, dim, dtype)
+    scaling = dim**-0.5
+    out, lse = BACKENDS[name].prefix(query, key, value, Spans.of(host, CPU), scaling, None)
+    assert out.shape == query.shape and lse.shape == query.shape[:3] and lse.dtype == torch.float32
+    key, value = key.nan_to_num(), value.nan_to_num()
+    assert_as_good_as_plain((out, lse), query, key, value, scaling, mask=visible(host, 5, 70), stages=STAGES)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 1), (14, 2)])
+@pytest.mark.parametrize("host", RAGGED.values(), ids=RAGGED)
+@pytest.mark.parametrize("name", sorted(BACKENDS))
+def test_a_row_is_what_it_is_alone(name, host, heads, kv_heads):
+    """Whatever the others hold: bit by bit the same among other contents, and by arithmetic the same as alone."""
+    query, key, value = ragged(host, heads, kv_heads, 16, torch.float32)
+    prefix = BACKENDS[name].prefix
+    spans = Spans.of(host, CPU)
+    out, lse = prefix(query, key, value, spans, 0.25, None)
+    single = []
+    for row, span in enumerate(host):
+        others = torch.arange(len(host)) != row
+        changed = [states.clone() for states in (query, key, value)]
+        for states in changed:
+            states[others] = 7 * states[others]
+        again = prefix(*changed, spans, 0.25, None)
+        assert torch.equal(again[0][row], out[row]) and torch.equal(again[1][row], lse[row])
+        part = slice(row, row + 1)
+        single.append(prefix(query[part], key[part], value[part], Spans.of([span], CPU), 0.25, None))
+    alone = [torch.cat(parts) for parts in zip(*single, strict=True)]
+    if name == "torch":
+        assert torch.equal(out, alone[0]) and torch.equal(lse, alone[1])
+    inputs = query, key.nan_to_num(), value.nan_to_num(), 0.25
+    for result in (alone, (out, lse)):
+        assert_as_good_as_plain(result, *inputs, mask=visible(host, 5, 70), stages=STAGES)
+
+
+def test_eager_backend_caps_scores_of_rows_of_different_spans():
+    host = RAGGED["both"]
+    query, key, value = ragged(host, 4, 2, 16, torch.float32)
+    out, lse = BACKENDS["eager"].prefix(query, key, value, Spans.of(host, CPU), 1.0, 2.0)
+    key, value = key.nan_to_num(), value.nan_to_num()
+    assert_as_good_as_plain((out, lse), query, key, value, 1.0, mask=visible(host, 5, 70), stages=STAGES, softcap=2.0)
+
+
+@pytest.mark.parametrize("host", RAGGED.values(), ids=RAGGED)
+def test_sequences_of_a_flat_store(host):
+    """Every K/V head of every row is a sequence: where it begins, and how much of it is held."""
+    kv_heads, slots = 3, 70
+    store = torch.arange(len(host) * kv_heads * slots).view(len(host), kv_heads, slots)
+    spans = Spans.of(host, CPU)
+    begins, held = attention_longspec._sequences(spans, kv_heads, slots)
+    assert begins.dtype == held.dtype == torch.int32
+    assert len(begins) == len(held) + 1 == len(host) * kv_heads + 1 and begins[-1] == store.numel()
+    sequences = iter(zip(begins.tolist(), held.tolist(), strict=False))
+    for row, (start, end) in enumerate(host):
+        for head in range(kv_heads):
+            begin, count = next(sequences)
+            assert store.flatten()[begin : begin + count].tolist() == store[row, head, start:end].tolist()
+    again = attention_longspec._sequences(spans, kv_heads, slots)
+    assert again[0] is begins and again[1] is held, "made for every layer anew"
+    other = attention_longspec._sequences(spans, 1, slots + 1)
+    assert len(other[1]) == len(host) and other[0][-1] == len(host) * (slots + 1)
+
+
+def variable_length_kernel(
+    query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout, causal, debug, *, scale, seqused_k
+):
+    """What the CUDA kernel is said to compute, sequence by sequence; lse is +inf for queries without keys."""
+    assert query.dim() == key.dim() == 3 and not causal and dropout == 0.0
+    out, lse = torch.zeros_like(query), query.new_full((query.shape[1], len(query)), float("inf"), dtype=torch.float32)
+    for index, held in enumerate(seqused_k.tolist()):
+        rows = slice(int(cum_seq_q[index]), int(cum_seq_q[index + 1]))
+        keys = slice(int(cum_seq_k[index]), int(cum_seq_k[index]) + held)
+        assert rows.stop - rows.start <= max_q and held <= max_k
+        if held:
+            single = [
+                states[part].transpose(0, 1)[None] for states, part in ((query, rows), (key, keys), (value, keys))
+            ]
+            over, log_sum = attend(*single, None, scale)
+            out[rows], lse[:, rows] = over[0].transpose(0, 1), log_sum[0]
+    return out, lse, None, None, None
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("host", RAGGED.values(), ids=RAGGED)
+def test_one_kernel_for_rows_of_different_spans(monkeypatch, host, heads, kv_heads):
+    """How stores and queries are laid out for the CUDA kernel; the kernel itself is tested on a GPU."""
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", variable_length_kernel)
+    query, key, value = ragged(host, heads, kv_heads, 16, torch.float32)
+    out, lse = attention_longspec._flash_by_row(query, key, value, Spans.of(host, CPU), 0.25)
+    assert_as_good_as_plain(
+        (out, lse), query, key.nan_to_num(), value.nan_to_num(), 0.25, mask=visible(host, 5, 70), stages=STAGES
+    )
 
 
 @pytest.mark.parametrize(

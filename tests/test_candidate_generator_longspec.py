@@ -18,6 +18,8 @@ from transformers import DynamicCache
 from hf_longspec.modeling.attention_longspec import BACKENDS
 from hf_longspec.modeling.cache_longspec import SpeculativeCache
 from hf_longspec.modeling.candidate_generator_longspec import LongSpecCandidateGenerator, best_children
+from hf_longspec.modeling.interface_longspec import Round, attending, switched
+from hf_longspec.modeling.tree_longspec import ancestor_mask
 
 # How a family turns its queries on the layer the draft looks at, and what it does to embeddings and logits.
 FAMILIES = {
@@ -114,23 +116,27 @@ class Reference:
 
 
 class Session:
-    """A generator and the target's cache, fed as the decoding loop feeds them; `text` includes the root."""
+    """A generator and the target's cache, fed as the decoding loop feeds them; `texts` include the roots.
+
+    Shorter texts are padded to the left, all by `padding` more.
+    """
 
     @torch.no_grad()
     def __init__(self, target, draft, texts: list[list[int]], backend: str = "eager", padding: int = 0):
         self.target, self.draft, self.texts = target, draft, texts
-        self.bound = draft.bind(target)
-        config = target.config
-        self.cache = SpeculativeCache(config, DynamicCache(config=config), 200, 1 + sum(draft.config.tree_shape))
-        self.generator = LongSpecCandidateGenerator(draft, self.bound, BACKENDS[backend], batch=len(texts))
-        ids = torch.tensor([[0] * padding + text[:-1] for text in texts])
-        mask = (torch.arange(ids.shape[1]) >= padding).long().expand(len(texts), -1)
-        self.padding = padding
+        self.bound, self.backend = draft.bind(target), BACKENDS[backend]
+        config, batch = target.config, len(texts)
+        nodes = 1 + sum(draft.config.tree_shape)
+        self.cache = SpeculativeCache(config, DynamicCache(config=config), 200, nodes, batch=batch, lead=200)
+        self.generator = LongSpecCandidateGenerator(draft, self.bound, self.backend, batch)
+        prompt = padding + max(map(len, texts)) - 1
+        pads = torch.tensor([prompt - len(text) + 1 for text in texts])
+        ids = torch.tensor([[0] * (prompt - len(text) + 1) + text[:-1] for text in texts])
+        mask = (torch.arange(prompt) >= pads[:, None]).long()
         self.cache.hide_padding(mask)
-        positions = (torch.arange(ids.shape[1]) - padding).clamp(min=0).expand(len(texts), -1)
+        positions = (torch.arange(prompt) - pads[:, None]).clamp(min=0)
         target(ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache)
-        embeds = self.bound.embed(ids[:, padding:])
-        self.generator.prefill(embeds, embeds.shape[1] - 1)
+        self.generator.prefill(self.bound.embed(ids), self.root_position - 1, mask.bool())
 
     @property
     def root_position(self) -> torch.Tensor:
@@ -142,17 +148,24 @@ class Session:
         return self.generator.grow(roots, self.root_position, self.cache, levels)
 
     @torch.no_grad()
-    def commit(self, accepted: list[int], steps: int) -> None:
-        """The root and the `accepted` tokens but the last become prefix, the last one the next root (one text)."""
-        (text,) = self.texts
-        tokens = [text[-1], *accepted[:-1]]
-        row = torch.tensor([tokens + [0] * (steps - len(tokens))])
-        positions = self.root_position[:, None] + torch.arange(steps)
-        self.generator.advance(row, positions, torch.arange(steps)[None] < len(tokens))
-        mask = (torch.arange(self.cache.length + len(tokens)) >= self.padding).long()[None]
-        positions = positions[:, : len(tokens)]
-        self.target(torch.tensor([tokens]), attention_mask=mask, position_ids=positions, past_key_values=self.cache)
-        text += accepted
+    def commit(self, accepted: list[list[int]], steps: int) -> None:
+        """Each row's root and `accepted` tokens but the last become prefix, the last the next root; none: it rests.
+
+        The target reads them as trees that are chains.
+        """
+        rows = [[text[-1], *new][: len(new)] for text, new in zip(self.texts, accepted, strict=True)]
+        tokens = torch.tensor([row + [0] * (steps - len(row)) for row in rows])
+        emitted = [len(row) for row in rows]
+        counts, step = torch.tensor(emitted), torch.arange(steps)
+        positions = self.root_position[:, None] + step
+        self.generator.advance(tokens, positions, step < counts[:, None])
+        chain = (step - 1).clamp(min=0).expand(len(rows), -1)
+        self.cache.begin_round(step.expand(len(rows), -1))
+        with switched(self.target), attending(Round(self.cache, ancestor_mask(chain, steps), self.backend, set())):
+            self.target(tokens, position_ids=positions, past_key_values=self.cache)
+        self.cache.commit(step.expand(len(rows), -1), counts, emitted)
+        for text, new in zip(self.texts, accepted, strict=True):
+            text += new
 
 
 def random_text(length: int, seed: int = 0) -> list[int]:
@@ -160,12 +173,14 @@ def random_text(length: int, seed: int = 0) -> list[int]:
     return [rng.randrange(VOCAB) for _ in range(length)]
 
 
-def assert_is_beam_search(tree, text: list[int], shape: tuple[int, ...], references: list[Reference]) -> None:
-    """Every node's score is right, and no better node was left out of its level.
+def assert_is_beam_search(
+    tree, text: list[int], shape: tuple[int, ...], references: list[Reference], row: int = 0
+) -> None:
+    """Every node's score in a row is right, and no better node was left out of its level.
 
     references: in float32 and in float64; twice their distance is what float32 arithmetic may err.
     """
-    tokens, parents, scores = (row[0].tolist() for row in (tree.tokens, tree.parents, tree.scores))
+    tokens, parents, scores = (values[row].tolist() for values in (tree.tokens, tree.parents, tree.scores))
     assert len(tokens) == 1 + sum(shape) and tree.levels == len(shape)
     assert (tokens[0], parents[0], scores[0]) == (text[-1], 0, 0.0)
     paths, exact, start, end = [text], [0.0], 0, 1
@@ -195,21 +210,29 @@ def assert_is_beam_search(tree, text: list[int], shape: tuple[int, ...], referen
         start, end = end, end + width
 
 
-def check_rounds(family: str, prompt: int, rounds: int, backend: str = "eager", padding: int = 0, **fields) -> None:
-    rng = random.Random(prompt)
+def check_rounds(
+    family: str, prompt: int | list[int], rounds: int, backend: str = "eager", padding: int = 0, **fields
+) -> None:
+    """Beam search in every row of a batch of prompts so long, round after round, each row at its own pace."""
+    prompts = [prompt] if isinstance(prompt, int) else prompt
+    rng = random.Random(prompts[0])
     target, draft = models(family, **fields)
     references = [Reference(family, target, draft, dtype) for dtype in (torch.float32, torch.float64)]
-    session = Session(target, draft, [random_text(prompt + 1)], backend, padding)
+    texts = [random_text(length + 1, seed) for seed, length in enumerate(prompts)]
+    session = Session(target, draft, texts, backend, padding)
     shape = draft.config.tree_shape
     for _ in range(rounds):
-        (text,) = session.texts
         tree = session.grow()
-        assert_is_beam_search(tree, text, shape, references)
-        node, path = rng.randrange(tree.tokens.shape[1]), []
-        while node:
-            path.insert(0, int(tree.tokens[0, node]))
-            node = int(tree.parents[0, node])
-        session.commit([*path, rng.randrange(VOCAB)], len(shape) + 1)
+        accepted = []
+        for row, text in enumerate(session.texts):
+            assert_is_beam_search(tree, text, shape, references, row)
+            node, path = rng.randrange(tree.tokens.shape[1]), []
+            while node:
+                path.insert(0, int(tree.tokens[row, node]))
+                node = int(tree.parents[row, node])
+            rests = len(prompts) > 1 and rng.random() < 0.2
+            accepted.append([] if rests else [*path, rng.randrange(VOCAB)])
+        session.commit(accepted, len(shape) + 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -240,15 +263,62 @@ def test_draft_with_a_final_norm():
     check_rounds("llama", prompt=9, rounds=1, tree_shape=(3, 3), final_norm=True)
 
 
-def test_sequences_of_a_batch_do_not_meet():
-    target, draft = models("llama", tree_shape=(4, 8, 8))
-    texts = [random_text(12, seed) for seed in range(2)]
-    both = Session(target, draft, texts).grow()
-    for row, text in enumerate(texts):
-        alone = Session(target, draft, [text]).grow()
-        assert torch.equal(both.tokens[row], alone.tokens[0])
-        assert torch.equal(both.parents[row], alone.parents[0])
-        torch.testing.assert_close(both.scores[row], alone.scores[0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_growth_is_beam_search_in_every_row(family):
+    check_rounds(family, prompt=[11, 2, 7], rounds=2, tree_shape=(3, 4, 4))
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("window", [1, 3, 8, 64])
+def test_rows_shorter_and_longer_than_the_window(window, backend):
+    check_rounds("llama", [30, 1, 9], rounds=3, backend=backend, window=window, tree_shape=(2, 3, 2, 2))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "smollm3"])
+def test_sequences_of_a_batch_do_not_meet(family):
+    """Four texts of other lengths, each as alone, also when they have gone on at their own pace."""
+    target, draft = models(family, tree_shape=(4, 8, 8))
+    texts = [random_text(length, seed) for seed, length in enumerate((12, 3, 29, 12))]
+    together = Session(target, draft, [text[:] for text in texts])
+    alone = [Session(target, draft, [text[:]]) for text in texts]
+    rng = random.Random(0)
+    for _ in range(4):
+        trees = together.grow()
+        for row, session in enumerate(alone):
+            tree = session.grow()
+            assert torch.equal(trees.tokens[row], tree.tokens[0])
+            assert torch.equal(trees.parents[row], tree.parents[0])
+            torch.testing.assert_close(trees.scores[row], tree.scores[0])
+        accepted = [[rng.randrange(VOCAB) for _ in range(rng.randrange(5))] for _ in texts]
+        together.commit(accepted, steps=4)
+        for session, new in zip(alone, accepted, strict=True):
+            session.commit([new], steps=4)
+    assert len(set(together.cache.lengths)) > 2
+
+
+def test_padding_within_and_behind_a_prompt_is_counted_as_positions_are():
+    """A user's mask with holes: tokens are counted back from the last one, and what falls below zero is forgotten."""
+    target, draft = models("llama", tree_shape=(3,), window=8)
+    session = Session(target, draft, [random_text(7), random_text(7, 1)])
+    window = session.generator.window
+    embeds = session.bound.embed(torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8]]))
+    window.keys.zero_()
+    session.generator.prefill(embeds, torch.tensor([1, 3]), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]).bool())
+    assert window.first.tolist() == [0, 0]
+    written = window.keys[:, 0, : window.window].abs().sum(-1) > 0
+    assert written.tolist() == [[slot < 2 for slot in range(8)], [slot < 4 for slot in range(8)]]
+
+
+def test_a_row_that_is_all_padding_in_the_window_shows_nothing():
+    target, draft = models("llama", tree_shape=(3,), window=4)
+    session = Session(target, draft, [random_text(7), random_text(7, 1)])
+    embeds = session.bound.embed(torch.tensor([[5, 6, 7, 8], [0, 0, 0, 0]]))
+    session.generator.prefill(embeds, torch.tensor([9, 0]), torch.tensor([[True] * 4, [False] * 4]))
+    ancestry = torch.ones(2, 1, 1, dtype=torch.bool)
+    roots = torch.tensor([10, 1])
+    seen = session.generator.window.mask(roots[:, None], roots, ancestry)[:, 0]
+    # tokens 7, 8 and 9 in slots 3, 0 and 1; position 6 is out of reach
+    assert seen.tolist() == [[True, True, False, True, False, True], [False] * 5 + [True]]
 
 
 def test_fewer_levels_are_the_same_tree_cut_off():
@@ -277,7 +347,7 @@ def test_no_tree_needs_no_draft():
         torch.nn.init.constant_(parameter, float("nan"))
     session = Session(target, draft, [random_text(12)])
     assert session.grow().tokens.tolist() == [[session.texts[0][-1]]]
-    session.commit([3], steps=1)
+    session.commit([[3]], steps=1)
     assert session.grow().tokens.tolist() == [[3]]
 
 
@@ -288,6 +358,9 @@ def test_state_is_as_large_as_announced_whatever_the_context(tree_shape):
         session = Session(target, draft, [random_text(length)])
         session.grow()
         assert session.generator.window.nbytes == draft.state_bytes
+        session = Session(target, draft, [random_text(length), random_text(2), random_text(5)])
+        session.grow()
+        assert session.generator.window.nbytes == 3 * draft.state_bytes
 
 
 # --- best_children ---------------------------------------------------------------------------------------------------

@@ -71,6 +71,67 @@ def test_round_is_dense_attention(backend, layer, keeps_all, prefix, padding, wi
     assert_as_good_as_plain((out.transpose(1, 2),), query, key, value, 0.3, mask=mask, stages=STAGES, **options)
 
 
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("layer, keeps_all", [(FULL, False), (SLIDING, False), (SLIDING, True)])
+@pytest.mark.parametrize("window", [2, 5, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("holes", [False, True])
+def test_round_of_rows_of_different_lengths_is_dense_attention(backend, layer, keeps_all, window, dtype, holes):
+    """Three rows of other prompts, parents and lengths; each against dense attention over its own text alone."""
+    config = AutoConfig.for_model("gemma2", num_hidden_layers=2, sliding_window=window)
+    past = DynamicCache() if keeps_all else DynamicCache(config=config)
+    cache = SpeculativeCache(config, past, 30, len(PARENTS), batch=3, lead=20)
+    mask = torch.tensor([[1] * 12, [0] * 4 + [1] * 8, [0] * 11 + [1]])
+    if holes:
+        mask[0, 3] = mask[1, 6:8] = 0
+    seen_by_row = [[index for index, real in enumerate(row) if real] for row in mask.tolist()]
+    texts = [torch.randn(2, 3, KV_HEADS, 12, DIM).to(dtype) for _ in range(2)]  # keys and values of each layer
+    for index in (SLIDING, FULL):
+        cache.update(*texts[index], index)
+    cache.hide_padding(mask)
+    held = [[texts[index][:, row] for row in range(3)] for index in (SLIDING, FULL)]  # (2, K, length, D)
+    parents = [PARENTS, [0, 0, 1, 2, 3, 4, 5, 6], [0, 0, 0, 0, 0, 0, 0, 0]]
+    depths = [DEPTHS, list(range(8)), [0] + [1] * 7]
+    ancestors = ancestor_mask(torch.tensor(parents), 7)
+    assert node_depths(ancestors).tolist() == depths
+    for counts in ([3, 6, 0], [0, 7, 1], [0, 0, 0]):
+        cache.begin_round(node_depths(ancestors))
+        for index in (SLIDING, FULL):
+            tree = torch.randn(2, 3, KV_HEADS, len(PARENTS), DIM).to(dtype)
+            cache.update(*tree, index)
+            if index == layer:
+                shown = tree
+            # the accepted path: nodes 0, 1, 3, … of each row's own tree
+            paths = [[0, 1, 3, 5, 6, 7], list(range(8)), [0, 1]]
+            paths = [path[:count] for path, count in zip(paths, counts, strict=True)]
+            behind = [torch.cat([held[index][row], tree[:, row][:, :, paths[row]]], dim=2) for row in range(3)]
+            before, held[index] = held[index], behind
+            if index == layer:
+                shown_behind = before
+        query = torch.randn(3, HEADS, len(PARENTS), DIM).to(dtype)
+        state = Round(cache, ancestors, BACKENDS[backend], seen=set())
+        out, _ = hybrid_attention(state, SimpleNamespace(layer_idx=layer), query, *shown, None, 0.3)
+        assert out.shape == (3, len(PARENTS), HEADS, DIM) and out.dtype == dtype and out.is_contiguous()
+        for row in range(3):
+            length = shown_behind[row].shape[2]
+            key, value = torch.cat([shown_behind[row], shown[:, row]], dim=2)[:, None]
+            visible = torch.zeros(1, len(PARENTS), length + len(PARENTS), dtype=torch.bool)
+            for node, depth in enumerate(depths[row]):
+                near = [index for index in range(length) if layer == FULL or length + depth - index < window]
+                visible[0, node, [i for i in near if i >= 12 or i in seen_by_row[row]]] = True
+                other = node
+                while layer == FULL or depth - depths[row][other] < window:
+                    visible[0, node, length + other] = True
+                    if other == 0:
+                        break
+                    other = parents[row][other]
+            inputs = query[row : row + 1], key, value, 0.3
+            assert_as_good_as_plain((out[row : row + 1].transpose(1, 2),), *inputs, mask=visible, stages=STAGES)
+        steps = max(1, *counts)
+        padded = torch.tensor([path + [0] * (steps - len(path)) for path in paths])
+        cache.commit(padded, torch.tensor(counts), counts)
+
+
 @pytest.mark.parametrize("scaling", [None, 0.1])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_scaling_and_softcap_are_honoured(scaling, softcap):
