@@ -151,10 +151,9 @@ def layer_kinds(text_config: PreTrainedConfig) -> list[str]:
     Read off the cache transformers itself would build. Raises `ValueError` for any other kind of layer state.
     """
     family = text_config.model_type
-    needed = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
-    own = layer_config(text_config, 0) if _is_int(getattr(text_config, "num_hidden_layers", None)) else text_config
-    if missing := [name for name in needed if not _is_int(getattr(own, name, None))]:
-        raise ValueError(f"LongSpec needs a target made of attention layers, got {family!r} without {missing}")
+    if not _is_int(getattr(text_config, "num_hidden_layers", None)):
+        raise ValueError(f"LongSpec needs a target made of decoder layers, got {family!r} without `num_hidden_layers`")
+    own = layer_config(text_config, 0)
     if getattr(own, "attention_chunk_size", None) is not None:
         raise ValueError(f"LongSpec does not serve chunked attention, got {family!r}")
     if getattr(own, "kv_lora_rank", None) is not None:
@@ -166,6 +165,8 @@ def layer_kinds(text_config: PreTrainedConfig) -> list[str]:
             "LongSpec needs a target with standard per-layer key/value caches, got "
             f"{family!r} with {sorted(set(layers)) or 'none'}"
         )
+    if not _is_int(getattr(own, "num_attention_heads", None)):
+        raise ValueError(f"LongSpec needs a target made of attention layers, got {family!r} without attention heads")
     shared = getattr(text_config, "num_kv_shared_layers", None) or 0
     owners = len(layers) if len(layers) < text_config.num_hidden_layers else len(layers) - shared
     kinds = [names[layer] for layer in layers[:owners]]

@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 
 from .configuration_longspec import LongSpecConfig, kv_shape, layer_config, layer_kinds, main_rope_parameters
 
-# Families whose full-attention layers carry no rotary embedding while their sliding layers do.
-_NO_ROPE_ON_FULL_LAYERS = ("cohere2", "cohere2_moe", "exaone4", "exaone_moe")
+# Families whose full-attention layers carry no rotary embedding while their sliding layers do, and those where that
+# holds only if there are sliding layers.
+_NO_ROPE_ON_FULL_LAYERS = ("afmoe", "cohere2", "cohere2_moe", "flint")
+_NO_ROPE_BESIDE_SLIDING = ("exaone4", "exaone_moe", "kolibri1")
 # Families that choose by the content of the keys which of them a query may see.
 _OWN_MASKS = ("doge",)
 
@@ -161,18 +163,15 @@ def query_rotation(
     """
     rotary = getattr(decoder, "rotary_emb", None)
     apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-    sliding = layer_kinds(text_config)[layer] == "sliding"
-    unrotated = text_config.model_type in _NO_ROPE_ON_FULL_LAYERS and not sliding
-    by_type = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
-    options = {"layer_type": text_config.layer_types[layer]} if by_type else {}
-    # some families state None for the kind of layer that has no rotary embedding
-    unrotated = unrotated or (by_type and text_config.rope_parameters.get(text_config.layer_types[layer], {}) is None)
-    if not getattr(attention, "use_rope", True) or unrotated or rotary is None:
+    if rotary is None or not is_rotated(attention, text_config, layer):
         return lambda query, positions: query
     names = set(inspect.signature(apply).parameters) if apply is not None else set()
     alone = {"x", "cos", "sin"} <= names  # gemma3n and gemma4 rotate queries and keys in two calls
     if apply is None or not (alone or {"q", "k", "cos", "sin"} <= names):
         raise ValueError(f"LongSpec does not know how {type(attention).__name__} rotates its queries")
+
+    by_type = "layer_type" in inspect.signature(rotary.forward).parameters
+    options = {"layer_type": text_config.layer_types[layer]} if by_type else {}
 
     def rotate(query: Tensor, positions: Tensor) -> Tensor:
         cos, sin = rotary(query, positions, **options)
@@ -185,6 +184,22 @@ def query_rotation(
         return torch.cat([turned, query[..., rotated:]], dim=-1).to(query.dtype)
 
     return rotate
+
+
+def is_rotated(attention: nn.Module, text_config: Any, layer: int) -> bool:
+    """Whether a layer has a rotary embedding at all; families say so in several ways."""
+    thetas = getattr(text_config, "layer_rope_theta", None)  # of each layer, 0 for none
+    parameters = getattr(text_config, "rope_parameters", None) or {}  # by the type of layer, in some families
+    types = getattr(text_config, "layer_types", None)
+    if not getattr(attention, "use_rope", True) or (thetas is not None and not thetas[layer]):
+        return False
+    if types is not None and parameters.get(types[layer], {}) is None:
+        return False
+    if layer_kinds(text_config)[layer] == "sliding" or getattr(attention, "force_rope", False):
+        return True
+    hybrid = getattr(text_config, "sliding_window", None) is not None
+    family = text_config.model_type
+    return family not in _NO_ROPE_ON_FULL_LAYERS and not (family in _NO_ROPE_BESIDE_SLIDING and hybrid)
 
 
 def scaled_logits(logits: Tensor, text_config: Any) -> Tensor:

@@ -59,6 +59,7 @@ ABSENT = {
     "head_dim": 16,
     "num_key_value_heads": 2,
     "num_experts_per_tok": 2,
+    "sliding_window": WINDOW,
     "n_routed_experts": 4,
 }  # what some defaults leave open
 KEPT = ("chunk_size_feed_forward", "transformers_version", "rms_norm_eps")
@@ -122,6 +123,10 @@ def tiny_fields(defaults: PreTrainedConfig, inner: bool = False) -> dict[str, An
             fields[name] = False  # a model whose head is its embedding repeats its last token
         elif isinstance(value, dict) and "mrope_section" in value:
             fields[name] = value | {"mrope_section": [2, 3, 3]}
+    if fields.get("sliding_window") and set(fields.get("layer_types", ())) == {"full_attention"}:
+        fields["layer_types"] = ["sliding_attention", "full_attention"] * (
+            LAYERS // 2
+        )  # a window that is off by default
     if "kv_lora_rank" in fields:  # latent attention expands to one K/V head a query head
         fields["num_key_value_heads"] = HEADS
     return fields

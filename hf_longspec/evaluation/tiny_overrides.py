@@ -33,6 +33,17 @@ _SIGLIP = {
         "num_attention_heads": 4,
     }
 }
+_DOTS3 = {
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4,
+    "swa_kv_lora_rank": 16,
+    "swa_q_lora_rank": 16,
+    "swa_head_dim": 24,
+    "swa_qk_nope_head_dim": 8,
+    "swa_qk_rope_head_dim": 16,
+    "swa_v_head_dim": 16,
+}
+_GEMMA4 = {"global_head_dim": 32}  # its full layers have wider heads
 _FOUR = [32, 32, 32, 32]
 _NO_PER_LAYER_INPUT = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 
@@ -46,6 +57,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "cohere_compass": {"text_config": _COMPASS},
     "cohere_compass_text": _COMPASS,
     "dots1": {"n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "dots3_note": {"text_config": _DOTS3},
+    "dots3_note_text": _DOTS3,
     "dbrx": {"attn_config": {"rope_theta": 10_000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "dense", "sparse", "sparse"]}},
     "diffusion_gemma": {
@@ -55,6 +68,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 64},
     "fast_vlm": _SIGLIP,
     "florence2": {"vision_config": {"embed_dim": _FOUR, "depths": [1, 1, 1, 1]}},
+    "gemma4": {"text_config": _GEMMA4},
+    "gemma4_text": _GEMMA4,
+    "gemma4_unified": {"text_config": _GEMMA4},
+    "gemma4_unified_text": _GEMMA4,
     "gemma4_assistant": {"text_config": {"num_hidden_layers": 4, "num_kv_shared_layers": 4, **_NO_PER_LAYER_INPUT}},
     "glm46v": _GLM_V,
     "glm4v": _GLM_V,

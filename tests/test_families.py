@@ -1,0 +1,195 @@
+"""Every family of transformers as docs/SUPPORT.md tells of it; made anew by `hf-longspec support`."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from helpers import tiny_draft
+from transformers import LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from typer.testing import CliRunner
+
+from hf_longspec import LongSpecForCausalLM, cli
+from hf_longspec.evaluation import families as trials_of
+from hf_longspec.evaluation.families import Result, Trial, context_effect, try_families, try_family
+from hf_longspec.evaluation.support_table import read_results, support_table
+from hf_longspec.evaluation.tiny_models import LAYERS, VOCAB, NotBuildable, families, tiny_config, tiny_model
+from hf_longspec.modeling.target_longspec import attention_module
+
+PAGE = (Path(__file__).parent.parent / "docs" / "SUPPORT.md").read_text(encoding="utf-8")
+TABLE = read_results(PAGE)
+MADE_WITH = PAGE.split("transformers ")[2].split(",")[0]
+KNOWN = [family for family in families() if family in TABLE]
+SERVED = [family for family in KNOWN if TABLE[family] is Result.served]
+REFUSED = [family for family in KNOWN if TABLE[family] is Result.refused]
+
+
+def trial(family: str) -> Trial:
+    return next(iter(try_families([family])))
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_served_family_is_served(family):
+    result = trial(family)
+    assert result.result is Result.served, result.reason
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_refused_family_is_refused(family):
+    """By a `ValueError`: what else a call ends in counts as WRONG."""
+    result = trial(family)
+    assert result.result is Result.refused, result.reason
+
+
+@pytest.mark.skipif(transformers.__version__ != MADE_WITH, reason=f"the table is of transformers {MADE_WITH}")
+def test_table_knows_every_family():
+    assert set(TABLE) == set(families())
+
+
+def test_table_is_of_every_older_family():
+    assert len(KNOWN) > 200
+    assert len(SERVED) > 100
+    assert {"llama", "qwen3", "gemma3_text", "mistral", "gpt_oss", "phi3"} <= set(SERVED)
+
+
+class Query:
+    """An attention function that keeps the query it is given."""
+
+    def __call__(self, module, query, key, value, *args, **kwargs):
+        self.seen = query
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+
+
+@pytest.mark.parametrize("family", SERVED)
+@torch.no_grad()
+def test_query_turns_as_the_targets_own(family, monkeypatch):
+    """A draft whose queries turned otherwise would write the same text, but slowly: its guesses would be bad."""
+    target = tiny_model(family)
+    draft = tiny_draft(target)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "keep the query", keep := Query())
+    attention = attention_module(target.get_decoder(), draft.config.target_layer)
+    calls = []
+    attention.register_forward_pre_hook(lambda module, *inputs: calls.append(inputs), with_kwargs=True)
+    target.set_attn_implementation("keep the query")
+    positions = torch.tensor([[0, 1, 2, 17, 18, 40, 101]])
+    target(torch.tensor([[3, 5, 7, 2, 11, 4, 9]]), position_ids=positions, use_cache=False)
+    args, kwargs = calls[0]
+    attention(*args, **kwargs)
+    turned = keep.seen
+    rotate = draft.bind(target).rotate
+    if isinstance(angles := kwargs.get("position_embeddings"), tuple):
+        attention(*args, **kwargs | {"position_embeddings": (torch.ones_like(angles[0]), torch.zeros_like(angles[1]))})
+        torch.testing.assert_close(rotate(keep.seen, positions), turned, rtol=1e-4, atol=1e-4)
+    else:  # no rotary embedding, or none in this layer
+        assert torch.equal(rotate(turned, positions), turned)
+
+
+# --- the trial itself ----------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_verification_shows(monkeypatch):
+    """The target sees every tree, but no other text, one position too late."""
+    original = LlamaForCausalLM.forward
+
+    def late(self, *args, **kwargs):
+        if kwargs["input_ids"].shape[1] > 1 and kwargs["past_key_values"].get_seq_length() > 0:
+            kwargs["position_ids"] = kwargs["position_ids"] + 1
+        return original(self, *args, **kwargs)
+
+    # `generate` reads the signature
+    monkeypatch.setattr(LlamaForCausalLM, "forward", functools.wraps(original)(late))
+    result = trial("llama")
+    assert result.result is Result.wrong and "another token at" in result.reason
+
+
+def test_a_crash_is_wrong_and_a_refusal_is_not(monkeypatch):
+    def crash(*args, **kwargs):
+        raise RuntimeError("it broke")
+
+    monkeypatch.setattr(LongSpecForCausalLM, "assisted_decoding", crash)
+    assert trial("llama") == Trial("llama", "LlamaForCausalLM", "full", Result.wrong, "RuntimeError: it broke")
+
+
+def test_nothing_accepted_is_not_served(monkeypatch):
+    monkeypatch.setattr(trials_of, "WIDE_TREE", (1,))
+    monkeypatch.setattr(trials_of, "SETTINGS", (trials_of.Setting(3, trials_of.WIDE_TREE, "auto", trials_of.SAMPLED),))
+    result = try_family("llama")
+    assert result.result is Result.wrong and result.reason.endswith("tokens of tree (1,)")
+
+
+def test_plain_generate_that_fails_is_not_buildable():
+    result = trial("blip")  # asks for a picture
+    assert result.result is Result.not_buildable and result.reason.startswith("plain generate: ValueError")
+
+
+def test_no_text_without_context(monkeypatch):
+    monkeypatch.setattr(trials_of, "LEAST_EFFECT", 2.0)
+    result = trial("llama")
+    assert result.result is Result.not_buildable and result.reason.startswith("nothing is shown")
+    assert 0.01 < context_effect(tiny_model("llama")) < 1
+
+
+def test_tiny_config_keeps_what_is_peculiar():
+    config = tiny_config("gemma3_text")
+    assert config.layer_types == ["sliding_attention", "full_attention"] * 2
+    assert (config.vocab_size, config.sliding_window, config.num_hidden_layers) == (VOCAB, 6, LAYERS)
+    config = tiny_config("qwen3_vl")
+    assert config.text_config.vocab_size == VOCAB <= config.image_token_id
+    config = tiny_config("glm4_moe")
+    assert (config.n_routed_experts, config.num_experts_per_tok, config.num_key_value_heads) == (4, 2, 2)
+
+
+def test_every_tiny_model_is_the_same_twice():
+    first, second = tiny_model("llama"), tiny_model("llama")
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_family_that_cannot_be_built_says_why():
+    with pytest.raises(NotBuildable, match="MusicgenConfig"):
+        tiny_model("musicgen")
+
+
+# --- the table and the command -------------------------------------------------------------------------------------
+
+
+def test_table_is_read_as_it_was_written():
+    trials = [
+        Trial("llama", "LlamaForCausalLM", "full", Result.served),
+        Trial("odd", "Odd", "", Result.wrong, "a | b " + "x" * 300),
+        Trial("none", "", "", Result.no_decoder, "why"),
+    ]
+    page = support_table(trials, "the command")
+    assert read_results(page) == {trial.family: trial.result for trial in trials}
+    assert "3 families: 1 WRONG, 1 served, 1 no text decoder." in page
+    assert "\n    the command\n" in page and "a \\| b xxx" in page and "x" * 200 not in page
+    assert page.index("## WRONG (1)") < page.index("## served (1)")
+
+
+def test_command_writes_the_table(tmp_path):
+    result = CliRunner().invoke(cli.app, ["support", "--families", "llama, mamba", "--output", str(tmp_path / "S.md")])
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "S.md").read_text(encoding="utf-8")
+    assert read_results(page) == {"llama": Result.served, "mamba": Result.refused}
+    assert f"hf-longspec support --families llama,mamba --output {tmp_path / 'S.md'}" in page
+    assert "llama: served" in result.output
+
+
+def test_command_prints_the_table_and_fails_if_a_family_is_wrong(monkeypatch):
+    monkeypatch.setattr(trials_of, "try_family", lambda family: Trial(family, "M", "full", Result.wrong, "odd"))
+    result = CliRunner().invoke(cli.app, ["support", "--families", "llama"])
+    assert result.exit_code == 1
+    assert "| `llama` | M | full | WRONG | odd |" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--families", "llama,lama"], "transformers has no causal language model of the type lama"),
+        (["--families", "llama", "--output", "missing/S.md"], "cannot write missing/S.md: no such folder"),
+    ],
+)
+def test_mistakes(options, message):
+    result = CliRunner().invoke(cli.app, ["support", *options])
+    assert result.exit_code == 2 and message in result.stderr
