@@ -29,7 +29,7 @@ def announce() -> None:
 
 def register() -> dict[str, type]:
     """Loads the real classes, registers them and returns them by name."""
-    import transformers
+    import transformers.pipelines  # puts another module `transformers` in the place of the first, so before the end
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from .modeling.configuration_longspec import LongSpecConfig
