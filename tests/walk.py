@@ -14,7 +14,7 @@ from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
-from contract_cell import NOT_YET, OLD, WRONG_TODAY
+from contract_cell import NOT_YET, OLD, WRONG_TODAY, target_of
 from helpers import VOCAB, tiny_draft
 from observation import Seen, differences, observe
 from torch import Tensor
