@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_longspec import LongSpecConfig, LongSpecForCausalLM
+from hf_longspec.modeling.cache_longspec import SpeculativeCache
 
 VOCAB = 13
 SHAPE = {
@@ -87,3 +88,9 @@ def _randomized(build: Any, seed: int) -> Any:
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.15)
     return model.eval()
+
+
+def commit(cache: SpeculativeCache, path: torch.Tensor, counts: torch.Tensor, emitted: list[int]) -> None:
+    """What a round does in the end: the device's part and the host's; `emitted` says `counts` on the host."""
+    cache.commit(path, counts)
+    cache.committed(emitted)

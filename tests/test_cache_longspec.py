@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+from helpers import commit
 from transformers import AutoConfig, DynamicCache
 
 from hf_longspec.modeling import cache_layers_longspec, cache_longspec
@@ -172,7 +173,7 @@ def test_life_of_a_cache(window, keeps_all, seed):
         if rng.random() < 0.1:
             cache.abandon()
             continue
-        cache.commit(*padded(path, rng.randrange(len(path), len(parents) + 1)), [len(path)])
+        commit(cache, *padded(path, rng.randrange(len(path), len(parents) + 1)), [len(path)])
         for node in path:
             text.append(tree[node])
             append(stock, [tree[node]])
@@ -192,7 +193,7 @@ def test_committed_path_longer_than_the_window(window, prompt):
     append(cache, text)
     chain = list(range(100, 108))
     run_round(cache, text, chain, [0, 0, 1, 2, 3, 4, 5, 6], window)
-    cache.commit(*padded(list(range(7)), 8), [7])
+    commit(cache, *padded(list(range(7)), 8), [7])
     run_round(cache, text + chain[:7], [200, 201], [0, 0], window)
 
 
@@ -205,7 +206,7 @@ def test_no_two_accepted_nodes_go_to_one_slot(monkeypatch):
     cache = speculative_cache(4)
     append(cache, list(range(9)))
     run_round(cache, list(range(9)), list(range(100, 108)), [0, 0, 1, 2, 3, 4, 5, 6], 4)
-    cache.commit(*padded(list(range(7)), 8), [7])
+    commit(cache, *padded(list(range(7)), 8), [7])
     assert moves
     for source, target in moves:
         moved = target[source != target].tolist()
@@ -226,7 +227,7 @@ def test_padding_is_never_seen(window, attention_mask, keeps_all):
     for start in (100, 200, 300):
         tree = list(range(start, start + 5))
         run_round(cache, text, tree, [0, 0, 0, 1, 3], window)
-        cache.commit(*padded([0, 1, 3], 5), [3])
+        commit(cache, *padded([0, 1, 3], 5), [3])
         text += [tree[0], tree[1], tree[3]]
 
 
@@ -244,7 +245,7 @@ def test_adopt_takes_over_what_a_cache_holds(window, keeps_all, prompt):
     assert append(cache, [700, 701])[SLIDING][0].equal(append(stock, [700, 701])[SLIDING][0])
     text += [700, 701]
     run_round(cache, text, [800, 801, 802], [0, 0, 1], window)
-    cache.commit(*padded([0, 1], 3), [2])
+    commit(cache, *padded([0, 1], 3), [2])
     append(stock, [800]), append(stock, [801])
     cache.hand_back(past)
     assert_holds_the_same(past, stock)
@@ -324,7 +325,7 @@ def test_nothing_is_copied_within_a_bucket():
         cache.begin_round(torch.tensor([[0, 1]]))
         append(cache, [200, 201])
         assert cache.layers[FULL].prefix(cache.placement).key.data_ptr() == where[FULL][0]
-        cache.commit(*padded([0, 1], 2), [2])
+        commit(cache, *padded([0, 1], 2), [2])
     keys, values = cache.layers[FULL].stored()
     assert (keys.data_ptr(), values.data_ptr()) == where[FULL]
     assert [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers] == where
@@ -381,7 +382,7 @@ def test_rounds_read_nothing_back_to_the_host():
     for layer in (SLIDING, FULL):
         cache.update(tree, tree, layer)
         cache.layers[layer].prefix(cache.placement)
-    cache.commit(parents[:, :3], parents[:, 0], [2])
+    commit(cache, parents[:, :3], parents[:, 0], [2])
     assert cache.length == 14
 
 
@@ -425,7 +426,7 @@ class Batch:
         steps = max(1, *map(len, paths)) + self.rng.randrange(2)
         padded_paths = torch.tensor([path + [0] * (steps - len(path)) for path in paths]).view(len(paths), steps)
         counts = [len(path) for path in paths]
-        self.cache.commit(padded_paths, torch.tensor(counts), counts)
+        commit(self.cache, padded_paths, torch.tensor(counts), counts)
         for held, shown, path, row in zip(self.held, self.shown, paths, serials, strict=True):
             held += [row[node] for node in path]
             shown += [row[node] for node in path]
@@ -611,7 +612,7 @@ def test_ragged_rounds_read_nothing_back_to_the_host():
         for layer in (SLIDING, FULL):
             cache.update(tree, tree, layer)
             cache.layers[layer].prefix(cache.placement)
-        cache.commit(parents[:, :3], parents[:, 0], counts)
+        commit(cache, parents[:, :3], parents[:, 0], counts)
         assert cache.lengths == lengths
 
 

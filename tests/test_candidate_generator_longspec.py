@@ -12,7 +12,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import VOCAB, tiny_draft, tiny_target
+from helpers import VOCAB, commit, tiny_draft, tiny_target
 from transformers import DynamicCache
 
 from hf_longspec.modeling.attention_longspec import BACKENDS
@@ -163,7 +163,7 @@ class Session:
         self.cache.begin_round(step.expand(len(rows), -1))
         with switched(self.target), attending(Round(self.cache, ancestor_mask(chain, steps), self.backend, set())):
             self.target(tokens, position_ids=positions, past_key_values=self.cache)
-        self.cache.commit(step.expand(len(rows), -1), counts, emitted)
+        commit(self.cache, step.expand(len(rows), -1), counts, emitted)
         for text, new in zip(self.texts, accepted, strict=True):
             text += new
 

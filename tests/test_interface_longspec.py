@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import tiny_target
+from helpers import commit, tiny_target
 from reference_attention import assert_as_good_as_plain
 from transformers import AttentionInterface, AutoConfig, DynamicCache
 
@@ -129,7 +129,7 @@ def test_round_of_rows_of_different_lengths_is_dense_attention(backend, layer, k
             assert_as_good_as_plain((out[row : row + 1].transpose(1, 2),), *inputs, mask=visible, stages=STAGES)
         steps = max(1, *counts)
         padded = torch.tensor([path + [0] * (steps - len(path)) for path in paths])
-        cache.commit(padded, torch.tensor(counts), counts)
+        commit(cache, padded, torch.tensor(counts), counts)
 
 
 @pytest.mark.parametrize("scaling", [None, 0.1])

@@ -1,9 +1,20 @@
 """Wrong input: one clear error that names what was expected and what came, before any work, the target unchanged."""
 
+import functools
+
 import pytest
 import torch
 from helpers import tiny_draft, tiny_target
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPTJConfig, MambaConfig, StaticCache, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    DynamicCache,
+    GPTJConfig,
+    MambaConfig,
+    StaticCache,
+    T5Config,
+)
+from transformers.generation.streamers import BaseStreamer
 
 from hf_longspec.modeling.configuration_longspec import LongSpecConfig
 from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM
@@ -83,7 +94,6 @@ def test_options_set_on_a_loaded_draft(llama, no_forward, field, value, message)
     [
         ({"num_beams": 2}, "needs num_beams=1, got num_beams=2"),
         ({"num_beams": 2, "do_sample": True}, "needs num_beams=1, got num_beams=2"),
-        ({"num_return_sequences": 2, "do_sample": True}, "one sequence at a time, got num_return_sequences=2"),
         ({"prompt_lookup_num_tokens": 3}, "LongSpec draft or prompt_lookup_num_tokens, got both"),
         ({"assistant_early_exit": 2}, "LongSpec draft or assistant_early_exit, got both"),
         ({"dola_layers": "high"}, "LongSpec draft or dola_layers, got both, dola_layers='high'"),
@@ -91,8 +101,11 @@ def test_options_set_on_a_loaded_draft(llama, no_forward, field, value, message)
         ({"cache_implementation": "quantized"}, "got 'quantized'"),
         ({"cache_implementation": "offloaded"}, "got 'offloaded'"),
         ({"use_cache": False}, "use_cache=False"),
-        ({"output_attentions": True, "return_dict_in_generate": True}, "cannot return attentions or hidden states"),
-        ({"output_hidden_states": True, "return_dict_in_generate": True}, "cannot return attentions or hidden states"),
+        (
+            {"output_attentions": True, "return_dict_in_generate": True},
+            "no attention weights, got output_attentions=True",
+        ),
+        ({"position_ids": torch.zeros(3, 1, 7).long()}, r"position_ids of shape \(batch, length\), got \(3, 1, 7\)"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -102,9 +115,71 @@ def test_options_of_the_call(llama, no_forward, options, message):
         llama.generate(IDS, assistant_model=draft, max_new_tokens=4, **options)
 
 
-def test_a_batch_is_refused_for_now(llama, no_forward):
-    with pytest.raises(ValueError, match="one sequence at a time, got a batch of 2"):
-        llama.generate(IDS.repeat(2, 1), assistant_model=tiny_draft(llama))
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"output_attentions": True}, {"use_cache": False}], ids=str)
+def test_options_of_a_batch(llama, no_forward, options):
+    """A batch is refused nothing else than one prompt is, and for the same reason."""
+    draft, messages = tiny_draft(llama), []
+    for ids in (IDS, IDS.repeat(3, 1)):
+        with pytest.raises(ValueError, match="LongSpec('s attention makes no| needs)") as error:
+            llama.generate(ids, assistant_model=draft, max_new_tokens=4, **options)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("rows, prompts", [(1, 2), (3, 2), (2, 1)])
+def test_a_cache_of_another_batch_is_refused(llama, rows, prompts):
+    cache = DynamicCache(config=llama.config)
+    with torch.no_grad():
+        llama(IDS[:, :4].repeat(rows, 1), past_key_values=cache)
+    held = [layer.keys.clone() for layer in cache.layers]
+    message = f"expected past_key_values of the prompts' batch size {prompts}, got {rows}"
+    with pytest.raises(ValueError, match=message):
+        llama.generate(IDS.repeat(prompts, 1), assistant_model=tiny_draft(llama), past_key_values=cache)
+    assert all(torch.equal(layer.keys, before) for layer, before in zip(cache.layers, held, strict=True))
+
+
+def test_a_target_that_is_split_over_devices_is_refused(llama, no_forward, monkeypatch):
+    monkeypatch.setattr(type(llama), "tp_size", 2, raising=False)
+    with pytest.raises(ValueError, match="needs every K/V head of its target, got one that is split over 2 devices"):
+        llama.generate(IDS, assistant_model=tiny_draft(llama), max_new_tokens=4)
+
+
+def test_activated_lora_is_refused(llama, no_forward):
+    def adapt(module, args, alora_offsets=None):
+        raise AssertionError("not before the checks")
+
+    layer = llama.model.layers[1].self_attn.q_proj
+    handle = layer.register_forward_pre_hook(functools.partial(adapt, alora_offsets=[3]))
+    try:
+        with pytest.raises(
+            ValueError, match="does not serve activated LoRA, got a prompt with alora_invocation_tokens"
+        ):
+            llama.generate(IDS, assistant_model=tiny_draft(llama), max_new_tokens=4)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_beams": 2}, "needs num_beams=1"),  # before anything is allocated
+        ({"output_attentions": True}, "makes no attention weights"),  # once inputs are known
+    ],
+)
+def test_the_reader_of_a_streamer_is_told_the_end(llama, no_forward, options, message):
+    class Reader(BaseStreamer):
+        ended = 0
+
+        def put(self, value):
+            pass
+
+        def end(self):
+            self.ended += 1
+
+    reader = Reader()
+    with pytest.raises(ValueError, match=message):
+        llama.generate(IDS, assistant_model=tiny_draft(llama), max_new_tokens=4, streamer=reader, **options)
+    assert reader.ended == 1
 
 
 def test_a_static_cache_object_is_refused(llama, no_forward):

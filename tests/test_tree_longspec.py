@@ -127,6 +127,36 @@ def test_prune_rows_apart():
     assert kept.parents.tolist() == [[0, 0, 0, 2], [0, 0, 1, 2]]
 
 
+def test_forced_rows_are_chains_of_one_token():
+    scores = [[0.0] * 7] * 3
+    tree = make_tree([BUSH, BUSH, CHAIN], scores)._replace(levels=3)
+    forced = tree.forced(torch.tensor([False, True, True]), 99)
+    assert forced.tokens.tolist() == [tree.tokens[0].tolist(), [100] + [99] * 6, [200] + [99] * 6]
+    # nodes beyond the levels hang on the root: nobody gets there, and no depth goes beyond the bound
+    assert forced.parents.tolist() == [BUSH, [0, 0, 1, 2, 0, 0, 0], [0, 0, 1, 2, 0, 0, 0]]
+    assert node_depths(ancestor_mask(forced.parents, forced.levels)).amax(dim=1).tolist() == [3, 3, 3]
+    assert forced.levels == 3 and torch.equal(forced.scores, tree.scores)
+    for row in (1, 2):  # a walk for padding goes as deep as any
+        table, node, steps = children(forced.tokens[row].tolist(), forced.parents[row].tolist()), 0, 0
+        while (node := table[node].get(99)) is not None:
+            steps += 1
+        assert steps == 3
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 20])
+@pytest.mark.parametrize("seed", range(4))
+def test_forced_trees_of_any_size_are_walked_to_their_last_level(size, seed):
+    rng = random.Random(seed)
+    parents = [random_parents(20, rng) for _ in range(2)]
+    pruned = make_tree(parents, [random_scores(row, rng) for row in parents]).prune(size)
+    forced = pruned.forced(torch.tensor([True, False]), 7)
+    assert torch.equal(forced.tokens[1], pruned.tokens[1]) and torch.equal(forced.parents[1], pruned.parents[1])
+    assert all(parent < node for node, parent in enumerate(forced.parents[0].tolist()) if node)
+    depths = node_depths(ancestor_mask(forced.parents, forced.levels))[0]
+    assert depths[: forced.levels + 1].tolist() == list(range(forced.levels + 1))
+    assert (depths[forced.levels + 1 :] <= 1).all()
+
+
 @pytest.mark.parametrize("size", [None, 7, 8, 100])
 def test_prune_leaves_a_small_tree_alone(size):
     tree = make_tree([BUSH], [[0.0] * 7])

@@ -1,0 +1,363 @@
+"""Noise against `torch.multinomial`, the tables of processors against what each does, both ways to pick a token."""
+
+import random
+
+import pytest
+import torch
+from helpers import tiny_draft, tiny_target
+from transformers import LogitsProcessor, LogitsProcessorList, MaxTimeCriteria, StoppingCriteria
+from transformers.generation import logits_process, stopping_criteria
+
+from hf_longspec.modeling import sampling_longspec, text_longspec
+from hf_longspec.modeling.sampling_longspec import (
+    Noise,
+    Sampler,
+    are_by_row,
+    are_criteria_by_row,
+    are_without_history,
+)
+from hf_longspec.modeling.tree_longspec import ancestor_mask, node_depths
+
+CPU = torch.device("cpu")
+SHAPES = [(1, 5), (2, 13), (4, 1001), (1, 151_936), (3, 50_257)]
+
+
+def probabilities(batch: int, vocab: int, step: int) -> torch.Tensor:
+    """(B, vocab), some of them zero."""
+    logits = 3 * torch.randn(batch, vocab, generator=torch.Generator().manual_seed(step))
+    return logits.masked_fill(logits < -3, -float("inf")).softmax(-1)
+
+
+# --- noise -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch, vocab", SHAPES)
+def test_noise_is_the_stream_of_multinomial(batch, vocab):
+    """Step by step the same tokens; and undone up to any step, the generator stands where `multinomial` leaves it."""
+    steps = 6
+    expected, states = [], [torch.get_rng_state()]
+    for step in range(steps):
+        expected.append(torch.multinomial(probabilities(batch, vocab, step), 1)[:, 0].tolist())
+        states.append(torch.get_rng_state())
+    for left in range(steps + 1):
+        torch.set_rng_state(states[0])
+        noise = Noise(batch, CPU)
+        rows = list(range(batch))
+        for step in range(steps):
+            drawn = noise.at(rows, [step] * batch, vocab)
+            assert (probabilities(batch, vocab, step) / drawn).argmax(-1).tolist() == expected[step]
+        noise.rewind(left)
+        assert torch.equal(torch.get_rng_state(), states[left])
+    assert len({state.numpy().tobytes() for state in states}) == steps + 1, "every step must move the generator"
+
+
+@pytest.mark.parametrize("batch, vocab", [(1, 7), (4, 13)])
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_at_their_own_steps_get_the_draws_of_those_steps(batch, vocab, seed):
+    torch.manual_seed(seed)
+    draws = [torch.empty(batch, vocab).exponential_(1) for _ in range(60)]
+    torch.manual_seed(seed)
+    noise, rng = Noise(batch, CPU), random.Random(seed)
+    at = [0] * batch
+    while max(at) < 50:
+        rows = sorted(rng.sample(range(batch), rng.randrange(1, batch + 1)))
+        got = noise.at(rows, [at[row] for row in rows], vocab)
+        assert torch.equal(got, torch.stack([draws[at[row]][row] for row in rows]))
+        count = rng.randrange(1, 6)
+        ahead = noise.ahead(at, count, vocab)
+        assert ahead.shape == (batch, count, vocab)
+        for row in range(batch):
+            assert torch.equal(ahead[row], torch.stack([draws[at[row] + step][row] for step in range(count)]))
+        for row in rows:
+            at[row] += 1
+        if rng.random() < 0.5:
+            noise.forget(min(at))
+            assert noise.first == min(at)
+            assert len(noise.draws) == len(noise.states) <= max(at) - min(at) + 6
+    noise.rewind(max(at))
+    after = torch.rand(3)
+    torch.manual_seed(seed)
+    for _ in range(max(at)):
+        torch.empty(batch, vocab).exponential_(1)
+    assert torch.equal(torch.rand(3), after)
+
+
+def test_nothing_is_drawn_before_it_is_needed():
+    noise, before = Noise(2, CPU), torch.get_rng_state()
+    noise.rewind(0)
+    assert noise.draws == [] and torch.equal(torch.get_rng_state(), before)
+    noise.at([0, 1], [0, 2], 5)
+    assert len(noise.draws) == 3
+    state = torch.get_rng_state()
+    noise.at([0, 1], [1, 2], 5)
+    assert torch.equal(torch.get_rng_state(), state), "a draw that is held was drawn again"
+
+
+def test_a_row_that_rests_may_be_behind_what_is_held():
+    """A finished row's draws are gone; asked for all rows at once, it gets any."""
+    torch.manual_seed(0)
+    draws = [torch.empty(2, 5).exponential_(1) for _ in range(8)]
+    torch.manual_seed(0)
+    noise = Noise(2, CPU)
+    noise.at([1], [5], 5)
+    noise.forget(5)
+    ahead = noise.ahead([1, 5], 3, 5)
+    assert torch.equal(ahead[1], torch.stack([draws[step][1] for step in (5, 6, 7)])) and ahead.shape == (2, 3, 5)
+
+
+# --- kinds of processors and criteria --------------------------------------------------------------------------------
+
+VOCAB = 13
+EOS = 3
+# One of each kind that transformers has and the tables name, with options that make it do something.
+MADE = {
+    "EpsilonLogitsWarper": lambda make: make(0.05),
+    "EtaLogitsWarper": lambda make: make(0.2),
+    "InfNanRemoveLogitsProcessor": lambda make: make(),
+    "LogitNormalization": lambda make: make(),
+    "MinPLogitsWarper": lambda make: make(0.2),
+    "SuppressTokensLogitsProcessor": lambda make: make([2, 7]),
+    "TemperatureLogitsWarper": lambda make: make(0.7),
+    "TopHLogitsWarper": lambda make: make(0.4),
+    "TopKLogitsWarper": lambda make: make(4),
+    "TopPLogitsWarper": lambda make: make(0.7),
+    "TypicalLogitsWarper": lambda make: make(0.6),
+    "ExponentialDecayLengthPenalty": lambda make: make((1, 1.4), EOS, 4),
+    "ForcedBOSTokenLogitsProcessor": lambda make: make(5),
+    "ForcedEOSTokenLogitsProcessor": lambda make: make(9, EOS),
+    "MinLengthLogitsProcessor": lambda make: make(9, EOS),
+    "MinNewTokensLengthLogitsProcessor": lambda make: make(4, 3, EOS),
+    "NoBadWordsLogitsProcessor": lambda make: make([[5], [2, 6], [7, 1]]),
+    "NoRepeatNGramLogitsProcessor": lambda make: make(2),
+    "RepetitionPenaltyLogitsProcessor": lambda make: make(1.7),
+    "SequenceBiasLogitsProcessor": lambda make: make([[[5], -3.0], [[2, 6], 4.0], [[7], 2.0]]),
+    "SuppressTokensAtBeginLogitsProcessor": lambda make: make([2, 7], 8),
+    "WatermarkLogitsProcessor": lambda make: make(VOCAB, "cpu"),
+}
+WITHOUT_HISTORY = sorted(sampling_longspec._WITHOUT_HISTORY)
+
+
+def processor(name: str) -> LogitsProcessor:
+    return MADE[name](getattr(logits_process, name))
+
+
+def random_inputs(batch: int, length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, VOCAB, (batch, length), generator=generator)
+    return ids, 2 * torch.randn(batch, VOCAB, generator=generator)
+
+
+def test_the_tables_name_what_this_transformers_has():
+    assert set(MADE) == sampling_longspec._BY_ROW > sampling_longspec._WITHOUT_HISTORY
+    for name in MADE:
+        assert are_by_row([processor(name)])
+        assert are_without_history([processor(name)]) is (name in WITHOUT_HISTORY)
+    assert are_by_row([]) and are_without_history([]) and are_criteria_by_row([])
+
+
+@pytest.mark.parametrize("name", sorted(MADE))
+def test_processors_by_row_keep_nothing_and_mix_no_rows(name):
+    """Each row alone, in any order, by a fresh processor, is what it is in the batch by one used before."""
+    used, acted = processor(name), False
+    for length in (1, 6, 8, 9, 12):
+        ids, logits = random_inputs(4, length, seed=length)
+        scores = used(ids, logits.clone())
+        acted |= not torch.equal(scores, logits)
+        for row in (2, 0, 3, 1):
+            alone = slice(row, row + 1)
+            for one in (used, processor(name)):
+                assert torch.equal(one(ids[alone], logits[alone].clone()), scores[alone])
+    assert acted or name == "InfNanRemoveLogitsProcessor"
+
+
+@pytest.mark.parametrize("name", WITHOUT_HISTORY)
+def test_processors_without_history_do_not_look_at_the_text(name):
+    _, logits = random_inputs(4, 5, seed=0)
+    results = [processor(name)(random_inputs(4, length, seed=length)[0], logits.clone()) for length in (1, 5, 40)]
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("name", sorted(set(MADE) - set(WITHOUT_HISTORY)))
+def test_processors_with_history_look_at_the_text(name):
+    """None is in the slower kind for nothing."""
+    _, logits = random_inputs(4, 5, seed=0)
+    scores = [processor(name)(random_inputs(4, length, seed=length)[0], logits.clone()) for length in (1, 5, 8, 40)]
+    assert any(not torch.equal(scores[0], other) for other in scores[1:])
+
+
+def test_what_is_unknown_or_a_subclass_keeps_rows_together():
+    class Mine(LogitsProcessor):
+        pass
+
+    class Tempered(logits_process.TemperatureLogitsWarper):
+        pass
+
+    TopKLogitsWarper = type("TopKLogitsWarper", (LogitsProcessor,), {})  # the name alone says nothing
+    known = processor("TopKLogitsWarper")
+    for unknown in (Mine(), Tempered(0.7), TopKLogitsWarper(), lambda ids, scores: scores):
+        for processors in ([unknown], [known, unknown], [unknown, known]):
+            assert not are_by_row(processors) and not are_without_history(processors)
+
+
+def test_a_penalty_with_a_length_for_each_row_keeps_rows_together():
+    penalty = processor("RepetitionPenaltyLogitsProcessor")
+    for length, by_row in ((None, True), (3, True), (torch.tensor([3, 1]), False)):
+        penalty.prompt_ignore_length = length
+        assert are_by_row([penalty]) is by_row
+
+
+def test_criteria_by_row():
+    known = [
+        stopping_criteria.MaxLengthCriteria(9),
+        stopping_criteria.MaxTimeCriteria(9.0),
+        stopping_criteria.EosTokenCriteria(torch.tensor([2])),
+    ]
+    assert are_criteria_by_row(known)
+
+    class Mine(StoppingCriteria):
+        pass
+
+    class Timed(MaxTimeCriteria):
+        pass
+
+    for unknown in (Mine(), Timed(9.0), stopping_criteria.ConfidenceCriteria(0.5), lambda ids, scores: False):
+        assert not are_criteria_by_row([*known, unknown])
+
+
+def test_all_nodes_pay_on_no_cpu_and_up_to_a_size():
+    largest = sampling_longspec.LARGEST_TREE_LOGITS
+    assert not sampling_longspec.pays_by_tree(CPU, 1)
+    assert sampling_longspec.pays_by_tree(torch.device("cuda"), largest)
+    assert not sampling_longspec.pays_by_tree(torch.device("cuda"), largest + 1)
+
+
+# --- the sampler -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_pick_of_rows_at_their_own_steps(do_sample):
+    """Each row's token is what plain decoding picks for it at its step, its own text alone in view."""
+    processors = LogitsProcessorList([processor("RepetitionPenaltyLogitsProcessor"), processor("TopKLogitsWarper")])
+    texts = [random_inputs(1, length, seed=length)[0] for length in (4, 9, 6)]
+    _, logits = random_inputs(3, 1, seed=0)
+    torch.manual_seed(1)
+    noise = [torch.empty(3, VOCAB).exponential_(1) for _ in range(8)]
+    torch.manual_seed(1)
+    sampler = Sampler(processors, do_sample, Noise(3, CPU))
+    steps = [2, 7, 4]
+    picks = sampler.pick(lambda rows: torch.cat([texts[row] for row in rows]), [0, 1, 2], steps, logits.clone())
+    for row, step in enumerate(steps):
+        scores = processors(texts[row], logits[row : row + 1].clone())
+        assert torch.equal(picks.scores[row : row + 1], scores)
+        weights = scores[0] if not do_sample else scores[0].softmax(-1) / noise[step][row]
+        assert picks.tokens[row] == weights.argmax()
+    assert picks.valid is None if not do_sample else picks.valid.tolist() == [True] * 3
+
+
+def test_pick_without_noise_is_multinomial():
+    _, logits = random_inputs(4, 1, seed=0)
+    state = torch.get_rng_state()
+    expected = torch.multinomial(logits.softmax(-1), 1)[:, 0]
+    after = torch.get_rng_state()
+    torch.set_rng_state(state)
+    picks = Sampler(LogitsProcessorList(), True, None).pick(lambda rows: None, [0, 1, 2, 3], [5] * 4, logits)
+    assert torch.equal(picks.tokens, expected) and torch.equal(torch.get_rng_state(), after)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("name", [None, *WITHOUT_HISTORY, "several"])
+def test_all_nodes_at_once_are_picked_as_along_every_path(name, batch, do_sample):
+    several = ["TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper"]
+    names = several if name == "several" else [] if name is None else [name]
+    processors = LogitsProcessorList([processor(each) for each in names])
+    rng = random.Random(batch)
+    nodes, steps = 12, [3, 0, 9, 5][:batch]
+    parents = [[0] + [rng.randrange(max(node - 4, 0), node) for node in range(1, nodes)] for _ in steps]
+    depths = node_depths(ancestor_mask(torch.tensor(parents), nodes))
+    logits = 2 * torch.randn(batch, nodes, VOCAB)
+    if names == ["InfNanRemoveLogitsProcessor"]:
+        logits[:, 3, 4], logits[:, 5, 6] = float("nan"), float("inf")
+    torch.manual_seed(2)
+    ids = torch.zeros(1, 1, dtype=torch.long)
+    both = Sampler(processors, do_sample, Noise(batch, CPU)).pick_tree(ids, steps, logits, depths, int(depths.max()))
+    torch.manual_seed(2)
+    by_path = Sampler(processors, do_sample, Noise(batch, CPU))
+    for node in range(nodes):
+        for row, step in enumerate(steps):
+            texts = random_inputs(1, 4, seed=node)[0]  # of no use
+            at = step + int(depths[row, node])
+            picks = by_path.pick(lambda rows, texts=texts: texts, [row], [at], logits[row, node : node + 1].clone())
+            assert both.tokens[row, node] == picks.tokens[0]
+            if both.scores is None:
+                assert not names and not do_sample and torch.equal(picks.scores[0], logits[row, node])
+            else:
+                assert torch.equal(both.scores[row, node], picks.scores[0])
+            assert (both.valid is None) is (picks.valid is None) is (not do_sample)
+            if do_sample:
+                assert bool(both.valid[row, node]) is bool(picks.valid[0]) is True
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_are_no_distribution_are_found_as_multinomial_finds_them(poison):
+    logits = torch.zeros(2, 3, VOCAB)
+    logits[1, 2] = poison
+    with pytest.raises(RuntimeError, match="probability tensor contains either"):
+        torch.multinomial(logits[1, 2].softmax(-1), 1)
+    depths = torch.tensor([[0, 1, 1], [0, 1, 2]])
+    sampler = Sampler(LogitsProcessorList(), True, Noise(2, CPU))
+    picks = sampler.pick_tree(torch.zeros(1, 1).long(), [0, 4], logits, depths, 2)
+    assert picks.valid.tolist() == [[True, True, True], [True, True, False]]
+    picks = sampler.pick(lambda rows: None, [0, 1], [1, 6], logits[:, 2])
+    assert picks.valid.tolist() == [True, False]
+
+
+# --- end to end ------------------------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "plain": {},
+    "temperature": {"temperature": 0.7},
+    "top_k": {"top_k": 4},
+    "top_p": {"top_p": 0.7},
+    "min_p": {"min_p": 0.2},
+    "typical_p": {"typical_p": 0.6},
+    "epsilon": {"epsilon_cutoff": 0.05},
+    "eta": {"eta_cutoff": 0.2},
+    "top_h": {"top_h": 0.4},
+    "suppress": {"suppress_tokens": [2, 7]},
+    "renormalize": {"renormalize_logits": True, "top_k": 6},
+    "remove": {"remove_invalid_values": True},
+}
+OPTIONS = {name: {"do_sample": True} | options for name, options in OPTIONS.items()}
+OPTIONS |= {f"greedy, {name}": OPTIONS[name] | {"do_sample": False} for name in ("plain", "suppress", "remove")}
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_generate_with_all_nodes_picked_at_once(monkeypatch, options, batch):
+    """The way of the GPU, on the CPU: texts, scores, logits and the generator's state."""
+    asked = []
+    original = Sampler.pick_tree
+    monkeypatch.setattr(Sampler, "pick_tree", lambda self, *args: asked.append(args) or original(self, *args))
+    monkeypatch.setattr(text_longspec, "pays_by_tree", lambda *args: True)
+    target = tiny_target("llama")
+    draft = tiny_draft(target, tree_shape=(4, 8, 8))
+    ids = torch.randint(2, VOCAB, (batch, 9), generator=torch.Generator().manual_seed(batch))
+    pads = torch.tensor([0, 3, 8, 1][:batch])
+    mask = (torch.arange(9) >= pads[:, None]).long()
+    options = options | {"max_new_tokens": 16, "pad_token_id": 0, "eos_token_id": 11, "attention_mask": mask}
+    options["return_dict_in_generate"] = True
+    for recorded in (False, True):
+        options |= dict.fromkeys(("output_scores", "output_logits"), recorded)
+        torch.manual_seed(3)
+        plain, after = target.generate(ids, **options), torch.get_rng_state()
+        torch.manual_seed(3)
+        ours = target.generate(ids, assistant_model=draft, **options)
+        assert torch.equal(torch.get_rng_state(), after)
+        assert ours.sequences.tolist() == plain.sequences.tolist()
+        for name in ("scores", "logits"):
+            found, expected = getattr(ours, name), getattr(plain, name)
+            assert (found is None) is (expected is None) is (not recorded)
+            for mine, theirs in zip(found or (), expected or (), strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert asked
