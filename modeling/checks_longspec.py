@@ -35,9 +35,6 @@ def check_inputs(input_ids: Tensor, generation_config: GenerationConfig, model_k
         )
     if not isinstance(past, DynamicCache) or type(past) is not DynamicCache or past.offloading:
         raise ValueError(f"LongSpec needs a plain DynamicCache, got {past!r}")
-    positions = model_kwargs.get("position_ids")
-    if positions is not None and positions.dim() != 2:
-        raise ValueError(f"LongSpec needs position_ids of shape (batch, length), got {tuple(positions.shape)}")
     check_reading(input_ids, generation_config.prefill_chunk_size, model_kwargs)
     if generation_config.output_attentions:
         raise ValueError("LongSpec's attention makes no attention weights, got output_attentions=True")

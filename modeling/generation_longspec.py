@@ -22,7 +22,7 @@ from .checks_longspec import check_inputs, ended_on_error
 from .clock_longspec import PhaseClock
 from .graphs_longspec import Phase, resolve_graphs
 from .interface_longspec import Round, attending, switched
-from .prefill_longspec import PER_TOKEN, make_cache, prefill
+from .prefill_longspec import PER_TOKEN, Start, make_cache, prefill
 from .rope_switch_longspec import RopeSwitch
 from .target_longspec import BoundTarget
 from .text_longspec import Text
@@ -45,7 +45,7 @@ class LongSpecOutput(GenerateDecoderOnlyOutput):
 
 
 class Call(NamedTuple):
-    """What all rounds of a call have in common; `extras`: what each forward of the target gets besides its tokens."""
+    """What all rounds of a call have in common."""
 
     target: PreTrainedModel
     text: Text
@@ -54,7 +54,7 @@ class Call(NamedTuple):
     backend: Backend
     rope_switch: RopeSwitch
     clock: PhaseClock
-    extras: dict[str, Any]
+    start: Start
 
 
 class Phases(NamedTuple):
@@ -110,8 +110,9 @@ def assisted_decoding(
         try:
             with clock("prefill"):
                 cache.adopt(past)
-                root_positions, extras = prefill(target, text, cache, generator, generation_config, model_kwargs)
-            call = Call(target, text, cache, generator, backend, rope_switch, clock, extras)
+                start = prefill(target, text, cache, generator, generation_config, model_kwargs)
+            call = Call(target, text, cache, generator, backend, rope_switch, clock, start)
+            root_positions = start.root_positions
             cache.on_device = graphs.captures
             phases = Phases(*(graphs.phase(partial(run, call)) for run in (grow, verify, commit)))
             with switched(target), target._optimize_model_for_decode():
@@ -185,13 +186,15 @@ def verify(call: Call, tree: TokenTree, root_positions: Tensor) -> Verified:
     ancestors = ancestor_mask(tree.parents, tree.levels)
     depths = node_depths(ancestors)
     nodes = tree.tokens.shape[1]
-    extras = {name: value.expand(-1, nodes) if name in PER_TOKEN else value for name, value in call.extras.items()}
+    axes, extras = call.start.axes, call.start.extras
+    extras = {name: value.expand(-1, nodes) if name in PER_TOKEN else value for name, value in extras.items()}
+    positions = root_positions[:, None] + depths
     cache.begin_round(depths)
     state = Round(cache, ancestors, call.backend, seen=set())
     with attending(state):
         outputs = target(
             input_ids=tree.tokens,
-            position_ids=root_positions[:, None] + depths,
+            position_ids=positions if axes is None else positions + axes[:, :, None],
             past_key_values=cache,
             use_cache=True,
             return_dict=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,18 @@ def make_cache(
     return cache
 
 
+class Start(NamedTuple):
+    """Where decoding starts: the positions (B,) of the first roots, and what every forward of the target gets.
+
+    axes: (axes, B), how far each axis of a target's positions (mrope) is from the last one; None with one axis.
+    extras: see `step_inputs`.
+    """
+
+    root_positions: Tensor
+    axes: Tensor | None
+    extras: dict[str, Any]
+
+
 def prefill(
     target: PreTrainedModel,
     text: Text,
@@ -52,11 +64,8 @@ def prefill(
     generator: LongSpecCandidateGenerator,
     generation_config: GenerationConfig,
     model_kwargs: dict[str, Any],
-) -> tuple[Tensor, dict[str, Any]]:
-    """Read the prompt as plain `generate` does, emit its first token, fill the draft's window.
-
-    Returns the positions (B,) of that token, the first roots, and what every step passes on (see `step_extras`).
-    """
+) -> Start:
+    """Read the prompt as plain `generate` does, emit its first token, fill the draft's window."""
     model_kwargs["past_key_values"] = cache
     prompt = text.sequences
     outputs = target._prefill(
@@ -69,28 +78,29 @@ def prefill(
     bound = generator.target
     check_prefix(cache.layers[bound.layer], generator.draft.config)
     text.emit(list(range(text.batch)), outputs.logits[:, -1], outputs.hidden_states)
-    root_positions, extras = step_inputs(target, text.sequences, outputs, model_kwargs)
+    positions, extras = step_inputs(target, text.sequences, outputs, model_kwargs)
     starts = torch.tensor(cache.starts, device=bound.device)
-    if root_positions is None:
-        root_positions = cache.length - starts
+    positions = cache.length - starts if positions is None else positions.to(bound.device)
+    positions = positions.expand(*positions.shape[:-1], text.batch)
+    root_positions = (positions if positions.dim() == 1 else positions[-1]).long()  # one family has them in float
     window = slice(-generator.draft.config.window, None)
     if (embeds := model_kwargs.get("inputs_embeds")) is not None:
         embeds = bound.scale(embeds[:, window]).to(bound.device)
     else:
         embeds = bound.embed(prompt[:, window].to(bound.device))
     index = torch.arange(cache.length - embeds.shape[1], cache.length, device=bound.device)
-    root_positions = root_positions.to(bound.device).expand(text.batch)
     generator.prefill(embeds, root_positions - 1, index >= starts[:, None])
-    return root_positions, extras
+    return Start(root_positions, None if positions.dim() == 1 else positions - root_positions, extras)
 
 
 def step_inputs(
     target: PreTrainedModel, ids: Tensor, outputs: Any, model_kwargs: dict[str, Any]
 ) -> tuple[Tensor | None, dict[str, Any]]:
-    """What plain `generate` passes to its first forward of one token: its position (B,), and all but the usual inputs.
+    """What plain `generate` passes to its first forward of one token: its position, and all but the usual inputs.
 
-    The position is None where the target counts for itself. The rest is what a user passed for the target's own
-    `forward`, and token types, which go on as the prompt's last; that is the same in every step.
+    The position is (B,), or (axes, B) where a target has several, and None where the target counts for itself. The
+    rest is what a user passed for the target's own `forward`, and token types, which go on as the prompt's last; that
+    is the same in every step.
     """
     cache = model_kwargs["past_key_values"]
     model_kwargs = target._update_model_kwargs_for_generation(outputs, dict(model_kwargs)) | {"past_key_values": cache}
@@ -99,4 +109,4 @@ def step_inputs(
     own |= {"use_cache", "logits_to_keep", "return_dict"}
     positions = inputs.get("position_ids")
     extras = {name: value for name, value in inputs.items() if name not in own and value is not None}
-    return None if positions is None else positions[:, -1], extras
+    return None if positions is None else positions[..., -1], extras

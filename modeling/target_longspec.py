@@ -173,8 +173,10 @@ def query_rotation(
     by_type = "layer_type" in inspect.signature(rotary.forward).parameters
     options = {"layer_type": text_config.layer_types[layer]} if by_type else {}
 
+    axes = len(getattr(rotary, "mrope_section", None) or ())  # of positions in images and films; of text they agree
+
     def rotate(query: Tensor, positions: Tensor) -> Tensor:
-        cos, sin = rotary(query, positions, **options)
+        cos, sin = rotary(query, positions.expand(axes, -1, -1) if axes else positions, **options)
         # partial rotation: some families slice in the attention module, so slice before the call for all of them;
         # gpt_oss gives one angle a pair, the others two
         angles = cos.shape[-1]
