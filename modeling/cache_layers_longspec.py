@@ -226,11 +226,14 @@ class SlidingLayer(CacheLayerMixin):
 
 
 class SharedLayer:
-    """Stands where a layer attends to another layer's keys and values and stores none."""
+    """Stands where a layer attends to the keys and values of layer `owner` and stores none."""
 
     is_sliding = False
     is_initialized = False
     supports_early_init = False
+
+    def __init__(self, owner: int):
+        self.owner = owner
 
 
 def _seen(index: Tensor, visible: Tensor | None) -> Tensor:

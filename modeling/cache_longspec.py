@@ -52,10 +52,12 @@ class SpeculativeCache(Cache):
         self._bounds: Tensor | None = None  # (2, B): where the spans of the rows start and end, on the device
         window = getattr(text_config, "sliding_window", None) or 0
         layers: list = []
+        types = getattr(text_config, "layer_types", None) or [None] * text_config.num_hidden_layers
         for index, kind in enumerate(layer_kinds(text_config)):
             keeps_all = index >= len(past.layers) or not getattr(past.layers[index], "is_sliding", False)
             if kind == "shared":
-                layers.append(SharedLayer())
+                owners = [i for i, layer in enumerate(layers) if not isinstance(layer, SharedLayer)]
+                layers.append(SharedLayer(max(owner for owner in owners if types[owner] == types[index])))
             elif kind == "full" or (longest is not None and longest <= window):
                 layers.append(FullLayer(reserve))
             elif keeps_all or window > LARGEST_RING:
@@ -71,6 +73,11 @@ class SpeculativeCache(Cache):
     @property
     def owners(self) -> list[FullLayer | SlidingLayer]:
         return [layer for layer in self.layers if not isinstance(layer, SharedLayer)]
+
+    def owner(self, layer_idx: int) -> FullLayer | SlidingLayer:
+        """The layer whose keys and values layer `layer_idx` of the target attends to."""
+        layer = self.layers[layer_idx]
+        return self.layers[layer.owner] if isinstance(layer, SharedLayer) else layer
 
     @property
     def lengths(self) -> list[int]:

@@ -83,7 +83,7 @@ def hybrid_attention(
     once = module.layer_idx not in state.seen
     state.seen.add(module.layer_idx)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer = state.cache.layers[module.layer_idx]
+    layer = state.cache.owner(module.layer_idx)
     placement = state.cache.round_placement.to(query.device)
     prefix = layer.prefix(placement)
     shapes = [states.shape[1::2] for states in (prefix.key, prefix.value)]  # heads and dimension

@@ -55,11 +55,6 @@ def bind(config: LongSpecConfig, target: PreTrainedModel) -> BoundTarget:
     device = execution_device(attention, target)
     if text_config.model_type in _OWN_MASKS:
         raise ValueError(f"LongSpec does not serve attention masks of a target's own, got {type(target).__name__}")
-    if "shared" in layer_kinds(text_config):
-        raise ValueError(
-            "LongSpec does not serve layers that use the keys and values of another one yet, got "
-            f"{type(target).__name__}"
-        )
     if "position_ids" not in inspect.signature(decoder.forward).parameters:
         raise ValueError(
             "LongSpec needs a target whose decoder takes `position_ids`, since the nodes of a tree do not stand in a "

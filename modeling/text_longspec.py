@@ -6,6 +6,7 @@ to the step at which the last row stopped, with padding behind its own end.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -113,16 +114,17 @@ class Text:
         """
         if self.finished:
             return [0] * self.batch
-        running = [length for length, end in zip(self.lengths, self.ends, strict=True) if end is None]
-        reach = max(running + [end for end in self.ends if end is not None])
-        limit = min(running, default=reach) + self.lead
         if self.together:
             return [self.lead] * self.batch
-        tails = [max(reach - length, 0) if self.keeps_tails else 0 for length in self.lengths]
-        return [
-            limit - length if end is None else min(tail, limit - length)
-            for length, end, tail in zip(self.lengths, self.ends, tails, strict=True)
+        running = [length for length, end in zip(self.lengths, self.ends, strict=True) if end is None]
+        reach = max(running + [end for end in self.ends if end is not None])
+        goals = [
+            math.inf if end is None else reach if self.keeps_tails else length
+            for length, end in zip(self.lengths, self.ends, strict=True)
         ]
+        moving = [length for length, goal in zip(self.lengths, goals, strict=True) if length < goal]
+        limit = min(moving, default=reach) + self.lead
+        return [int(min(goal, limit)) - length for length, goal in zip(self.lengths, goals, strict=True)]
 
     def pick_tree(self, logits: Tensor, depths: Tensor, levels: int) -> Picks:
         """The tokens behind all nodes of a batch of trees: logits (B, T, vocab), depths (B, T) up to `levels`."""
