@@ -4,6 +4,8 @@ import itertools
 
 import torch
 
+from hf_longspec.modeling.attention_longspec import Spans
+
 INF = float("inf")
 
 
@@ -56,3 +58,9 @@ def assert_as_good_as_plain(results, *inputs, stages=1, **options):
         exact, rough = exact[known], rough[known]
         unit = torch.finfo(rough.dtype).eps * exact.abs().max()
         assert (ours[known] - exact).abs().max() <= 2 * stages * max((rough - exact).abs().max(), unit)
+
+
+def spans_of(host, device="cpu"):
+    """`Spans` of (start, end) pairs, one for each row of a batch."""
+    starts, ends = torch.tensor(host, device=device).unbind(dim=1)
+    return Spans(starts, ends, tuple(host), {})

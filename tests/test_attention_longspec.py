@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from reference_attention import INF, assert_as_good_as_plain
+from reference_attention import INF, assert_as_good_as_plain, spans_of
 
 from hf_longspec.modeling import attention_longspec
-from hf_longspec.modeling.attention_longspec import BACKENDS, Spans, apply_sinks, attend, merge, resolve_backend
+from hf_longspec.modeling.attention_longspec import BACKENDS, apply_sinks, attend, merge, resolve_backend
 
 CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
 
@@ -22,7 +22,7 @@ def tensors(batch, heads, kv_heads, nodes, keys, dim, dtype=torch.float32, seed=
 
 def whole(key):
     """Spans over all keys (B, K, S, D)."""
-    return Spans.of([(0, key.shape[2])] * key.shape[0], key.device)
+    return spans_of([(0, key.shape[2])] * key.shape[0], key.device)
 
 
 def visible(spans, nodes, slots):
@@ -169,7 +169,7 @@ def test_backend_reads_the_cache_where_it_lies(name, heads, kv_heads):
     garbage = torch.full((2, kv_heads, 70, 16), float("nan"))
     key_store, value_store = garbage.clone(), garbage.clone()
     key_store[:, :, 5:55], value_store[:, :, 5:55] = key, value
-    spans = Spans.of([(5, 55)] * 2, CPU)
+    spans = spans_of([(5, 55)] * 2, CPU)
     out, lse = BACKENDS[name].prefix(query, key_store, value_store, spans, 0.25, None)
     assert_as_good_as_plain((out, lse), query, key, value, 0.25)
 
@@ -184,7 +184,7 @@ def test_eager_backend_caps_scores(dtype):
 
 def test_torch_backend_refuses_to_forget_the_softcap():
     with pytest.raises(ValueError, match=r"no soft-capping, got softcap=30\.0"):
-        BACKENDS["torch"].prefix(*tensors(1, 2, 1, 1, 1, 8), Spans.of([(0, 1)], CPU), 1.0, 30.0)
+        BACKENDS["torch"].prefix(*tensors(1, 2, 1, 1, 1, 8), spans_of([(0, 1)], CPU), 1.0, 30.0)
 
 
 # --- rows of different spans -----------------------------------------------------------------------------------------
@@ -201,14 +201,14 @@ RAGGED = {
 
 
 def test_spans_by_hand():
-    spans = Spans.of([(2, 9), (0, 7), (4, 4)], CPU)
+    spans = spans_of([(2, 9), (0, 7), (4, 4)], CPU)
     assert spans.starts.tolist() == [2, 0, 4] and spans.ends.tolist() == [9, 7, 4]
     assert spans.starts.dtype == spans.ends.dtype == torch.int64
     assert spans.host == ((2, 9), (0, 7), (4, 4))
     assert spans.common is None and spans.cover == slice(0, 9)
-    same = Spans.of([(2, 9)] * 3, CPU)
+    same = spans_of([(2, 9)] * 3, CPU)
     assert same.common == same.cover == slice(2, 9)
-    assert Spans.of([(5, 6), (3, 4)], CPU).cover == slice(3, 6)
+    assert spans_of([(5, 6), (3, 4)], CPU).cover(9) == slice(3, 6)
 
 
 def ragged(host, heads, kv_heads, dim, dtype, slots=70):
@@ -229,7 +229,7 @@ def ragged(host, heads, kv_heads, dim, dtype, slots=70):
 def test_backend_with_rows_of_different_spans(name, host, dim, dtype):
     query, key, value = ragged(host, 4, 2, dim, dtype)
     scaling = dim**-0.5
-    out, lse = BACKENDS[name].prefix(query, key, value, Spans.of(host, CPU), scaling, None)
+    out, lse = BACKENDS[name].prefix(query, key, value, spans_of(host, CPU), scaling, None)
     assert out.shape == query.shape and lse.shape == query.shape[:3] and lse.dtype == torch.float32
     key, value = key.nan_to_num(), value.nan_to_num()
     assert_as_good_as_plain((out, lse), query, key, value, scaling, mask=visible(host, 5, 70), stages=STAGES)
@@ -242,7 +242,7 @@ def test_a_row_is_what_it_is_alone(name, host, heads, kv_heads):
     """Whatever the others hold: bit by bit the same among other contents, and by arithmetic the same as alone."""
     query, key, value = ragged(host, heads, kv_heads, 16, torch.float32)
     prefix = BACKENDS[name].prefix
-    spans = Spans.of(host, CPU)
+    spans = spans_of(host, CPU)
     out, lse = prefix(query, key, value, spans, 0.25, None)
     single = []
     for row, span in enumerate(host):
@@ -253,7 +253,7 @@ def test_a_row_is_what_it_is_alone(name, host, heads, kv_heads):
         again = prefix(*changed, spans, 0.25, None)
         assert torch.equal(again[0][row], out[row]) and torch.equal(again[1][row], lse[row])
         part = slice(row, row + 1)
-        single.append(prefix(query[part], key[part], value[part], Spans.of([span], CPU), 0.25, None))
+        single.append(prefix(query[part], key[part], value[part], spans_of([span], CPU), 0.25, None))
     alone = [torch.cat(parts) for parts in zip(*single, strict=True)]
     if name == "torch":
         assert torch.equal(out, alone[0]) and torch.equal(lse, alone[1])
@@ -265,7 +265,7 @@ def test_a_row_is_what_it_is_alone(name, host, heads, kv_heads):
 def test_eager_backend_caps_scores_of_rows_of_different_spans():
     host = RAGGED["both"]
     query, key, value = ragged(host, 4, 2, 16, torch.float32)
-    out, lse = BACKENDS["eager"].prefix(query, key, value, Spans.of(host, CPU), 1.0, 2.0)
+    out, lse = BACKENDS["eager"].prefix(query, key, value, spans_of(host, CPU), 1.0, 2.0)
     key, value = key.nan_to_num(), value.nan_to_num()
     assert_as_good_as_plain((out, lse), query, key, value, 1.0, mask=visible(host, 5, 70), stages=STAGES, softcap=2.0)
 
@@ -275,7 +275,7 @@ def test_sequences_of_a_flat_store(host):
     """Every K/V head of every row is a sequence: where it begins, and how much of it is held."""
     kv_heads, slots = 3, 70
     store = torch.arange(len(host) * kv_heads * slots).view(len(host), kv_heads, slots)
-    spans = Spans.of(host, CPU)
+    spans = spans_of(host, CPU)
     begins, held = attention_longspec._sequences(spans, kv_heads, slots)
     assert begins.dtype == held.dtype == torch.int32
     assert len(begins) == len(held) + 1 == len(host) * kv_heads + 1 and begins[-1] == store.numel()
@@ -315,7 +315,7 @@ def test_one_kernel_for_rows_of_different_spans(monkeypatch, host, heads, kv_hea
     """How stores and queries are laid out for the CUDA kernel; the kernel itself is tested on a GPU."""
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", variable_length_kernel)
     query, key, value = ragged(host, heads, kv_heads, 16, torch.float32)
-    out, lse = attention_longspec._flash_by_row(query, key, value, Spans.of(host, CPU), 0.25)
+    out, lse = attention_longspec._flash_by_row(query, key, value, spans_of(host, CPU), 0.25)
     assert_as_good_as_plain(
         (out, lse), query, key.nan_to_num(), value.nan_to_num(), 0.25, mask=visible(host, 5, 70), stages=STAGES
     )

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from helpers import tiny_draft, tiny_target
+from reference_attention import spans_of
 
 from hf_longspec.evaluation import side_by_side
-from hf_longspec.modeling.attention_longspec import BACKENDS, Spans
+from hf_longspec.modeling.attention_longspec import BACKENDS
 from hf_longspec.modeling.sampling_longspec import Noise
 
 pytestmark = pytest.mark.gpu
@@ -54,7 +55,7 @@ def test_torch_backend_on_cuda(keys, dim, dtype):
     query = torch.randn(2, 8, 13, dim, device="cuda", dtype=dtype)
     key, value = torch.randn(2, 2, 2, 5000, dim, device="cuda", dtype=dtype)
     spans = [(0, keys)] * 2
-    out, lse = BACKENDS["torch"].prefix(query, key, value, Spans.of(spans, query.device), dim**-0.5, None)
+    out, lse = BACKENDS["torch"].prefix(query, key, value, spans_of(spans, query.device), dim**-0.5, None)
     assert_as_good_as_flash(out, lse, query, key, value, spans)
 
 
@@ -82,11 +83,11 @@ def test_torch_backend_with_rows_of_different_spans(kv_heads, spans, dim, dtype)
         key[row, :, hidden] *= 100
         value[row, :, hidden] = 1000
     prefix = BACKENDS["torch"].prefix
-    out, lse = prefix(query, key, value, Spans.of(spans, query.device), dim**-0.5, None)
+    out, lse = prefix(query, key, value, spans_of(spans, query.device), dim**-0.5, None)
     assert_as_good_as_flash(out, lse, query, key, value, spans)
     for row, span in enumerate(spans):  # whatever the other rows hold
         single = slice(row, row + 1)
-        alone = Spans.of([span], query.device)
+        alone = spans_of([span], query.device)
         over = prefix(query[single], key[single], value[single], alone, dim**-0.5, None)
         assert_as_good_as_flash(*over, query[single], key[single], value[single], [span])
 
@@ -96,7 +97,7 @@ def test_what_a_kernel_is_told_of_spans_serves_every_layer(dtype):
     """Made once a round, for stores of one shape; another shape is another entry."""
     torch.manual_seed(0)
     host = [(5, 900), (0, 130)]
-    spans = Spans.of(host, torch.device("cuda"))
+    spans = spans_of(host, torch.device("cuda"))
     for slots, kv_heads in ((1000, 2), (1000, 2), (1256, 2), (1000, 4)):
         query = torch.randn(2, 8, 13, 64, device="cuda", dtype=dtype)
         key, value = torch.randn(2, 2, kv_heads, slots, 64, device="cuda", dtype=dtype)

@@ -102,10 +102,9 @@ def test_all_nodes_are_picked_at_once_where_history_does_not_matter(monkeypatch,
 def test_a_finished_row_is_padded_up_to_the_others():
     text = make_text(eos())
     assert put(text, {0: 1, 1: 2, 2: 6}) == [1, 2, 6]
-    assert text.padded is None and not text.finished
+    assert text.stopped == [False] * 3 and not text.finished
     assert put(text, {0: 1, 1: EOS, 2: 6}) == [1, EOS, 6]
-    rows, pad = text.padded
-    assert rows.tolist() == [False, True, False] and pad == PAD and text.ends == [None, 4, None]
+    assert text.stopped == [False, True, False] and text.pad == PAD and text.ends == [None, 4, None]
     assert put(text, {0: 1, 1: 4, 2: 6}) == [1, PAD, 6], "a finished row writes padding, whatever the target says"
     assert put(text, {0: EOS, 2: 1}) == [EOS, 1] and not text.finished
     assert put(text, {2: EOS}) == [EOS]
@@ -143,7 +142,7 @@ def test_without_an_end_of_text_a_stopped_row_writes_on():
     """Plain `generate` pads only where a criterion has an EOS token."""
     text = make_text(StopStrings(), keeps_cache=False)
     put(text, {0: 1, 1: 4, 2: 6})
-    assert text.ends == [None, 3, None] and text.padded is None and text.keeps_tails
+    assert text.ends == [None, 3, None] and text.pad is None and text.keeps_tails
     assert put(text, {0: 4, 1: 6, 2: 6}) == [4, 6, 6]
     put(text, {2: 4})
     assert text.ends == [4, 3, 5] and not text.finished

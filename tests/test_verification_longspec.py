@@ -19,7 +19,7 @@ from transformers.generation import (
 from hf_longspec.modeling import text_longspec
 from hf_longspec.modeling.text_longspec import Text
 from hf_longspec.modeling.tree_longspec import TokenTree, ancestor_mask, node_depths
-from hf_longspec.modeling.verification_longspec import accept
+from hf_longspec.modeling.verification_longspec import Verified, accept
 
 VOCAB = 5
 PROMPT = [3, 1]
@@ -36,7 +36,7 @@ def walk_rows(tree, logits, text, hidden_states=None):
     """The same for each row of a batch, as the decoding loop asks for it: a row without room rests."""
     paths = [[0] if room else [] for room in text.room()]
     depths = node_depths(ancestor_mask(tree.parents, tree.levels))
-    accept(tree, depths, logits, hidden_states, text, paths)
+    accept(tree, Verified(depths, logits, hidden_states), text, paths)
     return paths
 
 
@@ -323,8 +323,8 @@ def round_of_rows(text: Text, rng: random.Random, table: torch.Tensor = TABLE, v
     guesses = [[rng.randrange(vocab) for _ in range(nodes - 1)] for _ in ids]
     rows = zip(ids, guesses, parents, strict=True)
     tree = stacked([make_tree([row[-1], *guess], parent) for row, guess, parent in rows])
-    if text.padded is not None:
-        tree = tree.forced(*text.padded)
+    if text.pad is not None:
+        tree = tree.forced(torch.tensor(text.stopped), text.pad)
     singles = [
         tree._replace(tokens=tree.tokens[row : row + 1], parents=tree.parents[row : row + 1])
         for row in range(len(ids))
@@ -483,14 +483,8 @@ def test_paths_are_right_even_if_the_text_raises():
     text = make_text(9, criteria=[Interrupt()], prompts=PROMPTS)
     paths = [[0] for _ in PROMPTS]
     with pytest.raises(KeyboardInterrupt, match="here"):
-        accept(
-            tree,
-            node_depths(ancestor_mask(tree.parents, 4)),
-            torch.cat([logits_that_pick(1, 2, 3, 4)] * 4),
-            None,
-            text,
-            paths,
-        )
+        depths = node_depths(ancestor_mask(tree.parents, 4))
+        accept(tree, Verified(depths, torch.cat([logits_that_pick(1, 2, 3, 4)] * 4), None), text, paths)
     assert paths == [[0, 1, 2]] * 4 and text.lengths == [5] * 4
     assert text.sequences[:, 2:].tolist() == [[1, 2, 3]] * 4
 
