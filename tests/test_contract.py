@@ -26,9 +26,8 @@ def test_equal_or_refused(row: Row, batch: int):
         pytest.importorskip(row.module)
     done = run(row, batch)
     if (refusal := row.expected_refusal(batch)) is not None:
-        assert done.ours.error is not None, (
-            f"served: take its line out of NOT_YET, got {differences(done.plain, done.ours)}"
-        )
+        found = differences(done.plain, done.ours)
+        assert done.ours.error is not None, f"served now, with these differences: {found}; see NOT_YET"
         with pytest.raises(ValueError, match=refusal):
             raise done.ours.error
         return
