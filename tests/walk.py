@@ -153,10 +153,13 @@ def with_draft(step: Step) -> Seen:
 def simplest(step: Step) -> Step:
     """The step with every field at its default that can be so while it still fails."""
     for field in fields(step):
-        if field.name != "seed" and getattr(step, field.name) != field.default:
-            simpler = replace(step, **{field.name: field.default})
-            with contextlib.suppress(Exception):  # some fields only go together
-                step = simpler if wrong(simpler, with_draft(simpler)) else step
+        if field.name == "seed" or getattr(step, field.name) == field.default:
+            continue
+        simpler = replace(step, **{field.name: field.default})
+        if wrong_today(simpler) or simpler.prefix >= max(simpler.lengths) + simpler.pads:
+            continue
+        with contextlib.suppress(Exception):  # some fields only go together
+            step = simpler if wrong(simpler, with_draft(simpler)) else step
     return step
 
 
