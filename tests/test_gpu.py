@@ -176,14 +176,18 @@ def test_bfloat16_parts_only_at_ties(family):
 
 @torch.no_grad()
 def noise_of_a_batch(target, inputs, texts, row, length):
-    """How far the gap of a row's two best tokens moves, at any place, when others and padding are read beside it."""
+    """How far the gap of a row's two best tokens moves, at any place, when others and padding are read beside it.
+
+    No less than a rounding unit of the last place's logits, which come in the target's format.
+    """
     new = texts.shape[1] - inputs["input_ids"].shape[1]
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, new), value=1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     beside = target(texts, attention_mask=mask, position_ids=positions).logits[row, -length - new :].float()
     alone = target(texts[row : row + 1, -length - new :]).logits[0].float()
     best = alone.topk(2).indices
-    return float((side_by_side.gaps(alone, best) - side_by_side.gaps(beside, best)).abs().max())
+    moved = (side_by_side.gaps(alone, best) - side_by_side.gaps(beside, best)).abs().max()
+    return max(float(moved), torch.finfo(target.dtype).eps * float(alone[-1].abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
