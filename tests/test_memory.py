@@ -9,8 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.generation.streamers import BaseStreamer
 
+from hf_longspec.modeling import text_longspec
 from hf_longspec.modeling.cache_layers_longspec import BUCKET
 from hf_longspec.modeling.draft_window_longspec import DraftWindow
+from hf_longspec.modeling.sampling_longspec import Noise
 
 WINDOW, SHAPE, NEW = 16, (4, 8, 8), 40
 
@@ -62,15 +64,15 @@ class Probe(BaseStreamer):
         pass
 
 
-def decode(target, draft, context):
+def decode(target, draft, context, batch=1):
     """Bytes held while decoding after `context` tokens, their peak, and the bytes of one cache of that length."""
-    ids = torch.randint(2, 13, (1, context), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(2, 13, (batch, context), generator=torch.Generator().manual_seed(0))
     with LiveBytes() as live:
         probe = Probe(live)
         target.generate(ids, assistant_model=draft, max_new_tokens=NEW, streamer=probe, pad_token_id=0)
     config = target.config
     capacity = -(-(context + NEW + 1 + sum(SHAPE)) // BUCKET) * BUCKET
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4 * capacity
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4 * capacity * batch
     # the prompt, then the token of the prefill, then those of the rounds
     return min(probe.held[2:]), max(probe.peaks[3:]), cache
 
@@ -88,6 +90,41 @@ def test_a_call_holds_one_cache_and_a_constant():
     # nothing but the cache and the text itself has grown with the context
     assert abs(over[1] - over[0]) <= 8 * 3 * 6144
     assert above[1] <= above[0] + 8 * 6144
+
+
+def test_a_batch_holds_one_cache_and_a_constant_for_each_row():
+    target = tiny_target("llama", max_position_embeddings=8192)
+    draft = tiny_draft(target, window=WINDOW, tree_shape=SHAPE)
+    batch, over = 3, []
+    for context in (1024, 4096):
+        held, peak, cache = decode(target, draft, context, batch)
+        text = 8 * 3 * batch * (context + NEW)
+        over.append(held - cache)
+        assert 0 <= over[-1] - batch * draft.state_bytes <= text + batch * 64 * 1024
+        assert peak - held <= text + batch * 256 * 1024  # what a round computes: no cache is copied
+    assert over[1] - over[0] <= 8 * 3 * batch * 3072
+
+
+@pytest.mark.parametrize("by_tree", [False, True])
+def test_noise_is_held_for_no_more_steps_than_the_lead(monkeypatch, by_tree):
+    """Rows get ahead of each other as far as they may; an answer is many leads long."""
+    held, lead = [], 12
+    original = Noise._draw_until
+
+    def counted(self, step, vocab):
+        original(self, step, vocab)
+        held.append(len(self.draws))
+
+    monkeypatch.setattr(Noise, "_draw_until", counted)
+    monkeypatch.setattr(text_longspec, "LEAD", lead)
+    monkeypatch.setattr(text_longspec, "pays_by_tree", lambda *args: by_tree)
+    target = tiny_target("llama")
+    draft = tiny_draft(target, window=WINDOW, tree_shape=SHAPE)
+    ids = torch.randint(2, 13, (4, 9), generator=torch.Generator().manual_seed(0))
+    options = {"do_sample": True, "temperature": 0.3, "max_new_tokens": 120, "pad_token_id": 0, "eos_token_id": 7}
+    target.generate(ids, assistant_model=draft, **options)
+    nodes = 1 + sum(SHAPE)
+    assert held and max(held) <= lead + nodes + by_tree * (len(SHAPE) + 1)
 
 
 def test_plain_generate_holds_more_at_its_peak():
@@ -111,3 +148,5 @@ def test_state_bytes_is_what_a_window_occupies(window, tree):
     inner = 1 + sum(tree[:-1])
     state = DraftWindow(window, inner, (1, 2, 16), torch.float32, torch.device("cpu"))
     assert draft.state_bytes == state.nbytes
+    batch = DraftWindow(window, inner, (5, 2, 16), torch.float32, torch.device("cpu"))
+    assert batch.nbytes == 5 * draft.state_bytes
