@@ -18,23 +18,8 @@ from packaging import version
 from torch import Tensor
 from transformers import PreTrainedModel
 
-# What the decoding core does not serve yet, with what it says. Take a line out when it is served: its rows must be
-# equal from then on. (Batches and several sequences of a prompt are rows of the same table.)
-NOT_YET = {
-    "batch": "one sequence at a time, got a batch of",
-    "several sequences": "one sequence at a time, got num_return_sequences",
-    "hidden states": "cannot return attentions or hidden states",
-    "synced_gpus": "does not serve synced_gpus yet",
-}
-# Rows that today's core gets wrong: their tests must fail. Take a name out when the core is repaired.
+# Before 5.21 a chunked prefill reads the prompt again behind what the cache holds.
 OLD = version.parse(transformers.__version__) < version.parse("5.21")
-WRONG_TODAY = {"the whole prompt in the cache, padded", "use_mtp"}
-WRONG_TODAY |= {"longrope beyond its switch, DynamicCache() passed"}
-if OLD:  # sdpa ignores caps; a chunked prefill reads the prompt again behind what the cache holds
-    WRONG_TODAY |= {"scores with a cap", "prefill_chunk_size and a prefilled prefix"}
-    WRONG_TODAY |= {"prefill_chunk_size and a prefilled prefix, sliding windows"}
-else:  # a chunked prefill reads all embeddings once for each chunk
-    WRONG_TODAY |= {"inputs_embeds and prefill_chunk_size, padded"}
 LONGROPE = {
     "head_dim": 8,
     "max_position_embeddings": 128,
@@ -72,8 +57,8 @@ class Case(NamedTuple):
 class Row(NamedTuple):
     """play: makes the calls; batches: the columns that apply; refused: what we say if we refuse it by decision.
 
-    feature: the line of `NOT_YET` it waits for beside "batch"; module: a package it needs; draws: whether tokens are
-    drawn at random; long_paths: whether paths of three tokens and more must be accepted, or the row proves little.
+    module: a package it needs; draws: whether tokens are drawn at random; long_paths: whether several tokens must be
+    accepted at once somewhere, or the row proves little.
     """
 
     group: str
@@ -81,17 +66,10 @@ class Row(NamedTuple):
     play: Play
     batches: tuple[int, ...] = (1, 4)
     refused: str | None = None
-    feature: str | None = None
     module: str | None = None
     family: str = "llama"
     draws: bool = False
     long_paths: bool = True
-
-    def expected_refusal(self, batch: int) -> str | None:
-        """What we must say to this row in a column of so many sequences, None if we must serve it."""
-        waits = [feature for feature in (self.feature, "batch" if batch > 1 else None) if feature in NOT_YET]
-        said = ([self.refused] if self.refused else []) + [NOT_YET[feature] for feature in waits]
-        return "|".join(said) or None
 
 
 Options = dict[str, Any] | Callable[[Case], dict[str, Any]]

@@ -34,7 +34,7 @@ def samplers() -> list[Row]:
         *group("greedy", {"scores with a cap": {}}, family="gemma2"),
         *group("greedy", {"no return_dict_in_generate": {"return_dict_in_generate": None}}, long_paths=False),
         *group("sampling", sampled, draws=True),
-        *group("sampling", several, draws=True, feature="several sequences"),
+        *group("sampling", several, draws=True),
     ]
 
 

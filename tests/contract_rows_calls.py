@@ -58,7 +58,7 @@ def stops() -> list[Row]:
         *group("stops", {"max_new_tokens=1": {"max_new_tokens": 1}}, long_paths=False),
         *group("stops", options),
         *group("stops", {"every reason at once, sampled": all_reasons}, draws=True),
-        Row("stops", "max_time", max_time),
+        Row("stops", "max_time", max_time, batches=(1,)),  # rows of a batch look at the clock at their own times
     ]
 
 
@@ -106,7 +106,7 @@ def outputs() -> list[Row]:
         *group("outputs", options),
         *group("outputs", {"output_scores, output_logits, sampled": everything | {"do_sample": True}}, draws=True),
         Row("outputs", "compute_transition_scores", transition_scores, draws=True),
-        *group("outputs", hidden, feature="hidden states"),
+        *group("outputs", hidden),
         *group("outputs", {"output_attentions": {"output_attentions": True}}, refused="cannot return attentions"),
     ]
 
@@ -154,7 +154,7 @@ def caches() -> list[Row]:
         "a prefilled prefix, only the new tokens passed": only_new_tokens,
     }
     chunked = "prefill_chunk_size and a prefilled prefix"
-    twice = "attention_mask" if OLD else None  # there, stock reads the prompt twice
+    twice = "prefill_chunk_size" if OLD else None  # there, stock reads the prompt twice
     rows = [
         *group("caches", shared),
         *group("caches", {f"{name}, sliding windows": own for name, own in shared.items()}, family="gemma3_text"),
@@ -163,7 +163,7 @@ def caches() -> list[Row]:
             {"longrope beyond its switch, DynamicCache() passed": long_prompt},
             family="phi3 with longrope",
         ),
-        *group("caches", {"the whole prompt in the cache, padded": whole_prompt}, refused="attention_mask"),
+        *group("caches", {"the whole prompt in the cache, padded": whole_prompt}, refused="hold less than the prompt"),
         *group("caches", {"cache_implementation dynamic": {"cache_implementation": "dynamic"}}),
         Row("caches", "one prefilled prefix for several answers", one_prefix),
         Row("caches", "one prefilled prefix for several answers, sliding windows", one_prefix, family="mistral"),
@@ -244,7 +244,7 @@ def inputs() -> list[Row]:
     }
     return [
         *group("inputs", options),
-        *group("inputs", both, refused=None if OLD else "attention_mask|prefill_chunk_size"),
+        *group("inputs", both, refused="inputs_embeds beside prefill_chunk_size"),
         *group("inputs", {"padding on the left, sliding windows": padded}, family="mistral"),
         *group("inputs", {"padding inside, sliding windows": holes}, family="gemma3_text"),
         *group("inputs", {"none: the text starts with BOS": {"input_ids": None}}, batches=(1,)),
@@ -265,7 +265,7 @@ def calls_that_end_otherwise() -> list[Row]:
 
     return [
         Row("calls", "interrupted by the user", interrupted, draws=True, long_paths=False),
-        Row("calls", "synced_gpus", synced, feature="synced_gpus"),
+        Row("calls", "synced_gpus", synced),
     ]
 
 

@@ -205,10 +205,12 @@ def test_spans_by_hand():
     assert spans.starts.tolist() == [2, 0, 4] and spans.ends.tolist() == [9, 7, 4]
     assert spans.starts.dtype == spans.ends.dtype == torch.int64
     assert spans.host == ((2, 9), (0, 7), (4, 4))
-    assert spans.common is None and spans.cover == slice(0, 9)
+    assert spans.common is None and spans.cover(20) == slice(0, 9)
     same = spans_of([(2, 9)] * 3, CPU)
-    assert same.common == same.cover == slice(2, 9)
-    assert spans_of([(5, 6), (3, 4)], CPU).cover(9) == slice(3, 6)
+    assert same.common == same.cover(20) == slice(2, 9)
+    assert spans_of([(5, 6), (3, 4)], CPU).cover(20) == slice(3, 6)
+    on_device = same._replace(host=None)  # as in a CUDA graph
+    assert on_device.common is None and on_device.cover(20) == slice(0, 20)
 
 
 def ragged(host, heads, kv_heads, dim, dtype, slots=70):
@@ -270,24 +272,24 @@ def test_eager_backend_caps_scores_of_rows_of_different_spans():
     assert_as_good_as_plain((out, lse), query, key, value, 1.0, mask=visible(host, 5, 70), stages=STAGES, softcap=2.0)
 
 
+@pytest.mark.parametrize("parts, part", [(1, 70), (2, 35), (3, 24), (70, 1)])
 @pytest.mark.parametrize("host", RAGGED.values(), ids=RAGGED)
-def test_sequences_of_a_flat_store(host):
-    """Every K/V head of every row is a sequence: where it begins, and how much of it is held."""
+def test_sequences_of_a_flat_store(host, parts, part):
+    """Each part of the keys of each K/V head of each row is a sequence: where it begins, how much of it is held."""
     kv_heads, slots = 3, 70
     store = torch.arange(len(host) * kv_heads * slots).view(len(host), kv_heads, slots)
-    spans = spans_of(host, CPU)
-    begins, held = attention_longspec._sequences(spans, kv_heads, slots)
+    begins, held = attention_longspec._sequences(spans_of(host, CPU), kv_heads, slots, parts, part)
     assert begins.dtype == held.dtype == torch.int32
-    assert len(begins) == len(held) + 1 == len(host) * kv_heads + 1 and begins[-1] == store.numel()
+    assert len(begins) == len(held) + 1 == len(host) * kv_heads * parts + 1
     sequences = iter(zip(begins.tolist(), held.tolist(), strict=False))
     for row, (start, end) in enumerate(host):
         for head in range(kv_heads):
-            begin, count = next(sequences)
-            assert store.flatten()[begin : begin + count].tolist() == store[row, head, start:end].tolist()
-    again = attention_longspec._sequences(spans, kv_heads, slots)
-    assert again[0] is begins and again[1] is held, "made for every layer anew"
-    other = attention_longspec._sequences(spans, 1, slots + 1)
-    assert len(other[1]) == len(host) and other[0][-1] == len(host) * (slots + 1)
+            keys = []
+            for _ in range(parts):
+                begin, count = next(sequences)
+                assert 0 <= count <= part
+                keys += store.flatten()[begin : begin + count].tolist()
+            assert keys == store[row, head, start:end].tolist()
 
 
 def variable_length_kernel(

@@ -573,16 +573,17 @@ def test_slots_that_were_never_written_are_never_met(monkeypatch, name):
         assert batch.cache.layers[FULL].keys.shape[2] == 4 * BUCKET
 
 
-def test_spans_cross_to_the_device_once_a_round():
+def test_spans_cross_to_the_device_once_a_call():
     batch = Batch(5, left_padded(0, 4), lead=20)
     depths = torch.zeros(2, 3, dtype=torch.long)
     first = batch.cache.place(depths).spans
-    assert batch.cache.place(depths + 1).spans is first
-    batch.cache.begin_round(depths)
-    assert batch.cache.placement.spans is first
-    batch.cache.abandon()
     batch.round(counts=[2, 1], nodes=3)
-    assert batch.cache.place(depths).spans.host == ((0, 14), (4, 13))
+    second = batch.cache.place(depths + 1).spans
+    assert second.host == ((0, 14), (4, 13))
+    assert second.ends.tolist() == [14, 13] and second.starts.tolist() == [0, 4]
+    assert second.ends.data_ptr() == first.ends.data_ptr(), "a CUDA graph reads them where they were"
+    batch.cache.on_device = True
+    assert batch.cache.place(depths).spans.host is None
 
 
 def test_what_layers_have_in_common_is_made_once_a_round_and_device():

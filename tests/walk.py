@@ -14,7 +14,7 @@ from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
-from contract_cell import NOT_YET, OLD, WRONG_TODAY, target_of
+from contract_cell import OLD, target_of
 from helpers import VOCAB, tiny_draft
 from observation import Seen, differences, observe
 from torch import Tensor
@@ -89,29 +89,16 @@ def options_of(step: Step, target: PreTrainedModel, log: list) -> dict[str, Any]
 
 def refusal_of(step: Step) -> str | None:
     """What one of our messages must say to this step, None if it is to be served."""
-    said = [REFUSED[step.asked][1]] if step.asked else []
-    waits = {
-        "batch": len(step.lengths) * step.repeats > 1,
-        "several sequences": step.repeats > 1,
-        "hidden states": "hidden states" in step.outputs,
-    }
-    said += [NOT_YET[feature] for feature, asked in waits.items() if asked and feature in NOT_YET]
-    return "|".join(said) or None
+    return REFUSED[step.asked][1] if step.asked else None
 
 
 class Case(NamedTuple):
     log: list
 
 
-def wrong_today(step: Step) -> bool:
-    """Whether a step meets what `contract_cell.WRONG_TODAY` lists, or what plain `generate` itself gets wrong."""
-    crossing = step.family.endswith("longrope") and step.cache == "without config"
-    uncapped = step.family == "gemma2" and OLD and step.attention is None
-    return (
-        (crossing and "longrope beyond its switch, DynamicCache() passed" in WRONG_TODAY)
-        or (uncapped and "scores with a cap" in WRONG_TODAY)
-        or (step.chunk is not None and (step.prompt != "ids" or (OLD and step.prefix > 0)))
-    )
+def beyond_plain(step: Step) -> bool:
+    """Whether plain `generate` itself gets a step wrong: it reads a prompt twice, and we refuse."""
+    return step.chunk is not None and (step.prompt != "ids" or (OLD and step.prefix > 0))
 
 
 def look(step: Step, **assistant: Any) -> Seen:
@@ -156,7 +143,7 @@ def simplest(step: Step) -> Step:
         if field.name == "seed" or getattr(step, field.name) == field.default:
             continue
         simpler = replace(step, **{field.name: field.default})
-        if wrong_today(simpler) or simpler.prefix >= max(simpler.lengths) + simpler.pads:
+        if beyond_plain(simpler) or simpler.prefix >= max(simpler.lengths) + simpler.pads:
             continue
         with contextlib.suppress(Exception):  # some fields only go together
             step = simpler if wrong(simpler, with_draft(simpler)) else step
@@ -182,7 +169,7 @@ def main() -> None:
     torch.set_num_threads(1)
     failed = 0
     for seed in range(arguments.first, arguments.first + arguments.count):
-        if wrong_today(draw(seed)):
+        if beyond_plain(draw(seed)):
             continue
         try:
             check(draw(seed))
