@@ -89,7 +89,10 @@ def options_of(step: Step, target: PreTrainedModel, log: list) -> dict[str, Any]
 
 def refusal_of(step: Step) -> str | None:
     """What one of our messages must say to this step, None if it is to be served."""
-    return REFUSED[step.asked][1] if step.asked else None
+    said = [REFUSED[step.asked][1]] if step.asked else []
+    if step.prefix and step.repeats > 1:  # where plain `generate` fails in the first layer
+        said.append("of the prompts' batch size")
+    return "|".join(said) or None
 
 
 class Case(NamedTuple):
@@ -143,7 +146,11 @@ def simplest(step: Step) -> Step:
         if field.name == "seed" or getattr(step, field.name) == field.default:
             continue
         simpler = replace(step, **{field.name: field.default})
-        if beyond_plain(simpler) or simpler.prefix >= max(simpler.lengths) + simpler.pads:
+        if (
+            beyond_plain(simpler)
+            or (simpler.prefix and simpler.cache == "none")
+            or simpler.prefix >= max(simpler.lengths) + simpler.pads
+        ):
             continue
         with contextlib.suppress(Exception):  # some fields only go together
             step = simpler if wrong(simpler, with_draft(simpler)) else step

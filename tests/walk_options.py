@@ -72,7 +72,7 @@ OUTPUTS: dict[str, Options] = {
     "hidden states": {"output_hidden_states": True, **RECORD},
 }
 REFUSED: dict[str, tuple[Options, str]] = {
-    "attentions": ({"output_attentions": True, **RECORD}, "cannot return attentions"),
+    "attentions": ({"output_attentions": True, **RECORD}, "makes no attention weights"),
     "beams": ({"num_beams": 2}, "needs num_beams=1, got num_beams=2"),
     "dola": ({"dola_layers": "low"}, "dola_layers, got both"),
     "prompt lookup": ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens, got both"),
