@@ -56,13 +56,6 @@ def check_reading(input_ids: Tensor, chunk: int | None, model_kwargs: dict[str, 
             f"transformers {transformers.__version__} reads all of a prompt again behind a filled cache with "
             f"prefill_chunk_size={chunk}; expected transformers 5.21, an empty cache or prefill_chunk_size=None"
         )
-    embeds = model_kwargs.get("inputs_embeds")
-    read = input_ids.shape[1] if embeds is None else embeds.shape[1]
-    if mask is not None and mask.shape[1] not in (read, held + read):
-        raise ValueError(
-            f"expected an attention_mask for the prompt of {read} tokens and what past_key_values hold, {held} tokens, "
-            f"got one for {mask.shape[1]} tokens"
-        )
     if mask is not None and held >= input_ids.shape[1] == mask.shape[1]:
         raise ValueError(
             f"expected past_key_values that hold less than the prompt of {mask.shape[1]} tokens, got {held} tokens"

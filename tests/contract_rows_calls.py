@@ -107,7 +107,7 @@ def outputs() -> list[Row]:
         *group("outputs", {"output_scores, output_logits, sampled": everything | {"do_sample": True}}, draws=True),
         Row("outputs", "compute_transition_scores", transition_scores, draws=True),
         *group("outputs", hidden),
-        *group("outputs", {"output_attentions": {"output_attentions": True}}, refused="cannot return attentions"),
+        *group("outputs", {"output_attentions": {"output_attentions": True}}, refused="makes no attention weights"),
     ]
 
 

