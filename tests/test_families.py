@@ -26,13 +26,37 @@ SERVED = [family for family in KNOWN if TABLE[family] is Result.served]
 REFUSED = [family for family in KNOWN if TABLE[family] is Result.refused]
 
 
+# One of each kind is tried always, all others by `-m slow`.
+QUICK = {
+    "cohere2",
+    "gemma2",
+    "gemma3_text",
+    "gemma3n_text",
+    "glm4",
+    "gpt_neox",
+    "gpt_oss",
+    "granite",
+    "llama",
+    "mistral",
+}
+QUICK |= {"mixtral", "opt", "paligemma", "phi3", "qwen2", "qwen2_5_vl", "qwen3", "qwen3_vl", "smollm3", "stablelm"}
+TRIED = [pytest.param(family, marks=() if family in QUICK else pytest.mark.slow) for family in SERVED]
+
+
 def trial(family: str) -> Trial:
     return next(iter(try_families([family])))
 
 
-@pytest.mark.parametrize("family", SERVED)
+def skip_unless_buildable(result: Trial) -> None:
+    """Other versions of transformers have other defaults, and cannot make a tiny model of each one's."""
+    if result.result is Result.not_buildable and transformers.__version__ != MADE_WITH:
+        pytest.skip(f"{result.family}: {result.reason}")
+
+
+@pytest.mark.parametrize("family", TRIED)
 def test_served_family_is_served(family):
     result = trial(family)
+    skip_unless_buildable(result)
     assert result.result is Result.served, result.reason
 
 
@@ -40,6 +64,7 @@ def test_served_family_is_served(family):
 def test_refused_family_is_refused(family):
     """By a `ValueError`: what else a call ends in counts as WRONG."""
     result = trial(family)
+    skip_unless_buildable(result)
     assert result.result is Result.refused, result.reason
 
 
@@ -50,8 +75,8 @@ def test_table_knows_every_family():
 
 def test_table_is_of_every_older_family():
     assert len(KNOWN) > 200
-    assert len(SERVED) > 100
-    assert {"llama", "qwen3", "gemma3_text", "mistral", "gpt_oss", "phi3"} <= set(SERVED)
+    assert QUICK <= set(SERVED) and len(SERVED) > 130
+    assert Result.wrong not in TABLE.values()
 
 
 class Query:
@@ -66,7 +91,11 @@ class Query:
 @torch.no_grad()
 def test_query_turns_as_the_targets_own(family, monkeypatch):
     """A draft whose queries turned otherwise would write the same text, but slowly: its guesses would be bad."""
-    target = tiny_model(family)
+    try:
+        target = tiny_model(family)
+    except NotBuildable as error:
+        skip_unless_buildable(Trial(family, "", "", Result.not_buildable, str(error)))
+        raise
     draft = tiny_draft(target)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "keep the query", keep := Query())
     attention = attention_module(target.get_decoder(), draft.config.target_layer)
@@ -94,7 +123,8 @@ def test_a_wrong_verification_shows(monkeypatch):
     original = LlamaForCausalLM.forward
 
     def late(self, *args, **kwargs):
-        if kwargs["input_ids"].shape[1] > 1 and kwargs["past_key_values"].get_seq_length() > 0:
+        past = kwargs.get("past_key_values")
+        if past is not None and past.get_seq_length() > 0 and kwargs["input_ids"].shape[1] > 1:
             kwargs["position_ids"] = kwargs["position_ids"] + 1
         return original(self, *args, **kwargs)
 
@@ -147,7 +177,7 @@ def test_every_tiny_model_is_the_same_twice():
 
 
 def test_family_that_cannot_be_built_says_why():
-    with pytest.raises(NotBuildable, match="MusicgenConfig"):
+    with pytest.raises(NotBuildable, match="MusicgenConfig|text_encoder"):
         tiny_model("musicgen")
 
 
