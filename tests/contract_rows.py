@@ -1,13 +1,15 @@
-"""The rows of the contract: those that change scores here, the others from `contract_rows_calls.py`."""
+"""The rows of the contract: those that change scores here, the others from `contract_rows_calls.py` and
+`contract_rows_inputs.py`.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 from contract_cell import PAD, Case, Options, Row, group
-from contract_rows_calls import caches, calls_that_end_otherwise, inputs, outputs, refusals, stops, streamers
+from contract_rows_calls import calls_that_end_otherwise, outputs, refusals, stops, streamers
+from contract_rows_inputs import caches, inputs
 from probes import END, Counting, Machine, Noisy, tiny_tokenizer
 from transformers import GenerationConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
 
@@ -151,7 +153,3 @@ def format_enforcer(case: Case) -> dict[str, Any]:
 def all_rows() -> list[Row]:
     groups = [samplers, built_in_processors, custom_processors, stops, streamers, outputs, caches, inputs]
     return [row for make in [*groups, calls_that_end_otherwise, refusals] for row in make()]
-
-
-def installed_rows() -> list[Row]:
-    return [row for row in all_rows() if row.module is None or importlib.util.find_spec(row.module)]

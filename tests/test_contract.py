@@ -5,7 +5,8 @@ from unittest import mock
 
 import pytest
 import torch
-from contract import lines
+import transformers
+from contract import PAGE, README, Line, lines, put, read_table, summary, table
 from contract_cell import Case, Row, models, observe, once, prompts, run
 from contract_rows import all_rows
 from observation import differences
@@ -40,9 +41,25 @@ def test_rows_have_names_of_their_own():
 
 def test_the_table():
     rows = [Row("greedy", "none", once({})), Row("beams", "num_beams", once({"num_beams": 2}), refused="num_beams")]
-    *_, equal, refused = lines(rows)
-    assert equal == "| greedy | none | equal | equal | equal | refused |"
-    assert refused == "| beams | num_beams | refused | refused | equal | equal |"
+    equal, refused = made = list(lines(rows))
+    assert equal == Line("greedy", "none", "equal", "equal", "equal")
+    assert refused == Line("beams", "num_beams", "refused", "refused", "equal")
+    again = Line("beams", "sampled", "refused", "–", "other text")
+    assert read_table("# Page\n\n" + table([*made, again])) == [*made, again]
+    assert "| beams | 3 refused | 1 equal, 1 other | other text: sampled |\n" in summary([*made, again])
+
+
+def test_the_committed_table():
+    """Every row of the contract, in its order, and in the README what it comes to."""
+    page = PAGE.read_text(encoding="utf-8")
+    made = read_table(page)
+    assert [(line.group, line.name) for line in made] == [(row.group, row.name) for row in all_rows()]
+    for line, row in zip(made, all_rows(), strict=True):
+        if f"transformers {transformers.__version__}," in page:
+            expected = ["equal"] if row.refused is None else ["refused", "ValueError, like plain"]
+            assert line.one in expected and line.four in (expected if 4 in row.batches else "–")
+    readme = README.read_text(encoding="utf-8")
+    assert put(readme, made) == readme, "run python tests/contract.py"
 
 
 @pytest.mark.parametrize("batch", [1, 4])
