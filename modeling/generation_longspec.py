@@ -126,6 +126,7 @@ def assisted_decoding(
                     for row in running:
                         accept_lengths[row] += [counts[row]] if counts[row] else []
         finally:
+            graphs.forget()
             text.rewind_noise()
             cache.abandon()
             cache.hand_back(cache.past)

@@ -135,7 +135,7 @@ def judge(
 
     In float32 any difference is an error, and a sampled text may part at a draw that logits alone do not explain; so
     noise is measured only for greedy text in a shorter format: over the last `NOISE_TOKENS` places before the parting,
-    the largest change of the gap between the two best tokens; and no less than a rounding unit of the best logit, since
+    the largest change of the gap between the two best tokens; and no less than a rounding unit of the best logit, as
     logits come rounded to the format.
 
     plain_logits: (new tokens, vocab) of plain `generate` itself, where it read the prompt in another way than alone,
