@@ -118,9 +118,11 @@ def capturing(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
         torch.cuda.synchronize(device)
 
 
-def resolve_graphs(wanted: str | bool, target: PreTrainedModel, device: torch.device) -> Graphs:
+def resolve_graphs(
+    wanted: str | bool, target: PreTrainedModel, device: torch.device, synced_gpus: bool = False
+) -> Graphs:
     """`config.cuda_graphs` for a call: "auto" captures where it can. Raises `ValueError` where True cannot be had."""
-    reason = misfit(target, device)
+    reason = "ranks wait for each other in every forward" if synced_gpus else misfit(target, device)
     if wanted is True and reason:
         raise ValueError(f"cuda_graphs=True cannot be had here: {reason}; use 'auto' or False")
     if wanted == "auto" and reason and device.type == "cuda":
