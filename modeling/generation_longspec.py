@@ -76,11 +76,17 @@ def assisted_decoding(
     generation_config: GenerationConfig,
     streamer: Any = None,
     synced_gpus: bool = False,
+    inputs_tensor: Tensor | None = None,
+    assistant_model: Any = None,
+    assistant_tokenizer: Any = None,
+    tokenizer: Any = None,
     **model_kwargs: Any,
 ) -> LongSpecOutput | Tensor:
     """Write what `target` alone would write, several tokens per forward; `generate` calls this for LongSpec drafts.
 
     input_ids: (B, L) prompts. Returns (B, L + new) ids, or a `LongSpecOutput` with `return_dict_in_generate`.
+    The four behind `synced_gpus` come from `generate` and are of no use here; they are named since `model_kwargs` is
+    what the target's forward gets, and accelerate's hooks move all of that, a draft too, to the device of each layer.
     Raises `ValueError` for what speculation cannot serve, before any work is done.
     """
     with ended_on_error(streamer):

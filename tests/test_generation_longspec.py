@@ -346,6 +346,18 @@ def test_arguments_of_the_targets_own_forward_reach_every_step(llama):
     assert plain.tolist() != biased.tolist()
 
 
+def test_the_target_is_told_nothing_that_plain_generate_keeps_from_it(llama):
+    """Such as the assistant: accelerate's hooks would move it along to the device of every layer."""
+    told = []
+    llama.register_forward_pre_hook(lambda module, args, kwargs: told.append(set(kwargs)), with_kwargs=True)
+    llama.generate(prompt_of(9), max_new_tokens=8)
+    plain = told.copy()
+    told.clear()
+    llama.generate(prompt_of(9), assistant_model=tiny_draft(llama), max_new_tokens=8)
+    assert told[0] == plain[0]
+    assert set.union(*told[1:]) <= set.union(*plain[1:])
+
+
 def test_a_sliding_window_wider_than_the_text():
     target = tiny_target("mistral", sliding_window=300)
     draft = tiny_draft(target, window=WINDOW, tree_shape=(4, 8, 8))

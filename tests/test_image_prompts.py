@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from helpers import tiny_draft
+from observation import Seen, differences, observe
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, DynamicCache, PreTrainedModel
 
 from hf_longspec.evaluation.tiny_models import _merged, randomized, tiny_fields
 from hf_longspec.evaluation.tiny_overrides import OVERRIDES
 
 VOCAB, IMAGE, START, END, VIDEO = 24, 20, 21, 22, 23
+SPECIAL = [0, IMAGE, START, END, VIDEO]
 LAST_WORD = 19
 TREE = (VOCAB, 40)  # every next token: each round accepts at least one guess
 
@@ -91,6 +94,8 @@ def image_prompts(family: str, *texts: tuple[int, ...], seed: int = 0) -> dict[s
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     inputs = {"input_ids": ids, "attention_mask": mask}
+    if not images:
+        return inputs | ({vision.marked: torch.zeros_like(ids)} if vision.marked else {})
     pixels = torch.randn(images, *vision.shape, generator=generator)
     if vision.grid is not None:
         inputs |= {"pixel_values": pixels.flatten(0, 1), "image_grid_thw": torch.tensor([vision.grid] * images)}
@@ -101,21 +106,34 @@ def image_prompts(family: str, *texts: tuple[int, ...], seed: int = 0) -> dict[s
     return inputs
 
 
-def write(target: PreTrainedModel, inputs: dict, draft: Any = None, **options: Any) -> Any:
-    torch.manual_seed(5)
-    options = {"max_new_tokens": 16, "suppress_tokens": [0, IMAGE, START, END, VIDEO]} | options
-    assistant = {} if draft is None else {"assistant_model": draft}
-    out = target.generate(**inputs, **options, **assistant, return_dict_in_generate=True, output_logits=True)
-    return out, torch.rand(1)
+def next_turn(inputs: dict, sequences: torch.Tensor, new: dict) -> dict:
+    """The prompt `new` behind a conversation, all of whose ids are passed, but no image that the cache knows."""
+    grown = sequences.shape[1] - inputs["input_ids"].shape[1]
+    joined = {name: new[name] for name in ("pixel_values", "image_grid_thw") if name in new}
+    joined["input_ids"] = torch.cat([sequences, new["input_ids"]], dim=1)
+    for name, written in {"attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids": 0}.items():
+        if name in inputs:
+            answer = torch.full((len(sequences), grown), written)
+            joined[name] = torch.cat([inputs[name], answer, new[name]], dim=1)
+    return joined
 
 
-def assert_same(target: PreTrainedModel, draft: Any, inputs: dict, **options: Any) -> Any:
-    plain, after = write(target, inputs, **options)
-    ours, then = write(target, inputs, draft, **options)
-    assert ours.sequences.tolist() == plain.sequences.tolist()
-    assert then == after
-    for pair in zip(ours.logits, plain.logits, strict=True):  # a position that is wrong shows here first
-        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
+def assert_same(target: PreTrainedModel, draft: Any, *turns: dict, **options: Any) -> Seen:
+    """Texts, logits, caches and random numbers are those of plain `generate`, turn after turn with one cache."""
+    options = {"max_new_tokens": 12, "suppress_tokens": SPECIAL, "do_sample": True, "top_k": 0} | options
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+
+    def play(generate: Any, case: SimpleNamespace) -> None:
+        cache, inputs, sequences = DynamicCache(config=target.config.get_text_config()), {}, None
+        for turn in turns:
+            inputs = turn if sequences is None else next_turn(inputs, sequences, turn)
+            sequences = generate(**inputs, past_key_values=cache, **options).sequences
+
+    plain = observe(target, play, SimpleNamespace(log=[]))
+    if plain.error is not None:
+        raise plain.error
+    ours = observe(target, play, SimpleNamespace(log=[]), assistant_model=draft)
+    assert differences(plain, ours) == []
     assert max(length for row in ours.accept_lengths for length in row) > 1
     return ours
 
@@ -135,22 +153,66 @@ def draft(target):
     return tiny_draft(target, window=8, tree_shape=TREE)
 
 
-SAMPLERS = [{"do_sample": False}, {"do_sample": True, "top_k": 0}]
+def test_images_are_seen(target, draft, family):
+    inputs = image_prompts(family, (3, 5))
+    other = inputs | {"pixel_values": image_prompts(family, (3, 5), seed=1)["pixel_values"]}
+    first, second = (assert_same(target, draft, each).calls[0]["output"]["logits"][0] for each in (inputs, other))
+    assert not torch.allclose(first, second, atol=0.01)
 
 
-@pytest.mark.parametrize("options", SAMPLERS, ids=["greedy", "sampled"])
-def test_one_prompt(target, draft, family, options):
-    first = assert_same(target, draft, image_prompts(family, (3, 5)), **options)
-    other = assert_same(target, draft, image_prompts(family, (3, 5)) | pixels_of(family, 1), **options)
-    assert not torch.allclose(first.logits[0], other.logits[0], atol=0.01)  # the image is seen
-    assert_same(target, draft, image_prompts(family, (0, 1, 12), seed=2), **options)
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+def test_prompts(target, draft, family, do_sample):
+    assert_same(target, draft, image_prompts(family, (3, 5)), do_sample=do_sample)
+    assert_same(target, draft, image_prompts(family, (0, 1, 12), seed=1), do_sample=do_sample)
+    assert_same(target, draft, image_prompts(family, (3, 5), (1, 2)), do_sample=do_sample)
+    assert_same(target, draft, image_prompts(family, (0, 9, 1), (4, 2, 3), seed=2), do_sample=do_sample)
 
 
-def pixels_of(family, seed, *texts):
-    return {"pixel_values": image_prompts(family, *(texts or ((3, 5),)), seed=seed)["pixel_values"]}
+def test_many_texts_of_one_prompt(target, draft, family):
+    assert_same(target, draft, image_prompts(family, (3, 5)), num_return_sequences=3)
 
 
-@pytest.mark.parametrize("options", SAMPLERS, ids=["greedy", "sampled"])
-def test_a_batch(target, draft, family, options):
-    assert_same(target, draft, image_prompts(family, (3, 5), (1, 2)), **options)
-    assert_same(target, draft, image_prompts(family, (0, 9, 1), (4, 2, 3), seed=1), **options)
+def test_next_turns(target, draft, family):
+    for rows in (1, 2):
+        first = image_prompts(family, *[(3, 5), (1, 2)][:rows])
+        text = image_prompts(family, *[(4,)] * rows, seed=1)
+        assert_same(target, draft, first, text, text)
+
+
+# transformers counts the images of the whole text where they have grids, but is given the grids of the new ones
+@pytest.mark.parametrize("family", [name for name, vision in FAMILIES.items() if vision.grid is None])
+def test_next_turn_with_an_image(target, draft, family):
+    for rows in (1, 2):
+        first = image_prompts(family, *[(3, 5), (1, 2)][:rows])
+        assert_same(target, draft, first, image_prompts(family, *[(2, 4)] * rows, seed=1))
+
+
+def test_only_the_first_forward_gets_the_images(target, draft, family):
+    told = []
+    hook = target.register_forward_pre_hook(
+        lambda module, args, kwargs: told.append({name for name, value in kwargs.items() if value is not None}),
+        with_kwargs=True,
+    )
+    inputs = image_prompts(family, (3, 5))
+    target.generate(**inputs, max_new_tokens=8)
+    plain = told.copy()
+    told.clear()
+    target.generate(**inputs, assistant_model=draft, max_new_tokens=8)
+    hook.remove()
+    assert told[0] == plain[0] and told[0] & {"pixel_values", "mm_encoder_outputs"}
+    assert len(told) > 2 and all(names <= plain[1] for names in told[1:])
+
+
+def test_embeddings(target, draft, family):
+    """As a user gives them who put the images into the text himself."""
+    inputs = image_prompts(family, (3, 5), (1, 2))
+    words = target.get_input_embeddings()
+    embeds = words(inputs["input_ids"]).detach()
+    embeds[inputs["input_ids"] == IMAGE] = torch.randn(int((inputs["input_ids"] == IMAGE).sum()), embeds.shape[-1])
+    mask = inputs["attention_mask"]
+    if family in ("gemma3", "paligemma"):
+        with pytest.raises(ValueError, match="doesn't have its forwarding implemented"):
+            assert_same(target, draft, {"inputs_embeds": embeds, "attention_mask": mask})
+        return
+    assert_same(target, draft, {"inputs_embeds": embeds, "attention_mask": mask})
+    assert_same(target, draft, inputs | {"inputs_embeds": words(inputs["input_ids"]).detach()})
