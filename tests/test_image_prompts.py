@@ -35,7 +35,12 @@ class Vision(NamedTuple):
     nested: bool = False
 
 
-QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
+QWEN_IDS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": START,
+    "vision_end_token_id": END,
+}
 GLM_IDS = {
     "image_token_id": IMAGE,
     "video_token_id": VIDEO,
