@@ -85,8 +85,8 @@ class Text:
 
     @property
     def sequences(self) -> Tensor:
-        """(B, L): all rows up to the longest, on the device of the prompt."""
-        return self._ids[:, : max(self.lengths)].to(self.device)
+        """(B, L): all rows up to the longest, on the device of the prompt; contiguous, for a user may view it."""
+        return self._ids[:, : max(self.lengths)].to(self.device).contiguous()
 
     @property
     def stopped(self) -> list[bool]:
