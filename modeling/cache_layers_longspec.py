@@ -175,20 +175,21 @@ class SlidingLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = self.stored()
-        self.length += key_states.shape[2]
+        end = self.length + key_states.shape[2]
         kept = min(self.ring, key_states.shape[2])
-        slots = self._slots(kept)
+        slots = self._slots(end, kept)
         self.keys[:, :, slots] = key_states[:, :, -kept:]
         self.values[:, :, slots] = value_states[:, :, -kept:]
+        self.length = end  # last: states that do not fit leave the layer as it was
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 
     def stored(self) -> tuple[Tensor, Tensor]:
         """The window's keys and values in the order of the text, as copies."""
-        slots = self._slots(min(self.length, self.window - 1))
+        slots = self._slots(self.length, min(self.length, self.window - 1))
         return self.keys[:, :, slots], self.values[:, :, slots]
 
-    def _slots(self, last: int) -> Tensor:
-        return torch.arange(self.length - last, self.length, device=self.keys.device) % self.ring
+    def _slots(self, end: int, count: int) -> Tensor:
+        return torch.arange(end - count, end, device=self.keys.device) % self.ring
 
     def place_tree(self, key_states: Tensor, value_states: Tensor, at: Placement) -> None:
         nodes = slice(self.ring, self.ring + key_states.shape[2])

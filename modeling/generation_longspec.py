@@ -20,7 +20,7 @@ from .cache_longspec import SpeculativeCache
 from .candidate_generator_longspec import LongSpecCandidateGenerator
 from .checks_longspec import check_inputs, ended_on_error
 from .clock_longspec import PhaseClock
-from .graphs_longspec import Phase, resolve_graphs
+from .graphs_longspec import Graphs, Phase, resolve_graphs
 from .interface_longspec import Round, attending, switched
 from .prefill_longspec import PER_TOKEN, Start, make_cache, prefill
 from .rope_switch_longspec import RopeSwitch
@@ -76,18 +76,24 @@ def assisted_decoding(
     generation_config: GenerationConfig,
     streamer: Any = None,
     synced_gpus: bool = False,
+    inputs_tensor: Tensor | None = None,
+    assistant_model: Any = None,
+    assistant_tokenizer: Any = None,
+    tokenizer: Any = None,
     **model_kwargs: Any,
 ) -> LongSpecOutput | Tensor:
     """Write what `target` alone would write, several tokens per forward; `generate` calls this for LongSpec drafts.
 
     input_ids: (B, L) prompts. Returns (B, L + new) ids, or a `LongSpecOutput` with `return_dict_in_generate`.
+    The four behind `synced_gpus` come from `generate` and are of no use here; they are named since `model_kwargs` is
+    what the target's forward gets, and accelerate's hooks move all of that, a draft too, to the device of each layer.
     Raises `ValueError` for what speculation cannot serve, before any work is done.
     """
     with ended_on_error(streamer):
         check_inputs(input_ids, generation_config, model_kwargs)
         bound = draft.bind(target)
         backend = choose_backend(draft, target, bound)
-        graphs = resolve_graphs(draft.config.cuda_graphs, target, bound.device)
+        graphs = resolve_graphs(draft.config.cuda_graphs, target, bound.device, synced_gpus)
         with torch.inference_mode(False):  # or a caller's inference mode would leave the draft unfit for training
             draft.to(device=bound.device, dtype=bound.dtype)
         clock = PhaseClock(draft.config.profile, bound.device)
@@ -106,26 +112,15 @@ def assisted_decoding(
         )
         cache = make_cache(target, draft, past, text, generation_config, model_kwargs, bound.device)
         generator = LongSpecCandidateGenerator(draft, bound, backend, text.batch)
-        accept_lengths: list[list[int]] = [[] for _ in range(text.batch)]
         try:
             with clock("prefill"):
                 cache.adopt(past)
                 start = prefill(target, text, cache, generator, generation_config, model_kwargs)
             call = Call(target, text, cache, generator, backend, rope_switch, clock, start)
-            root_positions = start.root_positions
-            cache.on_device = graphs.captures
-            phases = Phases(*(graphs.phase(partial(run, call)) for run in (grow, verify, commit)))
             with switched(target), target._optimize_model_for_decode():
-                # under synced_gpus a rank that has finished goes on with rounds that write nothing
-                while target._has_unfinished_sequences(text.finished, synced_gpus, device=text.device):
-                    if cache.make_room():
-                        graphs.forget()
-                    running = [row for row, end in enumerate(text.ends) if end is None]
-                    counts = decode_round(call, phases, root_positions)
-                    root_positions = root_positions + torch.tensor(counts, device=root_positions.device)
-                    for row in running:
-                        accept_lengths[row] += [counts[row]] if counts[row] else []
+                accept_lengths = decode(call, graphs, synced_gpus)
         finally:
+            graphs.forget()
             text.rewind_noise()
             cache.abandon()
             cache.hand_back(cache.past)
@@ -140,6 +135,25 @@ def assisted_decoding(
         accept_lengths=accept_lengths,
         phase_seconds=dict(clock.seconds) if draft.config.profile else None,
     )
+
+
+def decode(call: Call, graphs: Graphs, synced_gpus: bool) -> list[list[int]]:
+    """Rounds until every row is finished. Returns the number of tokens that each round wrote of each row's text."""
+    target, text, cache, root_positions = call.target, call.text, call.cache, call.start.root_positions
+    cache.on_device = graphs.captures
+    phases = Phases(*(graphs.phase(partial(run, call)) for run in (grow, verify, commit)))
+    accept_lengths: list[list[int]] = [[] for _ in range(text.batch)]
+    # under synced_gpus a rank that has finished goes on with rounds that write nothing
+    while target._has_unfinished_sequences(text.finished, synced_gpus, device=text.device):
+        if cache.make_room():
+            graphs.forget()
+        stopped = text.stopped
+        counts = decode_round(call, phases, root_positions)
+        root_positions = root_positions + torch.tensor(counts, device=root_positions.device)
+        for lengths, count, padding in zip(accept_lengths, counts, stopped, strict=True):
+            if count and not padding:
+                lengths.append(count)
+    return accept_lengths
 
 
 def decode_round(call: Call, phases: Phases, root_positions: Tensor) -> list[int]:

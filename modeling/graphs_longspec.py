@@ -6,7 +6,10 @@ of tensors, not models.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,7 +33,7 @@ class Graphs:
         return self.phases[-1]
 
     def forget(self) -> None:
-        """Capture anew: memory that the phases work on has moved."""
+        """Capture anew: memory that the phases work on has moved, or is given back."""
         for phase in self.phases:
             phase.forget()
 
@@ -71,7 +74,7 @@ class Phase:
         self.inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with capturing(graph):
                 self.result = self.run(*pytree.tree_unflatten(self.inputs, form))
         except RuntimeError as error:  # torch's way to say that something in it cannot be captured
             self.graphs.captures = False
@@ -82,9 +85,44 @@ class Phase:
         return True
 
 
-def resolve_graphs(wanted: str | bool, target: PreTrainedModel, device: torch.device) -> Graphs:
+_LOCK = threading.Lock()
+
+
+@functools.lru_cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # one for all: each stream's libraries keep memory of their own
+
+
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    """What this thread launches within it goes into `graph`. Other threads go on: one thread captures at a time.
+
+    While a capture runs, and for ever if it fails, torch refuses to draw random numbers from the generator that was
+    the device's default when it began. So it is a copy for that moment: no phase draws any.
+    """
+    device = torch.cuda.current_device()
+    generator, stream = torch.cuda.default_generators[device], _capture_stream(device)
+    with _LOCK:
+        torch.cuda.synchronize(device)
+        with torch.cuda.stream(stream):
+            state = generator.graphsafe_get_state()
+            generator.graphsafe_set_state(generator.clone_state())
+            try:
+                graph.capture_begin(capture_error_mode="thread_local")
+            finally:
+                generator.graphsafe_set_state(state)
+            try:
+                yield
+            finally:
+                graph.capture_end()
+        torch.cuda.synchronize(device)
+
+
+def resolve_graphs(
+    wanted: str | bool, target: PreTrainedModel, device: torch.device, synced_gpus: bool = False
+) -> Graphs:
     """`config.cuda_graphs` for a call: "auto" captures where it can. Raises `ValueError` where True cannot be had."""
-    reason = misfit(target, device)
+    reason = "ranks wait for each other in every forward" if synced_gpus else misfit(target, device)
     if wanted is True and reason:
         raise ValueError(f"cuda_graphs=True cannot be had here: {reason}; use 'auto' or False")
     if wanted == "auto" and reason and device.type == "cuda":

@@ -109,4 +109,6 @@ def step_inputs(
     own |= {"use_cache", "logits_to_keep", "return_dict"}
     positions = inputs.get("position_ids")
     extras = {name: value for name, value in inputs.items() if name not in own and value is not None}
+    # before transformers 5.23 the types of the whole text come along with the one token
+    extras |= {name: extras[name][:, -1:] for name in PER_TOKEN if name in extras}
     return None if positions is None else positions[..., -1], extras

@@ -9,21 +9,26 @@ from transformers import GenerationConfig
 
 
 class Steps:
-    """Tensors of (B, …), one for each step, filled row by row; `values` is what plain `generate` collects."""
+    """Tensors, one for each step, whose dimension `dim` is that of the rows, and which are filled row by row.
 
-    def __init__(self, batch: int):
-        self.batch = batch
+    `values` is what plain `generate` collects.
+    """
+
+    def __init__(self, batch: int, dim: int = 0):
+        self.batch, self.dim = batch, dim
         self.values: tuple[Tensor, ...] = ()
 
     def put(self, rows: list[int], steps: list[int], values: Tensor) -> None:
-        """values: (R, …) of `rows`, each at its step."""
+        """values: of R `rows`, each at its step."""
         if len(rows) == self.batch and set(steps) == {len(self.values)}:
             self.values += (values,)
             return
         while len(self.values) <= max(steps):
-            self.values += (values.new_zeros(self.batch, *values.shape[1:]),)
-        for row, step, value in zip(rows, steps, values, strict=True):
-            self.values[step][row] = value
+            shape = list(values.shape)
+            shape[self.dim] = self.batch
+            self.values += (values.new_zeros(shape),)
+        for row, step, value in zip(rows, steps, values.unbind(self.dim), strict=True):
+            self.values[step].select(self.dim, row).copy_(value)
 
 
 class Records:
@@ -42,9 +47,9 @@ class Records:
         return self.scores is None and self.logits is None and self.hidden_states is None
 
     def put_hidden_states(self, rows: list[int], steps: list[int], layers: tuple[Tensor, ...]) -> None:
-        """layers: (R, length, hidden) of each layer; the length is 1, but for what is read at once."""
+        """layers: (…, R, length, hidden) of each layer; the length is 1, but for what is read at once."""
         if self.hidden_states is not None:
-            self.hidden_states = self.hidden_states or [Steps(self.batch) for _ in layers]
+            self.hidden_states = self.hidden_states or [Steps(self.batch, dim=-3) for _ in layers]
             for record, states in zip(self.hidden_states, layers, strict=True):
                 record.put(rows, steps, states)
 

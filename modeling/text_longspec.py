@@ -85,8 +85,8 @@ class Text:
 
     @property
     def sequences(self) -> Tensor:
-        """(B, L): all rows up to the longest, on the device of the prompt."""
-        return self._ids[:, : max(self.lengths)].to(self.device)
+        """(B, L): all rows up to the longest, on the device of the prompt; contiguous, for a user may view it."""
+        return self._ids[:, : max(self.lengths)].to(self.device).contiguous()
 
     @property
     def stopped(self) -> list[bool]:
@@ -136,7 +136,7 @@ class Text:
     def emit(self, rows: list[int], logits: Tensor, hidden_states: tuple | None = None) -> list[int]:
         """Pick the next token of `rows` from the target's logits (R, vocab) and write it. Returns the tokens.
 
-        hidden_states: (R, length, hidden) of each layer, of the forward that the logits are from.
+        hidden_states: (…, R, length, hidden) of each layer, of the forward that the logits are from.
         """
         logits = logits.to(copy=True, dtype=torch.float32, device=self.device)
         picks = self.sampler.pick(self.ids, rows, [self.steps[row] for row in rows], logits)

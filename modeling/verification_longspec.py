@@ -17,7 +17,7 @@ from .tree_longspec import TokenTree, children
 
 
 class Verified(NamedTuple):
-    """Of each node: depths (B, T); the target's logits (B, T, vocab) and hidden_states (B, T, hidden) per layer."""
+    """Of each node: depths (B, T); the target's logits (B, T, vocab) and hidden_states (…, B, T, hidden) per layer."""
 
     depths: Tensor
     logits: Tensor
@@ -43,7 +43,9 @@ def accept(tree: TokenTree, verified: Verified, text: Text, paths: list[list[int
     moving = [row for row, path in enumerate(paths) if path]
     while moving:
         nodes = [paths[row][-1] for row in moving]
-        states = None if hidden_states is None else tuple(layer[moving, nodes][:, None] for layer in hidden_states)
+        states = (
+            None if hidden_states is None else tuple(layer[..., moving, nodes, None, :] for layer in hidden_states)
+        )
         if picks is None:
             tokens = text.emit(moving, logits[moving, nodes], states)
         else:

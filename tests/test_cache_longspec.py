@@ -265,6 +265,18 @@ def test_hand_back_after_a_failed_round(keeps_all):
     assert_holds_the_same(past, stock)
 
 
+def test_hand_back_after_states_that_did_not_fit():
+    """A target that keeps something of an earlier call may read another number of rows than the cache holds."""
+    past, stock = dynamic_cache(5, keeps_all=False), dynamic_cache(5, keeps_all=False)
+    append(past, list(range(9))), append(stock, list(range(9)))
+    cache = SpeculativeCache(config_of(5), past, reserve=100, tree_size=8)
+    cache.adopt(past)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        append_rows(cache, [[9, 10], [9, 10], [9, 10]])
+    cache.hand_back(past)
+    assert_holds_the_same(past, stock)
+
+
 def test_nothing_used_nothing_handed_back():
     past = dynamic_cache(5, keeps_all=False)
     speculative_cache(5).hand_back(past)

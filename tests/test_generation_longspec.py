@@ -6,6 +6,7 @@ Random drafts are right seldom, so the vocabulary is tiny (13) and the trees wid
 import pytest
 import torch
 from helpers import tiny_draft, tiny_target
+from observation import TOLERANCE, contents
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -14,6 +15,8 @@ from transformers import (
     LogitsProcessorList,
     StoppingCriteria,
 )
+
+from hf_longspec.evaluation.tiny_models import tiny_model
 
 WINDOW = 8
 SHAPES = [(), (1, 1, 1, 1), (2, 3), (4, 8, 8, 8), (4, 16, 16, 16, 16)]
@@ -93,6 +96,18 @@ def test_equal_to_plain_generate_for_every_family(family):
     accepted = out.accept_lengths[0]
     assert min(accepted[:-1]) >= 2 and max(accepted) >= 3, "too little was accepted: the test would prove nothing"
     assert sum(accepted) == 39
+
+
+def test_hidden_states_with_a_dimension_ahead_of_the_rows():
+    """gemma3n keeps several hidden states of each token."""
+    target = tiny_model("gemma3n_text")
+    ids = torch.cat([prompt_of(9, seed=seed) for seed in range(3)])
+    options = {"max_new_tokens": 20, "pad_token_id": 0, "output_hidden_states": True, "return_dict_in_generate": True}
+    plain = target.generate(ids, **options)
+    ours = target.generate(ids, assistant_model=tiny_draft(target, tree_shape=(13, 100)), **options)
+    assert max(map(max, ours.accept_lengths)) > 1 and len({len(row) for row in ours.accept_lengths}) > 1
+    assert plain.hidden_states[1][0].shape[1:3] == (3, 1)
+    torch.testing.assert_close(contents(ours.hidden_states), contents(plain.hidden_states), **TOLERANCE)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -344,6 +359,18 @@ def test_arguments_of_the_targets_own_forward_reach_every_step(llama):
     assert_same(target, draft, prompt_of(6), bias=bias)
     plain, biased = (target.generate(prompt_of(6), max_new_tokens=9, pad_token_id=0, bias=b) for b in (None, bias))
     assert plain.tolist() != biased.tolist()
+
+
+def test_the_target_is_told_nothing_that_plain_generate_keeps_from_it(llama):
+    """Such as the assistant: accelerate's hooks would move it along to the device of every layer."""
+    told = []
+    llama.register_forward_pre_hook(lambda module, args, kwargs: told.append(set(kwargs)), with_kwargs=True)
+    llama.generate(prompt_of(9), max_new_tokens=8)
+    plain = told.copy()
+    told.clear()
+    llama.generate(prompt_of(9), assistant_model=tiny_draft(llama), max_new_tokens=8)
+    assert told[0] == plain[0]
+    assert set.union(*told[1:]) <= set.union(*plain[1:])
 
 
 def test_a_sliding_window_wider_than_the_text():

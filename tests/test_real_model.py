@@ -51,6 +51,32 @@ def test_float32_equality_over_twenty_prompts(tokens):
     assert sum(rounds) / len(rounds) > 2, "the trained draft hardly guesses anything"
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_float32_equality_of_a_batch(tokens, do_sample):
+    """Prompts of other lengths in one batch, whose rows end at their own times."""
+    target, draft = load(torch.float32, tree_shape=(3, 4, 4, 4))
+    rows = [inputs["input_ids"][0] for inputs in prompts(tokens, 5, 300)]
+    longest = max(len(row) for row in rows)
+    ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0), value=2) for row in rows])
+    mask = torch.stack([(torch.arange(longest) >= longest - len(row)).long() for row in rows])
+    options = {"max_new_tokens": 48, "do_sample": do_sample, "pad_token_id": 2}
+
+    def text(**more):
+        torch.manual_seed(5)
+        return target.generate(ids, attention_mask=mask, **options, **more)[:, longest:].tolist()
+
+    # as the end of a text, the token that ends most rows at places of their own
+    free = text(eos_token_id=None)
+    end = max({token for row in free for token in row}, key=lambda token: len(first_places(free, token)))
+    assert len(first_places(free, end)) > 2, "all rows end together: too little is tested"
+    assert text(eos_token_id=end, assistant_model=draft) == text(eos_token_id=end)
+    assert text(eos_token_id=None, assistant_model=draft) == free
+
+
+def first_places(rows, token):
+    return {row.index(token) for row in rows if token in row}
+
+
 def test_bfloat16_parts_only_at_ties(tokens):
     target, draft = load(torch.bfloat16, tree_shape=(3, 4, 4, 4))
     for inputs in prompts(tokens, 6, 600):

@@ -54,12 +54,16 @@ def test_only_what_is_asked_for_is_recorded(name, returns_dict):
     assert nothing.as_dict() == {"scores": None, "logits": None, "hidden_states": None}
 
 
-def test_hidden_states_by_step_and_layer():
-    """The first step has those of the whole prompt, the others of one token; a layer's width is its own."""
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_hidden_states_by_step_and_layer(lead):
+    """The first step has those of the whole prompt, the others of one token; a layer's width is its own.
+
+    lead: a dimension ahead of the rows: gemma3n keeps several hidden states of each token.
+    """
     records = Records(2, GenerationConfig(output_hidden_states=True, return_dict_in_generate=True))
-    prompt = tuple(torch.randn(2, 7, width) for width in (4, 4, 6))
+    prompt = tuple(torch.randn(*lead, 2, 7, width) for width in (4, 4, 6))
     records.put_hidden_states([0, 1], [0, 0], prompt)
-    steps = [[tuple(torch.randn(1, 1, width) for width in (4, 4, 6)) for _ in range(2)] for _ in range(3)]
+    steps = [[tuple(torch.randn(*lead, 1, 1, width) for width in (4, 4, 6)) for _ in range(2)] for _ in range(3)]
     for row, step in ((0, 1), (0, 2), (1, 1), (0, 3), (1, 2), (1, 3)):
         records.put_hidden_states([row], [step], steps[step - 1][row])
     found = records.as_dict()["hidden_states"]
@@ -67,4 +71,4 @@ def test_hidden_states_by_step_and_layer():
     assert all(mine is theirs for mine, theirs in zip(found[0], prompt, strict=True))
     for layers, rows in zip(found[1:], steps, strict=True):
         for layer, states in enumerate(layers):
-            assert torch.equal(states, torch.cat([rows[0][layer], rows[1][layer]]))
+            assert torch.equal(states, torch.cat([rows[0][layer], rows[1][layer]], dim=-3))

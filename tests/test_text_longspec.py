@@ -274,6 +274,12 @@ def test_rows_in_any_order_hold_what_was_written_to_them(seed):
         assert text.ids([row]).tolist() == [expected]
 
 
+def test_sequences_can_be_viewed():
+    text = make_text()
+    put(text, {0: 1, 1: 2, 2: 6})
+    assert text.sequences.view(-1).tolist() == [1, 2, 1, 4, 2, 2, 6, 1, 6]
+
+
 def test_an_impossible_distribution_raises_as_multinomial_does():
     text = make_text(options={"do_sample": True})
     logits = torch.zeros(3, VOCAB)

@@ -135,7 +135,8 @@ def judge(
 
     In float32 any difference is an error, and a sampled text may part at a draw that logits alone do not explain; so
     noise is measured only for greedy text in a shorter format: over the last `NOISE_TOKENS` places before the parting,
-    the largest change of the gap between the two best tokens.
+    the largest change of the gap between the two best tokens; and no less than a rounding unit of the best logit, as
+    logits come rounded to the format.
 
     plain_logits: (new tokens, vocab) of plain `generate` itself, where it read the prompt in another way than alone,
     as a row of a padded batch: then what that changes is noise too.
@@ -153,6 +154,7 @@ def judge(
     whole, pieces = logits_in_one_piece(target, text), logits_in_two_pieces(target, text)
     best = whole.topk(2).indices
     noise = (gaps(whole, best) - gaps(pieces, best)).abs().max()
+    noise = torch.maximum(noise, torch.finfo(target.dtype).eps * whole[-1].max().abs())
     if plain_logits is not None:
         own = plain_logits[max(position + 1 - len(whole), 0) : position + 1].float()
         noise = torch.maximum(noise, (gaps(whole, best)[-len(own) :] - gaps(own, best[-len(own) :])).abs().max())
