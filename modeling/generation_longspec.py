@@ -120,7 +120,7 @@ def assisted_decoding(
             with switched(target), target._optimize_model_for_decode():
                 accept_lengths = decode(call, graphs, synced_gpus)
         finally:
-            graphs.forget()
+            graphs.free()
             text.rewind_noise()
             cache.abandon()
             cache.hand_back(cache.past)

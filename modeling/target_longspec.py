@@ -172,6 +172,7 @@ def query_rotation(
 
     def rotate(query: Tensor, positions: Tensor) -> Tensor:
         cos, sin = rotary(query, positions.expand(axes, -1, -1) if axes else positions, **options)
+        cos, sin = cos.to(query.device), sin.to(query.device)  # the module may live with another layer
         # partial rotation: some families slice in the attention module, so slice before the call for all of them;
         # gpt_oss gives one angle a pair, the others two
         angles = cos.shape[-1]
