@@ -80,14 +80,16 @@ def prefill(
     text.emit(list(range(text.batch)), outputs.logits[:, -1], outputs.hidden_states)
     positions, extras = step_inputs(target, text.sequences, outputs, model_kwargs)
     starts = torch.tensor(cache.starts, device=bound.device)
-    positions = cache.length - starts if positions is None else positions.to(bound.device)
+    # a target that counts for itself counts what the cache holds, padding too
+    positions = torch.full_like(starts, cache.length) if positions is None else positions.to(bound.device)
     positions = positions.expand(*positions.shape[:-1], text.batch)
     root_positions = (positions if positions.dim() == 1 else positions[-1]).long()  # one family has them in float
     window = slice(-generator.draft.config.window, None)
     if (embeds := model_kwargs.get("inputs_embeds")) is not None:
         embeds = bound.scale(embeds[:, window]).to(bound.device)
     else:
-        embeds = bound.embed(prompt[:, window].to(bound.device))
+        ids, vocab = prompt[:, window].to(bound.device), generator.draft.config.vocab_size
+        embeds = bound.embed(ids.masked_fill(ids >= vocab, 0))  # some targets have no embedding for an image's tokens
     index = torch.arange(cache.length - embeds.shape[1], cache.length, device=bound.device)
     generator.prefill(embeds, root_positions - 1, index >= starts[:, None])
     return Start(root_positions, None if positions.dim() == 1 else positions - root_positions, extras)

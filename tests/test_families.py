@@ -79,6 +79,26 @@ def test_table_is_of_every_older_family():
     assert Result.wrong not in TABLE.values()
 
 
+COUNT_FOR_THEMSELVES = ["exaone4_5", "hyperclovax_vision_v2", "moss_transcribe_diarize", "whisper"]
+
+
+@pytest.mark.parametrize("family", ["llama", *[family for family in COUNT_FOR_THEMSELVES if family in SERVED]])
+def test_a_padded_batch(family):
+    """Some targets get no positions from `generate` and count the padding too."""
+    target = tiny_model(family)
+    draft = tiny_draft(target, tree_shape=(VOCAB, 40))
+    inputs = {"input_ids": torch.tensor([[0, 0, 0, 5, 7, 2], [3, 5, 7, 2, 11, 4]])}
+    inputs["attention_mask"] = (inputs["input_ids"] > 0).long()
+    for do_sample in (False, True):
+        outputs = []
+        for assistant in ({}, {"assistant_model": draft}):
+            torch.manual_seed(3)
+            options = {"max_new_tokens": 12, "do_sample": do_sample, "return_dict_in_generate": True}
+            outputs.append(target.generate(**inputs, **assistant, **options, output_logits=True))
+        assert outputs[0].sequences.tolist() == outputs[1].sequences.tolist()
+        torch.testing.assert_close(outputs[1].logits, outputs[0].logits, rtol=1e-4, atol=1e-4)
+
+
 class Query:
     """An attention function that keeps the query it is given."""
 

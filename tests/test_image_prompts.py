@@ -208,6 +208,15 @@ def test_only_the_first_forward_gets_the_images(target, draft, family):
     assert len(told) > 2 and all(names <= plain[1] for names in told[1:])
 
 
+@pytest.mark.parametrize("family", ["gemma3", "paligemma"])
+def test_image_tokens_that_are_no_words(family):
+    """Their number is beyond the vocabulary, so that there is no embedding of them."""
+    target = tiny_vision_model(family, image_token_index=VOCAB + 1)
+    inputs = image_prompts(family, (3, 5), (1, 2))
+    inputs["input_ids"][inputs["input_ids"] == IMAGE] = VOCAB + 1
+    assert_same(target, tiny_draft(target, window=8, tree_shape=TREE), inputs)
+
+
 def test_embeddings(target, draft, family):
     """As a user gives them who put the images into the text himself."""
     inputs = image_prompts(family, (3, 5), (1, 2))
