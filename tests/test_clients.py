@@ -82,6 +82,21 @@ def test_pipeline(target, draft, tokenizer, folders, calls, given, capsys):
     assert printed[0] == printed[1] and TEXT in printed[0]
 
 
+def test_pipeline_in_batches(target, draft, tokenizer, calls):
+    prompts = [TEXT, "c e g", "m", "b b d k l"]
+    plain, ours = (
+        pipeline("text-generation", model=target, tokenizer=tokenizer, batch_size=2, **assistant)
+        for assistant in ({}, {"assistant_model": draft})
+    )
+    for sampling in ({}, {"do_sample": True, "num_return_sequences": 3}):
+        texts = []
+        for pipe in (plain, ours):
+            torch.manual_seed(0)
+            texts.append(pipe(prompts, **OPTIONS | sampling))
+        assert texts[0] == texts[1]
+    assert calls == [draft] * 4
+
+
 def test_pipeline_from_folders_alone(folders):
     """In a fresh process: nothing but `import hf_longspec` makes drafts known."""
     code = f"""
@@ -107,8 +122,8 @@ def test_a_client_that_takes_no_assistant(folders, draft, calls):
     assert calls == [draft]
 
 
-@pytest.mark.parametrize("given", ["gen_kwargs", "generate"])
-def test_lm_evaluation_harness(folders, tokenizer, draft, calls, given):
+@pytest.mark.parametrize("given, batch", [("gen_kwargs", 1), ("generate", 1), ("generate", 2)])
+def test_lm_evaluation_harness(folders, tokenizer, draft, calls, given, batch):
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -118,13 +133,15 @@ def test_lm_evaluation_harness(folders, tokenizer, draft, calls, given):
     def answers(**options):
         asked = {"until": ["m"], "max_gen_toks": 12} | options
         instances = [Instance("generate_until", {}, (text, dict(asked)), i) for i, text in enumerate(("b d", "c e g"))]
-        return HFLM(pretrained=target, tokenizer=tokenizer, batch_size=1).generate_until(instances, disable_tqdm=True)
+        return HFLM(pretrained=target, tokenizer=tokenizer, batch_size=batch).generate_until(
+            instances, disable_tqdm=True
+        )
 
     plain = answers()
     if given == "generate":
         target.generate = functools.partial(target.generate, assistant_model=draft)
     assert answers(**({"assistant_model": draft} if given == "gen_kwargs" else {})) == plain
-    assert len(calls) == 2  # of copies, where the harness is given the draft itself: it copies its options
+    assert len(calls) == 2 // batch  # of copies, where the harness is given the draft itself: it copies its options
 
 
 def test_langchain(target, tokenizer, draft, calls):
