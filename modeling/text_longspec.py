@@ -128,7 +128,8 @@ class Text:
 
     def pick_tree(self, logits: Tensor, depths: Tensor, levels: int) -> Picks:
         """The tokens behind all nodes of a batch of trees: logits (B, T, vocab), depths (B, T) up to `levels`."""
-        picks = self.sampler.pick_tree(self._ids[:1, :1], self.steps, logits.to(self.device), depths, levels)
+        here = (tensor.to(self.device) for tensor in (logits, depths))  # from the target's last layer, or another
+        picks = self.sampler.pick_tree(self._ids[:1, :1], self.steps, *here, levels)
         if self.records.scores is not None and picks.scores is None:
             return picks._replace(scores=logits.to(self.device, torch.float32))
         return picks
