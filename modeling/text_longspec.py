@@ -93,9 +93,9 @@ class Text:
         return [end is not None for end in self.ends]
 
     def rewind_noise(self) -> None:
-        """Leave the random generator as plain `generate` would."""
+        """Leave the random generator as plain `generate` would: after a failure, at the step of the slowest row."""
         if self.sampler.noise is not None:
-            self.sampler.noise.rewind(max(self.steps))
+            self.sampler.noise.rewind(self._slowest)
 
     @property
     def steps(self) -> list[int]:
@@ -179,9 +179,14 @@ class Text:
         for row, token in zip(rows, host, strict=True):
             self.newest[row] = token
         if self.sampler.noise is not None:
-            moving = [step for step, end in zip(self.steps, self.ends, strict=True) if end is None or self.keeps_tails]
-            self.sampler.noise.forget(min(moving, default=max(self.steps)))
+            self.sampler.noise.forget(self._slowest)
         return host
+
+    @property
+    def _slowest(self) -> int:
+        """The step of the last of the rows that go on; that of the first where none does."""
+        moving = [step for step, end in zip(self.steps, self.ends, strict=True) if end is None or self.keeps_tails]
+        return min(moving, default=max(self.steps))
 
     def _ask(self, rows: list[int]) -> None:
         """Ask the stopping criteria about the newest tokens; the first length at which they stop a row is its end."""
