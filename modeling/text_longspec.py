@@ -128,9 +128,10 @@ class Text:
 
     def pick_tree(self, logits: Tensor, depths: Tensor, levels: int) -> Picks:
         """The tokens behind all nodes of a batch of trees: logits (B, T, vocab), depths (B, T) up to `levels`."""
-        picks = self.sampler.pick_tree(self._ids[:1, :1], self.steps, logits.to(self.device), depths, levels)
+        logits, depths = logits.to(self.device), depths.to(self.device)
+        picks = self.sampler.pick_tree(self._ids[:1, :1], self.steps, logits, depths, levels)
         if self.records.scores is not None and picks.scores is None:
-            return picks._replace(scores=logits.to(self.device, torch.float32))
+            return picks._replace(scores=logits.float())
         return picks
 
     def emit(self, rows: list[int], logits: Tensor, hidden_states: tuple | None = None) -> list[int]:
@@ -153,7 +154,7 @@ class Text:
         if records.logits is not None and logits is not None:
             records.logits.put(rows, steps, logits)
         if hidden_states is not None:
-            records.put_hidden_states(rows, steps, hidden_states)
+            records.put_hidden_states(rows, steps, tuple(states.to(self.device) for states in hidden_states))
         if picks.valid is not None and not bool(picks.valid.all()):
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
         return self._append(rows, picks.tokens)
