@@ -85,17 +85,17 @@ class Text:
 
     @property
     def sequences(self) -> Tensor:
-        """(B, L): all rows up to the longest, on the device of the prompt; contiguous, for a user may view it."""
-        return self._ids[:, : max(self.lengths)].to(self.device).contiguous()
+        """(B, L): all rows up to the longest, on the device of the prompt."""
+        return self._ids[:, : max(self.lengths)].to(self.device)
 
     @property
     def stopped(self) -> list[bool]:
         return [end is not None for end in self.ends]
 
     def rewind_noise(self) -> None:
-        """Leave the random generator as plain `generate` would: after a failure, at the step of the slowest row."""
+        """Leave the random generator as plain `generate` would."""
         if self.sampler.noise is not None:
-            self.sampler.noise.rewind(self._slowest)
+            self.sampler.noise.rewind(max(self.steps))
 
     @property
     def steps(self) -> list[int]:
@@ -128,16 +128,16 @@ class Text:
 
     def pick_tree(self, logits: Tensor, depths: Tensor, levels: int) -> Picks:
         """The tokens behind all nodes of a batch of trees: logits (B, T, vocab), depths (B, T) up to `levels`."""
-        here = (tensor.to(self.device) for tensor in (logits, depths))  # from the target's last layer, or another
-        picks = self.sampler.pick_tree(self._ids[:1, :1], self.steps, *here, levels)
+        logits, depths = logits.to(self.device), depths.to(self.device)
+        picks = self.sampler.pick_tree(self._ids[:1, :1], self.steps, logits, depths, levels)
         if self.records.scores is not None and picks.scores is None:
-            return picks._replace(scores=logits.to(self.device, torch.float32))
+            return picks._replace(scores=logits.float())
         return picks
 
     def emit(self, rows: list[int], logits: Tensor, hidden_states: tuple | None = None) -> list[int]:
         """Pick the next token of `rows` from the target's logits (R, vocab) and write it. Returns the tokens.
 
-        hidden_states: (…, R, length, hidden) of each layer, of the forward that the logits are from.
+        hidden_states: (R, length, hidden) of each layer, of the forward that the logits are from.
         """
         logits = logits.to(copy=True, dtype=torch.float32, device=self.device)
         picks = self.sampler.pick(self.ids, rows, [self.steps[row] for row in rows], logits)
@@ -154,7 +154,7 @@ class Text:
         if records.logits is not None and logits is not None:
             records.logits.put(rows, steps, logits)
         if hidden_states is not None:
-            records.put_hidden_states(rows, steps, hidden_states)
+            records.put_hidden_states(rows, steps, tuple(states.to(self.device) for states in hidden_states))
         if picks.valid is not None and not bool(picks.valid.all()):
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
         return self._append(rows, picks.tokens)
@@ -179,14 +179,9 @@ class Text:
         for row, token in zip(rows, host, strict=True):
             self.newest[row] = token
         if self.sampler.noise is not None:
-            self.sampler.noise.forget(self._slowest)
+            moving = [step for step, end in zip(self.steps, self.ends, strict=True) if end is None or self.keeps_tails]
+            self.sampler.noise.forget(min(moving, default=max(self.steps)))
         return host
-
-    @property
-    def _slowest(self) -> int:
-        """The step of the last of the rows that go on; that of the first where none does."""
-        moving = [step for step, end in zip(self.steps, self.ends, strict=True) if end is None or self.keeps_tails]
-        return min(moving, default=max(self.steps))
 
     def _ask(self, rows: list[int]) -> None:
         """Ask the stopping criteria about the newest tokens; the first length at which they stop a row is its end."""
