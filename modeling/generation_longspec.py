@@ -98,6 +98,8 @@ def assisted_decoding(
             draft.to(device=bound.device, dtype=bound.dtype)
         clock = PhaseClock(draft.config.profile, bound.device)
         rope_switch = RopeSwitch(target, model_kwargs)
+        if synced_gpus and rope_switch.last_short is not None:
+            raise ValueError("LongSpec needs ranks that read alike, got synced_gpus with a target of longrope")
         past = model_kwargs["past_key_values"]
         text = Text(
             input_ids,

@@ -59,10 +59,13 @@ class Text:
         self.criteria, self.streamer = criteria, streamer
         do_sample = generation_config.do_sample
         without_history = are_without_history(processors)
-        by_row = are_by_row(processors) and are_criteria_by_row(criteria) and streamer is None and not together
+        known_criteria = are_criteria_by_row(criteria)
+        by_row = are_by_row(processors) and known_criteria and streamer is None and not together
         self.together = self.batch == 1 or not by_row
         is_argmax = not do_sample and len(processors) == 0
-        self.by_tree = is_argmax or (without_history and pays_by_tree(self.device, self.batch * nodes * vocab))
+        # criteria of a user's own may draw random numbers between ours
+        ahead = without_history and known_criteria and pays_by_tree(self.device, self.batch * nodes * vocab)
+        self.by_tree = is_argmax or ahead
         noise = do_sample and (self.by_tree or not self.together)
         self.sampler = Sampler(processors, do_sample, Noise(self.batch, self.device) if noise else None)
         ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
@@ -70,7 +73,7 @@ class Text:
         self.records = Records(self.batch, generation_config)
         self.keeps_tails = keeps_cache or not self.records.empty or self.pad is None
         # nobody needs the tokens on the device where they are picked on the host
-        host = self.by_tree and are_criteria_by_row(criteria)
+        host = self.by_tree and known_criteria
         self._ids = input_ids.cpu() if host else input_ids  # (B, room)
         self.lead = LEAD + nodes
         self.newest = [0] * self.batch  # the last token of each row

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+# these compare for the tests, which show both sides of what fails
+pytest.register_assert_rewrite("pairs", "serials", "tables", "texts")
 torch.set_num_threads(1)
 
 

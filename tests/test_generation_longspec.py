@@ -7,6 +7,8 @@ import pytest
 import torch
 from helpers import tiny_draft, tiny_target
 from observation import TOLERANCE, contents
+from pairs import assert_same
+from texts import prompt_of
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -53,26 +55,6 @@ FAMILIES = [
     "starcoder2",
     "exaone4",
 ]
-
-
-def prompt_of(length, seed=0):
-    return torch.randint(2, 13, (1, length), generator=torch.Generator().manual_seed(seed))
-
-
-def pair(target, draft, ids, seed=7, **options):
-    """Sequences of plain and assisted `generate` under one seed, and what the generator draws next after each."""
-    options = {"max_new_tokens": 24, "pad_token_id": 0, **options}
-    torch.manual_seed(seed)
-    plain, after_plain = target.generate(ids, **options), torch.rand(1)
-    torch.manual_seed(seed)
-    ours, after_ours = target.generate(ids, assistant_model=draft, **options), torch.rand(1)
-    return plain, ours, after_plain, after_ours
-
-
-def assert_same(target, draft, ids, **options):
-    plain, ours, after_plain, after_ours = pair(target, draft, ids, **options)
-    assert plain.tolist() == ours.tolist()
-    assert after_plain == after_ours, "the random generator was left in another state"
 
 
 @pytest.fixture(scope="module")
@@ -236,81 +218,6 @@ def test_scores_and_logits_have_plain_shapes_and_values(llama, do_sample):
     assert sum(ours.accept_lengths[0]) == 14
 
 
-def phi3_with_switch_at(switch):
-    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 5.0, 9.0]}
-    return tiny_target(
-        "phi3",
-        head_dim=8,
-        max_position_embeddings=128,
-        original_max_position_embeddings=switch,
-        rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": switch}
-        | factors,
-    )
-
-
-@pytest.mark.parametrize("length", [5, 15, 16, 17, 24])
-@pytest.mark.parametrize("shape", [(), (1, 1, 1), (4, 16, 16, 16, 16)], ids=str)
-def test_longrope_across_its_switch(shape, length):
-    target = phi3_with_switch_at(16)
-    draft = tiny_draft(target, window=WINDOW, tree_shape=shape)
-    assert_same(target, draft, prompt_of(length), max_new_tokens=25)
-    assert_same(target, draft, prompt_of(length), max_new_tokens=25, do_sample=True)
-
-
-@pytest.mark.parametrize("shape", [(), (13, 40)], ids=str)
-@pytest.mark.parametrize("prompt", ["padded", "padded to the switch", "holes", "positions", "positions beyond"])
-def test_longrope_where_positions_are_not_lengths(shape, prompt):
-    """The frequencies change by position, the cache is dropped by length."""
-    target = phi3_with_switch_at(16)
-    draft = tiny_draft(target, window=WINDOW, tree_shape=shape)
-    ids, options = prompt_of(10), {}
-    if prompt.startswith("padded"):
-        pads = 10 if prompt.endswith("switch") else 4
-        ids = torch.cat([torch.zeros(1, pads, dtype=torch.long), ids], dim=1)
-        options["attention_mask"] = (torch.arange(pads + 10) >= pads).long()[None]
-    elif prompt == "holes":
-        options["attention_mask"] = torch.tensor([[1, 0, 1, 1, 0, 1, 1, 1, 1, 1]])
-    else:
-        options["position_ids"] = torch.arange(10)[None] + (20 if prompt.endswith("beyond") else 3)
-    assert_same(target, draft, ids, **options)
-    assert_same(target, draft, ids, **options, do_sample=True)
-
-
-@pytest.mark.parametrize("length", [14, 20])
-def test_longrope_leaves_a_dropped_cache_to_its_owner(length):
-    """Before the switch (14) and within the prefill (20), `generate` goes on with a cache of its own."""
-    target = phi3_with_switch_at(16)
-    draft = tiny_draft(target, window=WINDOW, tree_shape=(4, 8, 8))
-    caches = []
-    for assistant in ({}, {"assistant_model": draft}):
-        cache = DynamicCache(config=target.config)
-        with torch.no_grad():
-            target(prompt_of(length)[:, :5], past_key_values=cache)
-        options = {"max_new_tokens": 25, "return_dict_in_generate": True, "pad_token_id": 0}
-        out = target.generate(prompt_of(length), past_key_values=cache, **options, **assistant)
-        caches.append((cache, out.past_key_values))
-    for mine, theirs in zip(caches[1], caches[0], strict=True):
-        assert mine.get_seq_length() == theirs.get_seq_length()
-        for layer, expected in zip(mine.layers, theirs.layers, strict=True):
-            torch.testing.assert_close(layer.keys, expected.keys, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(layer.values, expected.values, rtol=1e-4, atol=1e-5)
-
-
-def test_longrope_text_that_ends_at_the_switch_while_other_ranks_go_on(monkeypatch):
-    """`synced_gpus`: rounds follow that write nothing, and none of them may be the one that reads the text anew."""
-    target = phi3_with_switch_at(16)
-    draft = tiny_draft(target, window=WINDOW, tree_shape=(4, 8, 8))
-    rounds_of_others = iter(range(40))
-    monkeypatch.setattr(
-        target, "_has_unfinished_sequences", lambda done, *_, **__: next(rounds_of_others, None) is not None
-    )
-    options = {"max_new_tokens": 3, "pad_token_id": 0, "synced_gpus": True}
-    ours = target.generate(prompt_of(14), assistant_model=draft, **options)
-    assert next(rounds_of_others, None) is None
-    rounds_of_others = iter(range(40))
-    assert ours.tolist() == target.generate(prompt_of(14), **options).tolist()
-
-
 @pytest.mark.parametrize("call", [1, 2, 5])
 def test_a_draft_that_fails_leaves_a_whole_cache(monkeypatch, call):
     """Its rings would have moved on, but not their lengths."""
@@ -335,13 +242,6 @@ def test_a_draft_that_fails_leaves_a_whole_cache(monkeypatch, call):
     for layer, other in zip(past.layers, expected.layers, strict=True):
         torch.testing.assert_close(layer.keys, other.keys, **TOLERANCE)
         torch.testing.assert_close(layer.values, other.values, **TOLERANCE)
-
-
-def test_longrope_switch_is_real():
-    target = phi3_with_switch_at(16)
-    long = target(prompt_of(20)).logits[:, 10]
-    short = target(prompt_of(20)[:, :14]).logits[:, 10]
-    assert (long - short).abs().max() > 1e-2, "long and short factors give the same logits: nothing is tested"
 
 
 class Recorder:

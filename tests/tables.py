@@ -1,0 +1,153 @@
+"""A "target" that is a table over five tokens, any trees over it, and its texts written with and without them."""
+
+import itertools
+import random
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper
+
+from hf_longspec.modeling.text_longspec import Text
+from hf_longspec.modeling.tree_longspec import TokenTree, ancestor_mask, node_depths
+from hf_longspec.modeling.verification_longspec import Verified, accept
+
+VOCAB = 5
+PROMPT = [3, 1]
+PAD = 0
+TABLE = 2.0 * torch.randn(VOCAB, VOCAB, VOCAB, generator=torch.Generator().manual_seed(5))
+
+
+def walk(tree, logits, text):
+    """The nodes `accept` goes through."""
+    return walk_rows(tree, logits, text)[0]
+
+
+def walk_rows(tree, logits, text, hidden_states=None):
+    """The same for each row of a batch, as the decoding loop asks for it: a row without room rests."""
+    paths = [[0] if room else [] for room in text.room()]
+    depths = node_depths(ancestor_mask(tree.parents, tree.levels))
+    accept(tree, Verified(depths, logits, hidden_states), text, paths)
+    return paths
+
+
+def table_logits(tokens: list[int], table: torch.Tensor = TABLE) -> torch.Tensor:
+    """The target's logits (vocab,) for what follows `tokens`."""
+    return table[tokens[-2], tokens[-1]]
+
+
+def node_logits(tree: TokenTree, ids: list[int], table: torch.Tensor = TABLE) -> torch.Tensor:
+    """The target's logits (1, T, vocab) at every node of a tree whose root is the last of `ids`."""
+    tokens, parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
+    paths = [ids]
+    for node in range(1, len(tokens)):
+        paths.append(paths[parents[node]] + [tokens[node]])
+    return torch.stack([table_logits(path, table) for path in paths])[None]
+
+
+def make_tree(tokens: list[int], parents: list[int]) -> TokenTree:
+    return TokenTree(torch.tensor([tokens]), torch.tensor([parents]), torch.zeros(1, len(tokens)), len(tokens))
+
+
+def random_tree(root: int, rng: random.Random) -> TokenTree:
+    """Any tree at all: siblings may carry the same token, and most nodes are bad guesses."""
+    nodes = rng.choice([1, 2, 4, 9, 20])
+    return make_tree(
+        [root] + [rng.randrange(VOCAB) for _ in range(nodes - 1)], [0] + [rng.randrange(n) for n in range(1, nodes)]
+    )
+
+
+def make_text(
+    new_tokens: int,
+    processors: list = (),
+    do_sample: bool = False,
+    streamer=None,
+    criteria: list = (),
+    prompts: list[list[int]] = (PROMPT,),
+    keeps_cache: bool = True,
+    **options,
+) -> Text:
+    config = GenerationConfig(do_sample=do_sample, **options)
+    config._pad_token_tensor = torch.tensor(PAD)
+    stops = StoppingCriteriaList([MaxLengthCriteria(len(prompts[0]) + new_tokens), *criteria])
+    ids = torch.tensor(list(prompts))
+    sizes = {"nodes": 20, "vocab": VOCAB, "keeps_cache": keeps_cache}
+    return Text(ids, LogitsProcessorList(processors), stops, config, streamer, **sizes)
+
+
+def write(text: Text, seed: int, table: torch.Tensor = TABLE) -> list[int]:
+    """Rounds over random trees until the text is finished. Returns the new tokens."""
+    rng = random.Random(seed)
+    while not text.finished:
+        ids = text.sequences[0].tolist()
+        tree = random_tree(ids[-1], rng)
+        path = walk(tree, node_logits(tree, ids, table), text)
+        emitted = text.sequences[0, len(ids) :].tolist()
+        assert path[0] == 0 and len(path) == len(emitted)
+        assert [int(tree.tokens[0, node]) for node in path[1:]] == emitted[:-1]
+        assert all(int(tree.parents[0, node]) == parent for parent, node in itertools.pairwise(path))
+    text.rewind_noise()
+    return text.sequences[0, len(PROMPT) :].tolist()
+
+
+def write_plainly(
+    new_tokens: int, processors: list = (), do_sample: bool = False, table: torch.Tensor = TABLE
+) -> list[int]:
+    """What one token at a time gives."""
+    ids = list(PROMPT)
+    for _ in range(new_tokens):
+        scores = LogitsProcessorList(processors)(torch.tensor([ids]), table_logits(ids, table)[None].clone())
+        ids.append(int(torch.multinomial(scores.softmax(-1), 1) if do_sample else scores.argmax()))
+    return ids[len(PROMPT) :]
+
+
+PROCESSORS = {
+    "none": [],
+    "temperature, top-k": [TemperatureLogitsWarper(0.7), TopKLogitsWarper(3)],
+    "repetition penalty": [RepetitionPenaltyLogitsProcessor(1.7)],
+}
+
+
+def logits_that_pick(*choices: int) -> torch.Tensor:
+    """Logits (1, T, vocab) whose argmax at node i is `choices[i]`."""
+    return torch.nn.functional.one_hot(torch.tensor([choices]), VOCAB).float()
+
+
+class EveryOutcome:
+    """Stands in for `torch.multinomial`: run after run it takes the sampler through every sequence of outcomes."""
+
+    def __init__(self):
+        self.script: list[int] = []
+        self.taken: list[int] = []
+        self.weight = 1.0  # probability of what was taken in this run
+
+    def __call__(self, probabilities, num_samples):
+        assert probabilities.shape == (1, VOCAB) and num_samples == 1
+        step = len(self.taken)
+        choice = self.script[step] if step < len(self.script) else 0
+        self.taken.append(choice)
+        self.weight *= probabilities[0, choice].item()
+        return torch.tensor([[choice]])
+
+    def next_run(self) -> bool:
+        """Moves on to the next sequence, as an odometer does. Returns whether there is one."""
+        script = self.taken
+        while script and script[-1] == VOCAB - 1:
+            script.pop()
+        if script:
+            script[-1] += 1
+        self.script, self.taken, self.weight = script, [], 1.0
+        return bool(script)
+
+
+class Recorder:
+    """A streamer and a stopping criterion that note what they are shown."""
+
+    def __init__(self):
+        self.streamed, self.texts = [], []
+
+    def put(self, token):
+        self.streamed.append(token.tolist())
+
+    def __call__(self, ids, scores, **kwargs):
+        self.texts.append(ids[0].tolist())
+        return torch.zeros(1, dtype=torch.bool)
