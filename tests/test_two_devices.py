@@ -1,0 +1,138 @@
+"""Targets split over two devices, as accelerate splits them; on a CPU, one of the two is made up."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import tiny_draft, tiny_target
+from observation import differences, observe
+from second_device import THERE, second_device
+from torch.utils._pytree import tree_leaves, tree_map
+
+from hf_longspec.modeling import text_longspec
+from hf_longspec.modeling.target_longspec import bind
+
+HERE = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def two_devices(monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # knows real devices only
+    with second_device():
+        yield
+
+
+def draft_for(target, **fields):
+    return tiny_draft(target, attention_backend="eager", **fields)  # torch's kernels know real devices only
+
+
+def moved(states, device):
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, states)
+
+
+def split(target, layers, embedding=HERE, head=HERE, rotary=HERE):
+    """`target` with its parts on these devices; each moves there what it is given, as accelerate's hooks do."""
+    target.requires_grad_(False)
+    model = target.model
+    parts = [(model.embed_tokens, embedding), (model.norm, head), (target.lm_head, head), (model.rotary_emb, rotary)]
+    for part, device in [*parts, *zip(model.layers, layers, strict=True)]:
+        part.to(device)
+        for module in part.modules():
+            module.register_forward_pre_hook(
+                lambda module, args, kwargs, device=device: (moved(args, device), moved(kwargs, device)),
+                with_kwargs=True,
+            )
+    target.register_forward_hook(give_back, with_kwargs=True)
+    return target
+
+
+def give_back(target, args, kwargs, output):
+    """The output of a whole target comes to the device of its input."""
+    device = next(leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+    for name in ("logits", "hidden_states"):
+        if name in output:
+            output[name] = moved(output[name], device)
+
+
+def prompts(batch):
+    lengths = (9, 1, 17, 4)[:batch]
+    ids = torch.randint(2, 13, (batch, max(lengths)), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def assert_same(target, draft, inputs, **options):
+    """All that can be seen of a call, and where it lies."""
+    options = {"max_new_tokens": 8, "pad_token_id": 0, "return_dict_in_generate": True} | options
+    seen, places = [], []
+    for assistant in ({}, {"assistant_model": draft}):
+
+        def play(generate, case):
+            output = generate(**inputs, **options)
+            places.append([layer.keys.device for layer in output.past_key_values.layers if layer.is_initialized])
+            cache, output["past_key_values"] = output.past_key_values, None
+            case.log += [moved([layer.keys, layer.values], HERE) for layer in cache.layers if layer.is_initialized]
+
+        seen.append(observe(target, play, SimpleNamespace(log=[]), **assistant))
+        if seen[-1].error is not None:
+            raise seen[-1].error
+    assert differences(*seen) == []
+    assert places[0] == places[1]
+
+
+MAPS = {
+    "split": {"layers": (HERE, HERE, THERE, THERE), "head": THERE},
+    "head beside the embedding": {"layers": (HERE, THERE, THERE, THERE)},
+    "embedding there": {"layers": (HERE, HERE, THERE, THERE), "embedding": THERE, "rotary": THERE},
+    "there and back": {"layers": (HERE, THERE, HERE, THERE)},
+}
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text"])
+def test_families(family, batch, do_sample):
+    target = tiny_target(family, tie_word_embeddings=False)
+    draft = draft_for(target)
+    assert_same(split(target, **MAPS["split"]), draft, prompts(batch), do_sample=do_sample)
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+@pytest.mark.parametrize("places", MAPS.values(), ids=MAPS)
+def test_the_layer_of_the_draft(places, layer):
+    target = split(tiny_target("llama", tie_word_embeddings=False), **places)
+    draft = draft_for(target, target_layer=layer)
+    assert bind(draft.config, target).device == places["layers"][layer]
+    for batch in (1, 3):
+        assert_same(target, draft, prompts(batch))
+    assert next(draft.parameters()).device == places["layers"][layer]
+
+
+@pytest.mark.parametrize("by_tree", [False, True])
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+def test_records(monkeypatch, do_sample, by_tree):
+    monkeypatch.setattr(text_longspec, "pays_by_tree", lambda *_: by_tree)
+    target = split(tiny_target("llama", tie_word_embeddings=False), **MAPS["split"])
+    records = {"output_scores": True, "output_logits": True, "output_hidden_states": True, "eos_token_id": [5, 11]}
+    for layer in (0, 3):
+        draft = draft_for(target, target_layer=layer)
+        for batch in (1, 3):
+            assert_same(target, draft, prompts(batch), do_sample=do_sample, **records)
+
+
+def test_padding_inside_the_prompt():
+    target = split(tiny_target("mistral", tie_word_embeddings=False), **MAPS["split"])
+    inputs = prompts(3)
+    inputs["attention_mask"][2, 5] = 0
+    assert_same(target, draft_for(target), inputs)
+
+
+def test_tensors_of_two_devices_do_not_meet():
+    there = torch.ones(2, 3).to(THERE)
+    assert there.device == THERE and (there + torch.arange(3, device=THERE)).tolist() == [[1.0, 2.0, 3.0]] * 2
+    with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
+        there + torch.ones(3)
+    with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
+        torch.ones(3)[torch.zeros(1, dtype=torch.long, device=THERE)]
+    assert there[torch.tensor([0])].device == THERE  # as on a GPU
