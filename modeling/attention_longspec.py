@@ -80,6 +80,9 @@ class Spans(NamedTuple):
     host: tuple[tuple[int, int], ...] | None
     derived: dict[Any, Any]
 
+    def to(self, device: torch.device) -> Spans:
+        return Spans(self.starts.to(device), self.ends.to(device), self.host, {})
+
     @property
     def common(self) -> slice | None:
         """The slots of every row, if they are known to be the same."""

@@ -42,10 +42,11 @@ class Placement(NamedTuple):
         """The same for a layer on another device than most are on."""
         if self.depths.device == device:
             return self
+        return self.once(device, lambda: self._moved(device))
+
+    def _moved(self, device: torch.device) -> Placement:
         visible = None if self.visible is None else self.visible.to(device)
-        starts, ends = self.spans.starts.to(device), self.spans.ends.to(device)
-        spans = Spans(starts, ends, self.spans.host, {})
-        return self.once(device, lambda: Placement(spans, visible, self.depths.to(device), {}))
+        return Placement(self.spans.to(device), visible, self.depths.to(device), {})
 
 
 class Prefix(NamedTuple):
@@ -55,6 +56,13 @@ class Prefix(NamedTuple):
     value: Tensor
     spans: Spans
     mask: Tensor | None  # (B, T, S) bool
+
+    def to(self, device: torch.device) -> Prefix:
+        """The same for a layer that shares it on another device."""
+        if self.key.device == device:
+            return self
+        mask = None if self.mask is None else self.mask.to(device)
+        return Prefix(self.key.to(device), self.value.to(device), self.spans.to(device), mask)
 
     def attend(self, query: Tensor, backend: Backend, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor]:
         """Attention of the nodes' queries (B, H, T, D) over the prefix, with its log-sum-exp; see `attend`."""

@@ -120,7 +120,7 @@ def assisted_decoding(
             with switched(target), target._optimize_model_for_decode():
                 accept_lengths = decode(call, graphs, synced_gpus)
         finally:
-            graphs.forget()
+            graphs.free()
             text.rewind_noise()
             cache.abandon()
             cache.hand_back(cache.past)
@@ -225,9 +225,9 @@ def verify(call: Call, tree: TokenTree, root_positions: Tensor) -> Verified:
 
 def commit(call: Call, tree: TokenTree, path: Tensor, counts: Tensor, root_positions: Tensor) -> None:
     """Keep the first `counts` (B,) nodes of each accepted `path` (B, levels + 1) in both caches."""
-    call.cache.commit(path, counts)
     step = torch.arange(path.shape[1], device=path.device)
     call.generator.advance(tree.tokens.gather(1, path), root_positions[:, None] + step, step < counts[:, None])
+    call.cache.commit(path, counts)  # last: once a ring has moved on, nothing may fail before it is `committed`
 
 
 def choose_backend(draft: Any, target: PreTrainedModel, bound: BoundTarget) -> Backend:

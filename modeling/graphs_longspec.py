@@ -33,9 +33,14 @@ class Graphs:
         return self.phases[-1]
 
     def forget(self) -> None:
-        """Capture anew: memory that the phases work on has moved, or is given back."""
+        """Capture anew: memory that the phases work on has moved."""
         for phase in self.phases:
             phase.forget()
+
+    def free(self) -> None:
+        """The end of the call: whatever its phases hold is given back, and not only when Python looks for cycles."""
+        self.forget()
+        self.phases.clear()
 
 
 class Phase:

@@ -85,7 +85,7 @@ def hybrid_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = state.cache.owner(module.layer_idx)
     placement = state.cache.round_placement.to(query.device)
-    prefix = layer.prefix(placement)
+    prefix = layer.prefix(state.cache.round_placement.to(layer.keys.device)).to(query.device)
     shapes = [states.shape[1::2] for states in (prefix.key, prefix.value)]  # heads and dimension
     if not once or [states.shape[1::2] for states in (key, value)] != shapes:
         raise ValueError(

@@ -135,7 +135,6 @@ class LongSpecForCausalLM(PreTrainedModel):
     def window_kv(self, embeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, K, T, D) of the self-attention: functions of token and position only.
 
-
         embeds: (B, T, hidden), the target's embedding of the tokens; positions: (B, T).
         """
         normed = self.input_layernorm(embeds.to(self.self_attn.k_proj.weight.dtype))

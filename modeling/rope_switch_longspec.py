@@ -38,8 +38,13 @@ class RopeSwitch:
         return min(limits, default=None)
 
     def drops_cache(self, text: Text, cache: SpeculativeCache) -> bool:
-        """Whether plain `generate` would throw the cache away before it reads the newest token of `text`."""
+        """Whether plain `generate` would throw the cache away before it reads the newest token of `text`.
+
+        Not of one that is finished: under `synced_gpus` rounds go on that write nothing.
+        """
         if self.last_short is None or text.lengths[0] <= self.last_short or cache.length > self.last_short:
+            return False
+        if text.finished:
             return False
         return self._inputs(text.sequences, cache).get("past_key_values") is None
 

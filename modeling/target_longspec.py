@@ -171,7 +171,8 @@ def query_rotation(
     axes = len(getattr(rotary, "mrope_section", None) or ())  # of positions in images and films; of text they agree
 
     def rotate(query: Tensor, positions: Tensor) -> Tensor:
-        cos, sin = rotary(query, positions.expand(axes, -1, -1) if axes else positions, **options)
+        positions = positions.expand(axes, -1, -1) if axes else positions
+        cos, sin = (angles.to(query.device) for angles in rotary(query, positions, **options))
         # partial rotation: some families slice in the attention module, so slice before the call for all of them;
         # gpt_oss gives one angle a pair, the others two
         angles = cos.shape[-1]

@@ -85,8 +85,8 @@ class Text:
 
     @property
     def sequences(self) -> Tensor:
-        """(B, L): all rows up to the longest, on the device of the prompt; contiguous, for a user may view it."""
-        return self._ids[:, : max(self.lengths)].to(self.device).contiguous()
+        """(B, L): all rows up to the longest, on the device of the prompt."""
+        return self._ids[:, : max(self.lengths)].to(self.device)
 
     @property
     def stopped(self) -> list[bool]:
@@ -128,15 +128,16 @@ class Text:
 
     def pick_tree(self, logits: Tensor, depths: Tensor, levels: int) -> Picks:
         """The tokens behind all nodes of a batch of trees: logits (B, T, vocab), depths (B, T) up to `levels`."""
-        picks = self.sampler.pick_tree(self._ids[:1, :1], self.steps, logits.to(self.device), depths, levels)
+        logits, depths = logits.to(self.device), depths.to(self.device)
+        picks = self.sampler.pick_tree(self._ids[:1, :1], self.steps, logits, depths, levels)
         if self.records.scores is not None and picks.scores is None:
-            return picks._replace(scores=logits.to(self.device, torch.float32))
+            return picks._replace(scores=logits.float())
         return picks
 
     def emit(self, rows: list[int], logits: Tensor, hidden_states: tuple | None = None) -> list[int]:
         """Pick the next token of `rows` from the target's logits (R, vocab) and write it. Returns the tokens.
 
-        hidden_states: (…, R, length, hidden) of each layer, of the forward that the logits are from.
+        hidden_states: (R, length, hidden) of each layer, of the forward that the logits are from.
         """
         logits = logits.to(copy=True, dtype=torch.float32, device=self.device)
         picks = self.sampler.pick(self.ids, rows, [self.steps[row] for row in rows], logits)
@@ -153,7 +154,7 @@ class Text:
         if records.logits is not None and logits is not None:
             records.logits.put(rows, steps, logits)
         if hidden_states is not None:
-            records.put_hidden_states(rows, steps, hidden_states)
+            records.put_hidden_states(rows, steps, tuple(states.to(self.device) for states in hidden_states))
         if picks.valid is not None and not bool(picks.valid.all()):
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
         return self._append(rows, picks.tokens)

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from hf_longspec.evaluation.tiny_models import tiny_model
+from hf_longspec.modeling.candidate_generator_longspec import LongSpecCandidateGenerator
 
 WINDOW = 8
 SHAPES = [(), (1, 1, 1, 1), (2, 3), (4, 8, 8, 8), (4, 16, 16, 16, 16)]
@@ -215,6 +216,32 @@ def test_scores_and_logits_have_plain_shapes_and_values(llama, do_sample):
         for mine, theirs in zip(ours[name], plain[name], strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
     assert sum(ours.accept_lengths[0]) == 14
+
+
+@pytest.mark.parametrize("call", [1, 2, 5])
+def test_a_draft_that_fails_leaves_a_whole_cache(monkeypatch, call):
+    """Its rings would have moved on, but not their lengths."""
+    target = tiny_target("mistral")
+    past, calls = DynamicCache(config=target.config), iter(range(1, 100))
+    original = LongSpecCandidateGenerator.advance
+
+    def advance(*args):
+        if next(calls) == call:
+            raise MemoryError("no room")
+        original(*args)
+
+    monkeypatch.setattr(LongSpecCandidateGenerator, "advance", advance)
+    options = {"max_new_tokens": 24, "pad_token_id": 0}
+    draft = tiny_draft(target, tree_shape=(13, 80, 80))
+    with pytest.raises(MemoryError, match="no room"):
+        target.generate(prompt_of(9), assistant_model=draft, past_key_values=past, **options)
+    text, expected = target.generate(prompt_of(9), **options), DynamicCache(config=target.config)
+    assert past.get_seq_length() >= 9
+    with torch.no_grad():
+        target(text[:, : past.get_seq_length()], past_key_values=expected)
+    for layer, other in zip(past.layers, expected.layers, strict=True):
+        torch.testing.assert_close(layer.keys, other.keys, **TOLERANCE)
+        torch.testing.assert_close(layer.values, other.values, **TOLERANCE)
 
 
 class Recorder:

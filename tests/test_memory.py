@@ -1,5 +1,7 @@
 """Memory of a call: the draft's state has the same bytes at any context, and nothing else grows but one cache."""
 
+import contextlib
+import gc
 import weakref
 
 import pytest
@@ -7,10 +9,12 @@ import torch
 from helpers import tiny_draft, tiny_target
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from hf_longspec.modeling import text_longspec
 from hf_longspec.modeling.cache_layers_longspec import BUCKET
+from hf_longspec.modeling.cache_longspec import SpeculativeCache
 from hf_longspec.modeling.draft_window_longspec import DraftWindow
 from hf_longspec.modeling.sampling_longspec import Noise
 
@@ -150,3 +154,35 @@ def test_state_bytes_is_what_a_window_occupies(window, tree):
     assert draft.state_bytes == state.nbytes
     batch = DraftWindow(window, inner, (5, 2, 16), torch.float32, torch.device("cpu"))
     assert batch.nbytes == 5 * draft.state_bytes
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_call_leaves_nothing_for_the_garbage_collector(monkeypatch, fails):
+    """A cache of a long context in a cycle of references would hold its memory until Python looks for cycles."""
+    target = tiny_target("llama")
+    draft = tiny_draft(target, tree_shape=(4, 8))
+    caches = []
+    create = SpeculativeCache.__init__
+
+    def watched(self, *args, **kwargs):
+        create(self, *args, **kwargs)
+        caches.append(weakref.ref(self))
+
+    def criterion(input_ids, scores, **kwargs):
+        assert not fails or input_ids.shape[1] < 12
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    monkeypatch.setattr(SpeculativeCache, "__init__", watched)
+    gc.disable()
+    try:
+        with contextlib.suppress(AssertionError):
+            target.generate(
+                torch.arange(2, 9)[None],
+                assistant_model=draft,
+                max_new_tokens=20,
+                pad_token_id=0,
+                stopping_criteria=StoppingCriteriaList([criterion]),
+            )
+        assert [cache() for cache in caches] == [None]
+    finally:
+        gc.enable()

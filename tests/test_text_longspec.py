@@ -236,6 +236,24 @@ def test_no_draw_is_kept_that_no_row_needs():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_after_a_failure_the_generator_stands_where_the_slowest_row_does():
+    """So does the cache, which is cut to it."""
+    text = make_text(eos(), options={"do_sample": True})
+    torch.manual_seed(0)
+    certain = {token: torch.eye(VOCAB)[token : token + 1].log() for token in (1, EOS)}
+    for row, count in enumerate((7, 2, 4)):
+        for _ in range(count):
+            text.emit([row], certain[1])
+    with pytest.raises(RuntimeError, match="probability tensor"):
+        text.emit([0], torch.full((1, VOCAB), float("nan")))
+    text.rewind_noise()
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    for _ in range(2):
+        torch.multinomial(torch.ones(3, VOCAB), 1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 # --- what the rows hold ----------------------------------------------------------------------------------------------
 
 
