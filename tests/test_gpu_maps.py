@@ -62,8 +62,8 @@ def assert_same(target, draft, inputs, **options):
     assert ours.sequences.device == plain.sequences.device
     assert all(torch.equal(*states) for states in zip(random, after, strict=True))
     for name in ("scores", "logits"):
-        if plain[name] is not None:
-            torch.testing.assert_close(ours[name], plain[name], rtol=1e-4, atol=1e-4)
+        if getattr(plain, name) is not None:
+            torch.testing.assert_close(getattr(ours, name), getattr(plain, name), rtol=1e-4, atol=1e-4)
     if plain.hidden_states is not None:
         torch.testing.assert_close(ours.hidden_states, plain.hidden_states, rtol=1e-3, atol=1e-3)
     for layer, theirs in zip(ours.past_key_values.layers, plain.past_key_values.layers, strict=True):
