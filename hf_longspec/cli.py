@@ -39,6 +39,10 @@ Tree = Annotated[
     typer.Option(parser=parse_tree, metavar="W1,W2,...", help="Nodes of each tree level.  [default: the draft's own]"),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to write.")]
+Target = Annotated[str, typer.Option(help="Folder or Hub id of the target.")]
+Draft = Annotated[str, typer.Option(help="Folder or Hub id of its LongSpec draft.")]
+Format = Annotated[Dtype, typer.Option(help="Number format; auto is the target's own.")]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python files of the two repositories.")]
 Profile = Annotated[bool, typer.Option("--profile", help="Show where the time of a round goes.")]
 
 
@@ -73,18 +77,16 @@ def demo(
 
 @app.command()
 def generate(
-    target: Annotated[str, typer.Option(help="Folder or Hub id of the target.")],
-    draft: Annotated[str, typer.Option(help="Folder or Hub id of its LongSpec draft.")],
+    target: Target,
+    draft: Draft,
     prompt_file: Annotated[Path, typer.Option(help="Text to go on with, UTF-8.")],
     tree: Tree = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; above 0 samples.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
-    dtype: Annotated[Dtype, typer.Option(help="Number format; auto is the target's own.")] = Dtype.auto,
+    dtype: Format = Dtype.auto,
     profile: Profile = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python files of the two repositories.")
-    ] = False,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Any target goes on with a text, without and with its draft."""
     try:
@@ -98,18 +100,16 @@ def generate(
 
 @app.command()
 def evaluate(
-    target: Annotated[str, typer.Option(help="Folder or Hub id of the target.")],
-    draft: Annotated[str, typer.Option(help="Folder or Hub id of its LongSpec draft.")],
+    target: Target,
+    draft: Draft,
     text: Annotated[list[Path], typer.Option(help="Held-out text: a file, or a folder of text files. Repeatable.")],
     contexts: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "1024,4096,7168",
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of each length.")] = 12,
     tree: Tree = None,
     max_new_tokens: MaxNewTokens = 128,
-    dtype: Annotated[Dtype, typer.Option(help="Number format; auto is the target's own.")] = Dtype.auto,
+    dtype: Format = Dtype.auto,
     compare: Annotated[bool, typer.Option("--compare", help="Run plain generate too: speed-up and equality.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python files of the two repositories.")
-    ] = False,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Acceptance by length of context on held-out text, greedy: a table, and one line of JSON last."""
     import json
@@ -150,19 +150,17 @@ def evaluate(
 
 @app.command()
 def bench(
-    target: Annotated[str, typer.Option(help="Folder or Hub id of the target.")],
-    draft: Annotated[str, typer.Option(help="Folder or Hub id of its LongSpec draft.")],
+    target: Target,
+    draft: Draft,
     text: Annotated[list[Path], typer.Option(help="Text to cut prompts from: a file, or a folder of text files.")],
     batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8",
     context: Annotated[int, typer.Option(min=4, help="Tokens of the longest prompt.")] = 1024,
     tree: Tree = None,
     max_new_tokens: MaxNewTokens = 128,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each engine.")] = 3,
-    dtype: Annotated[Dtype, typer.Option(help="Number format; auto is the target's own.")] = Dtype.auto,
+    dtype: Format = Dtype.auto,
     profile: Profile = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python files of the two repositories.")
-    ] = False,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Total tokens per second of batches, greedy, without and with the draft: a table, and one line of JSON last."""
     import json

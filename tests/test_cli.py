@@ -1,5 +1,6 @@
 """The command line on a tiny pair of folders, and its answers to mistakes."""
 
+import json
 import subprocess
 import sys
 
@@ -81,6 +82,23 @@ def test_mistakes(folders, options, message):
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.stderr.split())
     assert result.exception is None or isinstance(result.exception, SystemExit)
+
+
+def test_bench_of_batches(folders):
+    options = ["--context", "20", "--max-new-tokens", "6", "--repeats", "1", "--tree", "2,3", "--batches", "1,3"]
+    pair = ["--target", str(folders / "target"), "--draft", str(folders / "draft")]
+    result = runner.invoke(cli.app, ["bench", *pair, "--text", str(folders / "prompt.txt"), *options])
+    assert result.exit_code == 0, result.output
+    *table, last = result.output.strip().splitlines()
+    batches = json.loads(last)["batches"]
+    assert [(batch["batch"], batch["equal"], batch["different"]) for batch in batches] == [(1, 1, 0), (3, 3, 0)]
+    assert json.loads(last)["tree"] == [2, 3] and "plain, tok/s" in table[0]
+    for wrong, message in (
+        (["--batches", "1,x"], "expected batch sizes such as 1,8"),
+        (["--context", "50"], "at least 50"),
+    ):
+        result = runner.invoke(cli.app, ["bench", *pair, "--text", str(folders / "prompt.txt"), *wrong])
+        assert result.exit_code == 2 and message in " ".join(result.stderr.split())
 
 
 def test_draft_for_another_target(folders):
