@@ -63,9 +63,8 @@ class Text:
         by_row = are_by_row(processors) and known_criteria and streamer is None and not together
         self.together = self.batch == 1 or not by_row
         is_argmax = not do_sample and len(processors) == 0
-        # criteria of a user's own may draw random numbers between ours
-        ahead = without_history and known_criteria and pays_by_tree(self.device, self.batch * nodes * vocab)
-        self.by_tree = is_argmax or ahead
+        alone = without_history and known_criteria  # a user's own criteria may draw random numbers between ours
+        self.by_tree = is_argmax or (alone and pays_by_tree(self.device, self.batch * nodes * vocab))
         noise = do_sample and (self.by_tree or not self.together)
         self.sampler = Sampler(processors, do_sample, Noise(self.batch, self.device) if noise else None)
         ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
@@ -88,17 +87,17 @@ class Text:
 
     @property
     def sequences(self) -> Tensor:
-        """(B, L): all rows up to the longest, on the device of the prompt."""
-        return self._ids[:, : max(self.lengths)].to(self.device)
+        """(B, L): all rows up to the longest, on the device of the prompt; contiguous, for a user may view it."""
+        return self._ids[:, : max(self.lengths)].to(self.device).contiguous()
 
     @property
     def stopped(self) -> list[bool]:
         return [end is not None for end in self.ends]
 
     def rewind_noise(self) -> None:
-        """Leave the random generator as plain `generate` would."""
+        """Leave the random generator as plain `generate` would: after a failure, at the step of the slowest row."""
         if self.sampler.noise is not None:
-            self.sampler.noise.rewind(max(self.steps))
+            self.sampler.noise.rewind(self._slowest)
 
     @property
     def steps(self) -> list[int]:
@@ -140,7 +139,7 @@ class Text:
     def emit(self, rows: list[int], logits: Tensor, hidden_states: tuple | None = None) -> list[int]:
         """Pick the next token of `rows` from the target's logits (R, vocab) and write it. Returns the tokens.
 
-        hidden_states: (R, length, hidden) of each layer, of the forward that the logits are from.
+        hidden_states: (…, R, length, hidden) of each layer, of the forward that the logits are from.
         """
         logits = logits.to(copy=True, dtype=torch.float32, device=self.device)
         picks = self.sampler.pick(self.ids, rows, [self.steps[row] for row in rows], logits)
@@ -182,9 +181,14 @@ class Text:
         for row, token in zip(rows, host, strict=True):
             self.newest[row] = token
         if self.sampler.noise is not None:
-            moving = [step for step, end in zip(self.steps, self.ends, strict=True) if end is None or self.keeps_tails]
-            self.sampler.noise.forget(min(moving, default=max(self.steps)))
+            self.sampler.noise.forget(self._slowest)
         return host
+
+    @property
+    def _slowest(self) -> int:
+        """The step of the last of the rows that go on; that of the first where none does."""
+        moving = [step for step, end in zip(self.steps, self.ends, strict=True) if end is None or self.keeps_tails]
+        return min(moving, default=max(self.steps))
 
     def _ask(self, rows: list[int]) -> None:
         """Ask the stopping criteria about the newest tokens; the first length at which they stop a row is its end."""

@@ -106,6 +106,7 @@ def test_records(batch, do_sample):
 def test_goes_without_cuda_graphs(caplog):
     target = split_target("llama", MAPS["split"])
     draft = tiny_draft(target)
+    logging.set_verbosity_warning()
     logging.warning_once.cache_clear()
     assert_same(target, draft, prompts(1), do_sample=False)
     assert "LongSpec runs without CUDA graphs: accelerate's hooks" in caplog.text

@@ -70,21 +70,6 @@ def test_longrope_leaves_a_dropped_cache_to_its_owner(length):
             torch.testing.assert_close(layer.values, expected.values, rtol=1e-4, atol=1e-5)
 
 
-def test_longrope_text_that_ends_at_the_switch_while_other_ranks_go_on(monkeypatch):
-    """`synced_gpus`: rounds follow that write nothing, and none of them may be the one that reads the text anew."""
-    target = phi3_with_switch_at(16)
-    draft = tiny_draft(target, window=WINDOW, tree_shape=(4, 8, 8))
-    rounds_of_others = iter(range(40))
-    monkeypatch.setattr(
-        target, "_has_unfinished_sequences", lambda done, *_, **__: next(rounds_of_others, None) is not None
-    )
-    options = {"max_new_tokens": 3, "pad_token_id": 0, "synced_gpus": True}
-    ours = target.generate(prompt_of(14), assistant_model=draft, **options)
-    assert next(rounds_of_others, None) is None
-    rounds_of_others = iter(range(40))
-    assert ours.tolist() == target.generate(prompt_of(14), **options).tolist()
-
-
 def test_longrope_switch_is_real():
     target = phi3_with_switch_at(16)
     long = target(prompt_of(20)).logits[:, 10]
