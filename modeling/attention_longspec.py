@@ -149,7 +149,6 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[T
             query.shape[:3], NEG_INF, dtype=torch.float32
         )
     rows = pack_heads(query, key.shape[1])
-    key, value = key.to(query.dtype), value.to(query.dtype)  # they differ under autocast only
     if query.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(rows, key, value, scale=scaling)
     elif query.dtype in (torch.float16, torch.bfloat16):

@@ -18,6 +18,8 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .rope_switch_longspec import last_short_length
+
 logger = logging.get_logger(__name__)
 
 
@@ -145,7 +147,6 @@ def misfit(target: PreTrainedModel, device: torch.device) -> str | None:
         return "FSDP gathers weights in every forward"
     if torch.is_autocast_enabled(device.type):
         return "autocast keeps copies of the weights"
-    parameters = getattr(target.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    if parameters.get("rope_type") == "longrope":
+    if last_short_length(target) is not None:
         return "the frequencies of longrope depend on the length"
     return None

@@ -16,13 +16,17 @@ from .cache_longspec import SpeculativeCache
 from .text_longspec import Text
 
 
+def last_short_length(target: PreTrainedModel) -> int | None:
+    """The longest text that a longrope target reads with its short frequencies; None for any other target."""
+    parameters = getattr(target.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    return parameters["original_max_position_embeddings"] if parameters.get("rope_type") == "longrope" else None
+
+
 class RopeSwitch:
     def __init__(self, target: PreTrainedModel, model_kwargs: dict[str, Any]):
         """model_kwargs: those of the call; the attention mask and the positions of its prompt are read."""
-        parameters = getattr(target.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-        longrope = parameters.get("rope_type") == "longrope"
         self.target = target
-        self.last_short = parameters["original_max_position_embeddings"] if longrope else None
+        self.last_short = last_short_length(target)
         self.options = {name: model_kwargs[name] for name in ("output_hidden_states",) if name in model_kwargs}
         self.mask, self.positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
 
@@ -38,13 +42,8 @@ class RopeSwitch:
         return min(limits, default=None)
 
     def drops_cache(self, text: Text, cache: SpeculativeCache) -> bool:
-        """Whether plain `generate` would throw the cache away before it reads the newest token of `text`.
-
-        Not of one that is finished: under `synced_gpus` rounds go on that write nothing.
-        """
+        """Whether plain `generate` would throw the cache away before it reads the newest token of `text`."""
         if self.last_short is None or text.lengths[0] <= self.last_short or cache.length > self.last_short:
-            return False
-        if text.finished:
             return False
         return self._inputs(text.sequences, cache).get("past_key_values") is None
 

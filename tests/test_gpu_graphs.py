@@ -86,7 +86,7 @@ def test_what_cannot_be_captured_runs_without(captures):
 
 def test_asked_for_by_name_and_not_to_be_had():
     target = tiny_target("phi3").cuda()
-    target.config.rope_parameters["rope_type"] = "longrope"
+    target.config.rope_parameters |= {"rope_type": "longrope", "original_max_position_embeddings": 16}
     with pytest.raises(ValueError, match="cuda_graphs=True cannot be had here: the frequencies of longrope"):
         graphs_longspec.resolve_graphs(True, target, torch.device("cuda"))
 
