@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import tiny_draft, tiny_target
 
 # these compare for the tests, which show both sides of what fails
 pytest.register_assert_rewrite("pairs", "serials", "tables", "texts")
@@ -11,6 +12,16 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def llama():
+    return tiny_target("llama")
+
+
+@pytest.fixture
+def draft(llama):
+    return tiny_draft(llama, window=8)
 
 
 def pytest_collection_modifyitems(items):

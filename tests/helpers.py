@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_longspec import LongSpecConfig, LongSpecForCausalLM
+from hf_longspec.evaluation.tiny_models import randomized
 from hf_longspec.modeling.cache_longspec import SpeculativeCache
 
 VOCAB = 13
@@ -71,23 +72,13 @@ def tiny_target(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMo
     Weights are large enough that the text depends on the context instead of settling on one token.
     """
     config = AutoConfig.for_model(family, **(SHAPE | FAMILIES.get(family, {}) | overrides))
-    return _randomized(lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32), seed)
+    return randomized(lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32), seed)
 
 
 def tiny_draft(target: PreTrainedModel, *, seed: int = 1, **fields: Any) -> LongSpecForCausalLM:
     """A float32 draft in eval mode for `target`; `fields` are those of `LongSpecConfig`."""
     config = LongSpecConfig.from_target(target.config, **({"window": 8, "tree_shape": (4, 8, 8)} | fields))
-    return _randomized(lambda: LongSpecForCausalLM(config), seed)
-
-
-def _randomized(build: Any, seed: int) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = build()
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=0.15)
-    return model.eval()
+    return randomized(lambda: LongSpecForCausalLM(config), seed)
 
 
 def commit(cache: SpeculativeCache, path: torch.Tensor, counts: torch.Tensor, emitted: list[int]) -> None:

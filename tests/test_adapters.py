@@ -10,16 +10,6 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
-@pytest.fixture
-def llama():
-    return tiny_target("llama")
-
-
-@pytest.fixture
-def draft(llama):
-    return tiny_draft(llama, window=8)
-
-
 def lora(**options):
     return peft.LoraConfig(**({"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False} | options))
 

@@ -11,17 +11,6 @@ from transformers.utils import logging
 
 from hf_longspec.modeling.target_longspec import bind
 
-
-@pytest.fixture
-def llama():
-    return tiny_target("llama")
-
-
-@pytest.fixture
-def draft(llama):
-    return tiny_draft(llama, window=8)
-
-
 # Where the weights lie
 
 

@@ -7,16 +7,6 @@ from texts import assert_same
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 
-@pytest.fixture
-def llama():
-    return tiny_target("llama")
-
-
-@pytest.fixture
-def draft(llama):
-    return tiny_draft(llama, window=8)
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 def test_torchao_weights(llama, draft, tmp_path):
     quantization = pytest.importorskip("torchao.quantization")
