@@ -23,7 +23,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from hf_longspec import LongSpecConfig, LongSpecForCausalLM
 from hf_longspec.modeling.configuration_longspec import layer_kinds
 
-from .tiny_models import VOCAB, NotBuildable, one_line, randomized, tiny_model
+from .tiny_models import FAILURES, VOCAB, NotBuildable, one_line, randomized, tiny_model
 
 NEW_TOKENS = 24
 WIDE_TREE = (13, 80, 80)  # every next token, and about half of the pairs: random drafts are right seldom
@@ -96,7 +96,7 @@ def try_family(family: str) -> Trial:
     try:
         texts = [write(target, setting) for setting in SETTINGS]
         effect = context_effect(target)
-    except Exception as error:  # whatever plain `generate` fails with
+    except FAILURES as error:  # of plain `generate`
         if refusal := refused_by_config(target.config):
             return Trial(family, name, attention, Result.refused, refusal)
         reason = f"plain generate: {one_line(error)}"
@@ -105,7 +105,7 @@ def try_family(family: str) -> Trial:
         compare(target, texts)
     except Different as error:
         return Trial(family, name, attention, Result.wrong, str(error))
-    except Exception as error:  # a refusal, or a crash
+    except FAILURES as error:  # a refusal, or a crash
         result = Result.refused if is_refusal(error) else Result.wrong
         return Trial(family, name, attention, result, one_line(error))
     if effect < LEAST_EFFECT:
