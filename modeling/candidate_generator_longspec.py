@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention_longspec import Backend, attend
+from .attention_longspec import attend
+from .backends_longspec import Backend
 from .cache_longspec import SpeculativeCache
 from .draft_window_longspec import DraftWindow
 from .target_longspec import BoundTarget
@@ -100,7 +101,7 @@ class LongSpecCandidateGenerator:
             return attend(query, window.keys, window.values, mask, self.scaling)[0].to(query.dtype)
 
         def cross_attend(query: Tensor) -> Tensor:
-            return prefix.attend(query, self.backend, self.scaling, None)[0].to(query.dtype)
+            return self.backend.attention(query, prefix, None, self.scaling, None, None).transpose(1, 2)
 
         embeds = self.target.embed(tokens)
         hidden = self.draft.layer(embeds, positions, self.target.rotate, self_attend, cross_attend)

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import DynamicCache, PreTrainedConfig
 
-ATTENTION_BACKENDS = ("auto", "eager", "torch")
+ATTENTION_BACKENDS = ("auto", "eager", "torch", "triton")
 
 
 class LongSpecConfig(PreTrainedConfig):
@@ -29,7 +29,7 @@ class LongSpecConfig(PreTrainedConfig):
         tree_shape (`tuple[int, ...]`): nodes of each tree level below the root. `(1, 1, 1)` is a chain, `()` means
             nothing to guess: one token a round.
         verify_tokens (`int`, *optional*): rows fed to the target, root included: the tree's best. `None`: all of it.
-        attention_backend (`str`): how the target attends while it verifies: `"auto"`, `"eager"` or `"torch"`.
+        attention_backend (`str`): how the target attends while it verifies: one of `ATTENTION_BACKENDS`.
         cuda_graphs (`str` or `bool`): replay a round's phases as CUDA graphs: `"auto"` where that is possible.
         profile (`bool`): time each phase of a round (adds a device synchronization per phase).
     """
