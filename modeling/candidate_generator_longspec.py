@@ -40,6 +40,8 @@ class LongSpecCandidateGenerator:
         config, device = draft.config, target.device
         self.draft, self.target, self.backend = draft, target, backend
         self.shape = tuple(config.tree_shape)
+        self.logits = draft.guessing_head(target) if self.shape else target.logits
+        self.vocab = draft.draft_vocab
         self.verify_tokens = config.verify_tokens
         # the levels that have children, as slices of the tree's nodes
         starts = [*accumulate((1, *self.shape[:-1]), initial=0)]
@@ -88,7 +90,7 @@ class LongSpecCandidateGenerator:
             inputs = self._level_inputs(position, cache)
         for depth, width in enumerate(shape):
             logits = self._level_logits(level.tokens, depth, inputs)
-            level = best_children(logits, level.scores, width)
+            level = best_children(logits, level.scores, width, self.vocab)
             self._hand_down(inputs.mask, level.parents, depth + 1)
             grown.append(level)
         return TokenTree.from_levels(grown, self.above[: 1 + sum(shape)]).prune(self.verify_tokens)
@@ -114,7 +116,7 @@ class LongSpecCandidateGenerator:
         torch.gather(seen, 1, parents[:, :, None].expand(-1, -1, seen.shape[2]), out=tree[:, nodes, reach])
 
     def _level_logits(self, tokens: Tensor, depth: int, inputs: LevelInputs) -> Tensor:
-        """Logits (B, T, vocab) of the nodes at `depth`, with `tokens` (B, T)."""
+        """Logits (B, T, N) of what may follow the nodes at `depth`, which have `tokens` (B, T)."""
         window, nodes = self.window, self.inner[depth]
         here = slice(depth, depth + 1)
         angles, query_angles = (
@@ -133,7 +135,7 @@ class LongSpecCandidateGenerator:
             return prefix.attend(query, self.backend, self.scaling, None)[0].to(query.dtype)
 
         hidden = self.draft.layer(self.target.embed(tokens), angles, self_attend, cross_attend)
-        return self.target.logits(hidden)
+        return self.logits(hidden)
 
 
 def attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
@@ -141,14 +143,16 @@ def attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scali
     return attend(query, key, value, mask, scaling)[0].to(query.dtype)
 
 
-def best_children(logits: Tensor, scores: Tensor, width: int) -> Level:
-    """The `width` best continuations of nodes with cumulative log-probability `scores` (B, T), logits (B, T, V).
+def best_children(logits: Tensor, scores: Tensor, width: int, vocab: Tensor | None = None) -> Level:
+    """The `width` best continuations of nodes with cumulative log-probability `scores` (B, T), logits (B, T, N).
 
+    vocab: the tokens (N,) that these are the logits of; None: 0, 1, …
     No node can have more than `width` of them, so each node's own best `width` are candidates enough. Of continuations
     that score alike any may be taken, as `topk` does.
     """
-    best = logits.topk(min(width, logits.shape[-1]), dim=-1).indices  # (B, T, k)
+    best = logits.topk(min(width, logits.shape[-1]), dim=-1, sorted=False).indices  # (B, T, k)
     # in this order: a log-probability is never positive, so that none can round to a child that outranks its parent
     totals = scores[:, :, None] + log_softmax(logits, dim=-1, dtype=torch.float32).gather(-1, best)
     chosen, index = totals.flatten(1).topk(width, dim=-1)
-    return Level(best.flatten(1).gather(1, index), index // best.shape[-1], chosen)
+    tokens = best.flatten(1).gather(1, index)
+    return Level(tokens if vocab is None else vocab[tokens], index // best.shape[-1], chosen)

@@ -10,19 +10,21 @@ window and the tree. Parameter names are those of the published checkpoints (git
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .checks_longspec import check_generation
 from .configuration_longspec import LongSpecConfig
 from .door_longspec import install
+from .draft_head_longspec import HeadRows
 from .generation_longspec import assisted_decoding
 from .target_longspec import BoundTarget, bind
 
@@ -98,9 +100,53 @@ class LongSpecForCausalLM(PreTrainedModel):
         self.post_self_attention_layernorm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_cross_attention_layernorm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps) if config.final_norm else nn.Identity()
+        ids = None if config.draft_vocab_size is None else torch.arange(config.draft_vocab_size)
+        self.register_buffer("draft_vocab", ids)
+        self._head_rows = HeadRows()
         # not a buffer: it must stay float32 when the draft is cast, and exist when it is built on the meta device
         self._frequencies = {torch.device("cpu"): rope_frequencies(config)}
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self and self.draft_vocab is not None:  # of a checkpoint that has none
+            init.copy_(self.draft_vocab, torch.arange(len(self.draft_vocab)))
+
+    def set_draft_vocab(self, ids: Tensor | Sequence[int] | None) -> None:
+        """Let the draft guess only tokens `ids` (N,), whose rows of the target's LM head are all that it then reads.
+
+        The text does not change: what the target writes beyond them is just never guessed. The draft keeps a copy of
+        these rows, N × hidden, beside each target. Ids are saved with the draft; `None`: it guesses among all tokens.
+        Raises `ValueError` for ids that are not in the vocabulary or come twice.
+        """
+        if ids is None:
+            self.draft_vocab, self.config.draft_vocab_size = None, None
+            return
+        ids = torch.as_tensor(ids)
+        if ids.dim() != 1 or not len(ids) or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(f"a draft vocabulary is a row of token ids, got {tuple(ids.shape)} of {ids.dtype}")
+        lowest, highest, vocab = int(ids.min()), int(ids.max()), self.config.vocab_size
+        if lowest < 0 or highest >= vocab:
+            raise ValueError(f"a draft vocabulary has token ids in 0..{vocab - 1}, got {lowest}..{highest}")
+        if len(ids.unique()) < len(ids):
+            raise ValueError(f"a draft vocabulary has each token once, got {len(ids) - len(ids.unique())} twice")
+        self.draft_vocab = ids.detach().to(self.device, torch.long, copy=True)
+        self.config.draft_vocab_size = len(ids)
+
+    def guessing_head(self, bound: BoundTarget) -> Callable[[Tensor], Tensor]:
+        """Hidden states (B, T, hidden) -> logits (B, T, N) of the tokens of `draft_vocab`, or of all.
+
+        Raises `ValueError` where some of the target's LM head is not to be had alone.
+        """
+        size = None if self.draft_vocab is None else len(self.draft_vocab)
+        if size != self.config.draft_vocab_size:
+            raise ValueError(
+                f"`draft_vocab_size` is {size}, as draft.set_draft_vocab has it, got {self.config.draft_vocab_size}"
+            )
+        if self.draft_vocab is None:
+            return bound.logits
+        rows = self._head_rows.of(bound.head, self.draft_vocab, bound.device)
+        return lambda hidden: bound.scaled(rows(hidden))
 
     def layer(
         self,

@@ -35,6 +35,7 @@ class BoundTarget(NamedTuple):
     embed:  token ids (B, T) -> embeddings (B, T, hidden) as the target's first layer sees them
     scale:  embeddings a user passed as `inputs_embeds` -> the same
     logits: draft hidden states (B, T, hidden) -> (B, T, vocab), the target's logit scale or cap included
+    scaled: what the target's LM head `head` puts out -> the same with scale or cap
     angles: a tensor of the queries' dtype and device, positions (B, T) -> what `rotate` needs of these positions
     rotate: queries (B, H, T, D), their angles -> rotated as the target rotates those of its layer `layer`
     """
@@ -42,6 +43,8 @@ class BoundTarget(NamedTuple):
     embed: Callable[[Tensor], Tensor]
     scale: Callable[[Tensor], Tensor]
     logits: Callable[[Tensor], Tensor]
+    scaled: Callable[[Tensor], Tensor]
+    head: nn.Module
     angles: Callable[[Tensor, Tensor], Angles]
     rotate: Callable[[Tensor, Angles], Tensor]
     layer: int
@@ -88,6 +91,8 @@ def bind(config: LongSpecConfig, target: PreTrainedModel) -> BoundTarget:
         embed=embed,
         scale=scale,
         logits=logits,
+        scaled=lambda logits: scaled_logits(logits, text_config),
+        head=head,
         angles=angles,
         rotate=rotate,
         layer=config.target_layer,
