@@ -87,7 +87,7 @@ class LongSpecCandidateGenerator:
         level = Level.of_root(root.to(position.device))
         grown, shape = [level], self.shape[:levels]
         if shape:
-            inputs = self._level_inputs(position, cache)
+            inputs = self._level_inputs(position, cache, len(shape))
         for depth, width in enumerate(shape):
             logits = self._level_logits(level.tokens, depth, inputs)
             level = best_children(logits, level.scores, width, self.vocab)
@@ -95,14 +95,15 @@ class LongSpecCandidateGenerator:
             grown.append(level)
         return TokenTree.from_levels(grown, self.above[: 1 + sum(shape)]).prune(self.verify_tokens)
 
-    def _level_inputs(self, root_position: Tensor, cache: SpeculativeCache) -> LevelInputs:
-        positions = root_position[:, None] + self.depths
+    def _level_inputs(self, root_position: Tensor, cache: SpeculativeCache, levels: int) -> LevelInputs:
+        depths = self.depths[:levels]  # of no level that is not grown: some rotations look at the largest position
+        positions = root_position[:, None] + depths
         inner = root_position[:, None] + self.inner_depths
         return LevelInputs(
             self.draft.angles(positions),
             self.target.angles(self.window.keys, positions),
             self.window.mask(inner, root_position, self.itself.expand(len(inner), -1, -1)),
-            cache.layers[self.target.layer].prefix(cache.place(self.depths.expand_as(positions))),
+            cache.layers[self.target.layer].prefix(cache.place(depths.expand_as(positions))),
         )
 
     def _hand_down(self, mask: Tensor, parents: Tensor, depth: int) -> None:

@@ -260,3 +260,18 @@ def test_no_tree_needs_no_head():
     subclass(target)
     draft.config.tree_shape = ()
     assert_same(target, draft, PROMPT)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(4, 8, 8), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("verify_tokens", [None, 9])
+def test_in_cuda_graphs(shape, verify_tokens):
+    target, draft = pair_of()
+    target, ids = target.cuda(), PROMPT.cuda()
+    draft.config.tree_shape, draft.config.verify_tokens = shape, verify_tokens
+    assert_same(target, draft, ids)
+    first = kept_weight(target, draft)
+    assert_same(target, draft, torch.cat([ids, ids.flip(1)]))
+    assert kept_weight(target, draft) is first and first.is_cuda
+    draft.set_draft_vocab([1, 4, 6, 8, 10, 11])
+    assert_same(target, draft, ids)
