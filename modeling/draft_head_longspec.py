@@ -8,6 +8,7 @@ with its whole vocabulary: a token that is left out is never guessed. Knows noth
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +68,19 @@ class Snapshot:
 
 def _state(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+
+
+def vocabulary(ids: Tensor | Sequence[int], size: int) -> Tensor:
+    """Token ids (N,) int64, a copy. Raises `ValueError` for ids beyond a vocabulary of `size` or that come twice."""
+    ids = torch.as_tensor(ids)
+    if ids.dim() != 1 or not len(ids) or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"a draft vocabulary is a row of token ids, got {tuple(ids.shape)} of {ids.dtype}")
+    lowest, highest, repeated = int(ids.min()), int(ids.max()), len(ids) - len(ids.unique())
+    if lowest < 0 or highest >= size:
+        raise ValueError(f"a draft vocabulary has token ids in 0..{size - 1}, got {lowest}..{highest}")
+    if repeated:
+        raise ValueError(f"a draft vocabulary has each token once, got {repeated} more than once")
+    return ids.detach().to(torch.long, copy=True)
 
 
 def plain_linear(head: nn.Module | None) -> nn.Linear:

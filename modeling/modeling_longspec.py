@@ -24,7 +24,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from .checks_longspec import check_generation
 from .configuration_longspec import LongSpecConfig
 from .door_longspec import install
-from .draft_head_longspec import HeadRows
+from .draft_head_longspec import HeadRows, vocabulary
 from .generation_longspec import assisted_decoding
 from .target_longspec import BoundTarget, bind
 
@@ -122,16 +122,8 @@ class LongSpecForCausalLM(PreTrainedModel):
         if ids is None:
             self.draft_vocab, self.config.draft_vocab_size = None, None
             return
-        ids = torch.as_tensor(ids)
-        if ids.dim() != 1 or not len(ids) or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise ValueError(f"a draft vocabulary is a row of token ids, got {tuple(ids.shape)} of {ids.dtype}")
-        lowest, highest, vocab = int(ids.min()), int(ids.max()), self.config.vocab_size
-        if lowest < 0 or highest >= vocab:
-            raise ValueError(f"a draft vocabulary has token ids in 0..{vocab - 1}, got {lowest}..{highest}")
-        if len(ids.unique()) < len(ids):
-            raise ValueError(f"a draft vocabulary has each token once, got {len(ids) - len(ids.unique())} twice")
-        self.draft_vocab = ids.detach().to(self.device, torch.long, copy=True)
-        self.config.draft_vocab_size = len(ids)
+        self.draft_vocab = vocabulary(ids, self.config.vocab_size).to(self.device)
+        self.config.draft_vocab_size = len(self.draft_vocab)
 
     def guessing_head(self, bound: BoundTarget) -> Callable[[Tensor], Tensor]:
         """Hidden states (B, T, hidden) -> logits (B, T, N) of the tokens of `draft_vocab`, or of all.

@@ -185,7 +185,7 @@ def test_size_asked_of_a_checkpoint_without_a_vocabulary(tmp_path):
         ([True, False], "is a row of token ids, got .* of torch.bool"),
         ([1, 13], r"token ids in 0\.\.12, got 1\.\.13"),
         ([-1, 3], r"token ids in 0\.\.12, got -1\.\.3"),
-        ([4, 5, 4, 5, 6], "has each token once, got 2 twice"),
+        ([4, 5, 4, 5, 6], "has each token once, got 2 more than once"),
     ],
 )
 def test_wrong_vocabulary(ids, message):
