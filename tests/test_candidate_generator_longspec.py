@@ -331,6 +331,20 @@ def test_fewer_levels_are_the_same_tree_cut_off():
         assert tree.parents.tolist() == [full.parents[0, :nodes].tolist()]
 
 
+def test_levels_that_are_not_grown_do_not_turn_queries():
+    """longrope has other frequencies from the first position beyond its switch on, for all that are asked with it."""
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 16}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [9.0] * 8}
+    target = tiny_target("phi3", hidden_size=64, original_max_position_embeddings=16, rope_parameters=rope)
+    draft = tiny_draft(target, tree_shape=(4, 8, 8, 8))
+    session = Session(target, draft, [random_text(14)])  # the root stands at 13, level 3 at 16
+    whole, cut = session.grow(), session.grow(3)
+    draft.config.tree_shape = (4, 8, 8)
+    short = Session(target, draft, session.texts).grow()
+    assert cut.tokens.tolist() == short.tokens.tolist() and cut.scores.tolist() == short.scores.tolist()
+    assert whole.scores[:, :21].tolist() != short.scores.tolist()
+
+
 def test_verify_tokens_keeps_the_best_nodes_of_the_whole_tree():
     target, draft = models("llama", tree_shape=(4, 8, 8))
     text = random_text(12)
