@@ -38,7 +38,7 @@ def commit(folder: Path = Path(__file__).parents[1]) -> str | None:
         # a checkout of another user's is answered by an error: then there is no commit to tell
         return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True).stdout.strip()
 
-    head = git("rev-parse", "HEAD")
+    head = git("rev-parse", "--verify", "--quiet", "HEAD")
     return (head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")) or None
 
 

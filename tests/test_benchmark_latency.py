@@ -16,7 +16,7 @@ SPEED = Speed(bandwidth=1000.0, operations=1000.0)
 
 @pytest.fixture
 def pair():
-    return shapes.random_pair("tiny", CPU, torch.float32, 1000, window=8)
+    return shapes.random_pair("tiny", CPU, torch.float32, 1000, window=8, tree_shape=(2, 3))
 
 
 def held(target, tokens):
@@ -26,7 +26,7 @@ def held(target, tokens):
 
 def test_all_steps_of_all_contexts(pair):
     bench = latency.Bench(*pair, SPEED, rounds=3)
-    results = [bench.measure(context, (2, 3), (3, 5), static=True) for context in (64, 128)]
+    results = [bench.measure(context, (3, 5), static=True) for context in (64, 128)]
     for result in results:
         names = [step.name for step in result.steps]
         assert names == [
@@ -59,8 +59,10 @@ def test_floors(pair):
     target = 2 * layer + norm + head  # of the embedding only a row
     # the draft's second attention has no K and V of its own; biases of its three projections and of the other query
     draft = layer + norm + 2 * 32 * 64 + (64 + 32 + 32) + 64
+    pair[1].config.tree_shape = (2,)
     bench = latency.Bench(*pair, SPEED, rounds=1)
-    floors = {step.name: step.floor for step in bench.measure(70, (2,), (3,), static=False).steps}
+    floors = {step.name: step.floor for step in bench.measure(70, (3,), static=False).steps}
+    assert (pair[1].config.tree_shape, pair[1].config.verify_tokens, pair[1].config.profile) == ((2,), None, False)
     assert floors["generate"] == floors["one token"] == floors["verify 3"] == 4 * (target + 2 * cached)
     assert floors["level 1, 2 nodes"] == 4 * (draft + head + cached)
     assert floors["round"] == floors["verify 3"] + floors["level 1, 2 nodes"]
@@ -105,7 +107,7 @@ def test_caches_are_filled_and_cut(pair, static):
 @pytest.mark.parametrize("speculative", [False, True])
 def test_a_call_reads_one_token_and_leaves_the_cache(pair, speculative):
     target, draft = pair
-    draft.config.tree_shape, draft.config.profile = (2, 3), True
+    draft.config.profile = True
     prompt = held(target, 40)
     keys = [layer.keys.clone() for layer in prompt.cache.layers]
     lengths = []
@@ -148,9 +150,9 @@ def test_replays_belong_to_the_round_in_which_they_were_launched():
 
 @pytest.mark.gpu
 def test_latency_on_a_gpu():
-    pair = shapes.random_pair("tiny", torch.device("cuda"), torch.bfloat16, 4000)
+    pair = shapes.random_pair("tiny", torch.device("cuda"), torch.bfloat16, 4000, tree_shape=(4, 8))
     bench = latency.Bench(*pair, Speed(4e12, 8e14), rounds=8)
-    result = bench.measure(1000, (4, 8), (8,), static=False)
+    result = bench.measure(1000, (8,), static=False)
     steps = {step.name: step for step in result.steps}
     for name in ("one token", "round"):
         assert 0 < steps[name].host < steps[name].milliseconds

@@ -54,11 +54,20 @@ def test_attention_of_one_backend():
 
 def test_latency():
     table, record = bench(*LATENCY)
-    assert record["shape"] == "tiny" and record["tree"] == [2, 3] and record["verify_tokens"] == [3, 5]
+    assert (record["shape"], record["tree"], record["verify_tokens"]) == ("tiny", [2, 3], [3, 5])
+    assert record["prefill"] == []
     assert [context["context"] for context in record["contexts"]] == [64, 96]
     assert [step["name"] for step in record["contexts"][0]["steps"]][:2] == ["generate", "one token"]
     for line in ("context 96: ", "verify 5", "its grow", "outside of graph replays", "draft state, bytes"):
         assert line in table
+
+
+def test_latency_with_prompts():
+    table, record = bench(*LATENCY, "--prefill")
+    names = [(row["name"], row["context"]) for row in record["prefill"]]
+    ways = ["generate", "generate, chunks of 8,192", "LongSpec", "LongSpec, chunks of 8,192"]
+    assert names == [(way, context) for context in (64, 96) for way in ways]
+    assert all(row["seconds"] > 0 for row in record["prefill"]) and "LongSpec, chunks of 8,192" in table
 
 
 def test_text(folders):

@@ -132,18 +132,19 @@ def call(target: PreTrainedModel, prompt: Prompt, draft: LongSpecForCausalLM | N
 
 
 class Bench:
-    """A pair of random weights, and how it is measured."""
+    """A pair of random weights, and how it is measured. The draft's own tree is that of the round."""
 
     def __init__(self, target: PreTrainedModel, draft: LongSpecForCausalLM, speed: Speed, rounds: int):
         """rounds: so many are timed in each call."""
         self.target, self.draft, self.speed, self.rounds = target, draft, speed, rounds
 
-    def measure(self, context: int, tree: tuple[int, ...], verify_tokens: Sequence[int], static: bool) -> Latency:
+    def measure(self, context: int, verify_tokens: Sequence[int], static: bool) -> Latency:
         """All steps behind `context` tokens, verification with each of `verify_tokens`, the round with the largest.
 
         static: plain `generate` over a static cache too, which transformers compiles on a GPU.
         """
         target, draft = self.target, self.draft
+        tree = tuple(draft.config.tree_shape)
         ids = torch.randint(1, target.config.vocab_size, (1, context + 1), device=target.device)
         prompt = Prompt(ids, shapes.filled(target, context))
         steps = list(self._plain(prompt))
@@ -175,8 +176,12 @@ class Bench:
 
     def _call(self, prompt: Prompt, tree: tuple[int, ...], verify_tokens: int | None, profile: bool) -> Rounds:
         config = self.draft.config
+        own = config.tree_shape, config.verify_tokens, config.profile
         config.tree_shape, config.verify_tokens, config.profile = tree, verify_tokens, profile
-        return call(self.target, prompt, self.draft, self.rounds)
+        try:
+            return call(self.target, prompt, self.draft, self.rounds)
+        finally:
+            config.tree_shape, config.verify_tokens, config.profile = own
 
     def _round(
         self, name: str, prompt: Prompt, tree: tuple[int, ...], verify_tokens: int | None, floor: float

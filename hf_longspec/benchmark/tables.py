@@ -9,6 +9,7 @@ from rich.table import Table
 
 from .attention import Case
 from .latency import Latency
+from .prefill import Prefill
 from .text import Comparison
 
 
@@ -46,10 +47,17 @@ def latency_table(results: list[Latency]) -> Table:
         ("  outside of graph replays", ["" if step.host is None else f"{step.host:.2f}" for step in alike]),
         ("  tokens accepted (τ)", [f"{step.accept_length:.2f}" for step in alike]),
         ("draft state, bytes", [f"{result.draft_state_bytes:,}" for result in results]),
-        ("cache, GiB", [f"{result.cache_bytes / 2**30:.2f}" for result in results]),
-        ("peak memory, GiB", [f"{result.peak_bytes / 2**30:.2f}" if result.peak_bytes else "" for result in results]),
+        ("cache, GiB", [_gibibytes(result.cache_bytes) for result in results]),
+        ("peak memory, GiB", [_gibibytes(result.peak_bytes) for result in results]),
     ):
         rows.add_row(name, *chain.from_iterable((value, "") for value in values))
+    return rows
+
+
+def prefill_table(results: list[Prefill]) -> Table:
+    rows = _table("prefill", ("context", "seconds", "peak memory, GiB"))
+    for result in results:
+        rows.add_row(result.name, f"{result.context:,}", f"{result.seconds:.2f}", _gibibytes(result.peak_bytes))
     return rows
 
 
@@ -77,3 +85,7 @@ def phases_table(results: list[Comparison]) -> Table:
     for batch, engine in profiled:
         rows.add_row(engine.name, str(batch), *(f"{span:.2f}" for span in (engine.phases or {}).values()))
     return rows
+
+
+def _gibibytes(count: int) -> str:
+    return f"{count / 2**30:.2f}" if count else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -90,6 +91,7 @@ def latency(
     verify_tokens: Annotated[Any, numbers("Nodes that are verified; in the round the most of them.")] = "16,64",
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of each call.")] = 24,
     static: Annotated[bool, typer.Option("--static", help="generate over a compiled static cache too: slow.")] = False,
+    prefill: Annotated[bool, typer.Option("--prefill", help="Read prompts too: seconds and peak memory.")] = False,
     backend: Annotated[str, typer.Option(help="Attention backend of verification.")] = "auto",
     dtype: RandomFormat = Dtype.auto,
     plot: Plot = None,
@@ -99,6 +101,7 @@ def latency(
     from transformers.utils import logging
 
     from ..benchmark import latency as steps
+    from ..benchmark import prefill as reading
     from ..benchmark import shapes, tables, timing
 
     logging.disable_progress_bar()
@@ -107,13 +110,15 @@ def latency(
     device, number_format = here(dtype)
     speed = timing.measure_speed(device, number_format)
     options: dict[str, Any] = {"tree_shape": tree, "attention_backend": backend}
+    options["verify_tokens"] = max(verify_tokens)  # of the calls that read prompts
     try:
         target, draft = shapes.random_pair(shape, device, number_format, 2 * max(contexts), **options)
         pair = steps.Bench(target, draft, speed, rounds)
         results = []
         for context in contexts:
-            results.append(pair.measure(context, tree, verify_tokens, static))
+            results.append(pair.measure(context, verify_tokens, static))
             typer.echo(f"context {context:,}: {results[-1].steps[-1].milliseconds:.2f} ms a round")
+        read = [row for context in contexts for row in reading.measure(target, draft, context)] if prefill else []
     except (ValueError, ImportError) as error:
         fail(str(error))
     if plot is not None:
@@ -128,7 +133,8 @@ def latency(
     }
     setting |= {"dtype": str(number_format), "backend": backend, "speed": speed._asdict()}
     setting |= {"weights_bytes": shapes.read_bytes(target), "contexts": [result.as_dict() for result in results]}
-    show([tables.latency_table(results)], setting, device)
+    setting |= {"prefill": [asdict(row) for row in read]}
+    show([tables.latency_table(results)] + ([tables.prefill_table(read)] if prefill else []), setting, device)
 
 
 @app.command()
