@@ -33,7 +33,7 @@ class LongSpecConfig(PreTrainedConfig):
         verify_tokens (`int`, *optional*): rows fed to the target, root included: the tree's best. `None`: all of it.
         attention_backend (`str`): how the target attends while it verifies: one of `ATTENTION_BACKENDS`.
         cuda_graphs (`str` or `bool`): replay a round's phases as CUDA graphs: `"auto"` where that is possible.
-        profile (`bool`): time each phase of a round (adds a device synchronization per phase).
+        profile (`bool`): time each phase of each round.
     """
 
     model_type = "longspec"

@@ -37,11 +37,12 @@ class LongSpecOutput(GenerateDecoderOnlyOutput):
     """What `generate` returns with `return_dict_in_generate`, and besides:
 
     accept_lengths: for each row, the number of tokens each round emitted; the prefill's own token is in none of them.
-    phase_seconds: seconds spent in prefill, grow, verify, accept and commit, if `draft.config.profile` is set.
+    phase_seconds: the seconds of prefill, and of each round's grow, verify, accept and commit, one list a phase, if
+        `draft.config.profile` is set.
     """
 
     accept_lengths: list[list[int]] | None = None
-    phase_seconds: dict[str, float] | None = None
+    phase_seconds: dict[str, list[float]] | None = None
 
 
 class Call(NamedTuple):
@@ -135,7 +136,7 @@ def assisted_decoding(
         **text.records.as_dict(),
         past_key_values=cache.past,
         accept_lengths=accept_lengths,
-        phase_seconds=dict(clock.seconds) if draft.config.profile else None,
+        phase_seconds=clock.seconds() if draft.config.profile else None,
     )
 
 
