@@ -6,7 +6,7 @@ import torch
 from hf_longspec.benchmark import attention, tables
 from hf_longspec.benchmark.attention import Heads
 from hf_longspec.benchmark.timing import Speed, milliseconds
-from hf_longspec.modeling.attention_longspec import BACKENDS
+from hf_longspec.modeling.backends_longspec import load_backend
 
 CPU = torch.device("cpu")
 HEADS = Heads(4, 2, 16)
@@ -34,7 +34,7 @@ def exact(layer):
 def test_all_ways_attend_to_the_prefix_and_to_ancestors(nodes):
     layers = [attention.random_layer(HEADS, 300, nodes, CPU, torch.float32, seed) for seed in range(2)]
     assert layers[0].key.shape == (1, 2, 512, 16)  # as a cache would have it, with room behind
-    ways = [attention.with_backend(BACKENDS[name], layers) for name in ("eager", "torch")]
+    ways = [attention.with_backend(load_backend(name), layers) for name in ("eager", "torch")]
     for calls in (*ways, attention.with_sdpa(layers)):
         for call, layer in zip(calls, layers, strict=True):
             torch.testing.assert_close(call().double(), exact(layer), atol=1e-5, rtol=1e-5)
@@ -46,7 +46,7 @@ def test_floors_are_of_bytes_and_of_products():
     multiplications and additions for the scores and as many for the output, twice that with two query heads.
     """
     speed = Speed(bandwidth=9600.0, operations=288.0)
-    case = attention.measure(Heads(2, 1, 2), 3, 3, [BACKENDS["eager"]], speed, CPU, torch.float32, repeats=1)
+    case = attention.measure(Heads(2, 1, 2), 3, 3, [load_backend("eager")], speed, CPU, torch.float32, repeats=1)
     assert case.bytes_floor == pytest.approx(10.0)
     assert case.arithmetic_floor == pytest.approx(1000 * 2 * 2 * 36 * 2 / 288.0)
     assert [timed.name for timed in case.timed] == ["eager", "sdpa, mask"]
@@ -55,8 +55,8 @@ def test_floors_are_of_bytes_and_of_products():
 
 
 def test_a_wrong_backend_shows():
-    right = BACKENDS["eager"]
-    wrong = right._replace(name="wrong", prefix=lambda query, *rest: right.prefix(-query, *rest))
+    right = load_backend("eager")
+    wrong = right._replace(name="wrong", attention=lambda query, *rest: right.attention(-query, *rest))
     case = attention.measure(HEADS, 64, 3, [wrong], Speed(1.0, 1.0), CPU, torch.float32, repeats=1)
     assert case.timed[0].error > 0.1
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ..modeling.attention_longspec import Backend, Spans, attend, merge, resolve_backend
+from ..modeling.attention_longspec import Nodes, Prefix, Spans, attend
+from ..modeling.backends_longspec import Backend, resolve_backend
 from ..modeling.cache_layers_longspec import BUCKET
 from ..modeling.configuration_longspec import ATTENTION_BACKENDS
 from ..modeling.tree_longspec import ancestor_mask
@@ -121,9 +122,9 @@ def random_layer(
 
 def tree_attention(backend: Backend, layer: Layer) -> Tensor:
     """(1, H, T, D): what a verification does in each layer."""
-    over_prefix = backend.prefix(layer.query, layer.key, layer.value, layer.spans, layer.scaling, None)
-    over_tree = attend(layer.query, layer.tree_key, layer.tree_value, layer.mask, layer.scaling)
-    return merge(*over_prefix, *over_tree)[0].to(layer.query.dtype)
+    prefix = Prefix(layer.key, layer.value, layer.spans, None)
+    nodes = Nodes(layer.tree_key, layer.tree_value, layer.mask, layer.spans.ends)
+    return backend.attention(layer.query, prefix, nodes, layer.scaling, None, None).transpose(1, 2)
 
 
 def with_backend(backend: Backend, layers: list[Layer]) -> list[Call]:
