@@ -31,7 +31,8 @@ class LongSpecConfig(PreTrainedConfig):
         tree_shape (`tuple[int, ...]`): nodes of each tree level below the root. `(1, 1, 1)` is a chain, `()` means
             nothing to guess: one token a round.
         verify_tokens (`int`, *optional*): rows fed to the target, root included: the tree's best. `None`: all of it.
-        attention_backend (`str`): how the target attends while it verifies: one of `ATTENTION_BACKENDS`.
+        attention_backend (`str`): how the target attends while it verifies: one of `ATTENTION_BACKENDS`; "auto" is
+            "torch" where that can run, else "eager".
         cuda_graphs (`str` or `bool`): replay a round's phases as CUDA graphs: `"auto"` where that is possible.
         profile (`bool`): time each phase of each round.
     """

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import commit, tiny_target
+from helpers import commit, interpreted, tiny_target
 from reference_attention import assert_as_good_as_plain
 from serials import add
 from transformers import AttentionInterface, AutoConfig, DynamicCache
@@ -15,7 +15,7 @@ from hf_longspec.modeling.cache_longspec import SpeculativeCache
 from hf_longspec.modeling.interface_longspec import Round, attending, hybrid_attention, register, switched
 from hf_longspec.modeling.tree_longspec import ancestor_mask, node_depths
 
-BACKENDS = ("eager", "torch", "triton")  # the last in its interpreter
+BACKENDS = ("eager", "torch", pytest.param("triton", marks=interpreted))
 PARENTS = [0, 0, 0, 1, 1, 3, 5, 6]
 DEPTHS = [0, 1, 1, 2, 2, 3, 4, 5]
 HEADS, KV_HEADS, DIM = 4, 2, 16

@@ -5,7 +5,7 @@ The interpreter multiplies no bfloat16, so float16 stands for it on a CPU.
 
 import pytest
 import torch
-from helpers import tiny_draft, tiny_target
+from helpers import interpreted, tiny_draft, tiny_target
 from reference_attention import assert_as_good_as_plain, spans_of
 
 from hf_longspec.modeling.attention_longspec import Nodes, Prefix, attend, merge, merged_attention
@@ -81,6 +81,7 @@ SPANS = {
 }
 
 
+@interpreted
 @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
@@ -88,11 +89,13 @@ def test_prefix_and_tree_in_one_pass(spans, dtype, masked):
     check(spans, dtype=dtype, masked=masked)
 
 
+@interpreted
 @pytest.mark.parametrize("dim, value_dim", [(16, 16), (63, 63), (64, 64), (80, 80), (96, 96), (128, 128), (24, 40)])
 def test_head_dimensions(dim, value_dim):
     check([(3, 130)], dim=dim, value_dim=value_dim)
 
 
+@interpreted
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 1), (14, 2)])
 @pytest.mark.parametrize("nodes", [1, 16, 33, 70])
 def test_rows_of_tiles(heads, kv_heads, nodes):
@@ -100,12 +103,14 @@ def test_rows_of_tiles(heads, kv_heads, nodes):
     check([(0, 150)], heads=heads, kv_heads=kv_heads, nodes=nodes)
 
 
+@interpreted
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_sinks_and_softcap(softcap):
     sinks = torch.tensor([0.5, -1.0, 3.0, 0.0])
     check([(0, 130), (4, 9)], softcap=softcap, sinks=sinks)
 
 
+@interpreted
 def test_a_row_that_sees_nothing():
     """Over a prefix without keys: out 0, log-sum-exp −inf, as the reference says; in a merge it has no part."""
     query, key, value, *_ = case(2, 4, 2, 3, 80, 16, 16, torch.float32)
@@ -118,6 +123,7 @@ def test_a_row_that_sees_nothing():
     assert not merged[0].any() and not merged.isnan().any() and whole[0].isneginf().all()
 
 
+@interpreted
 def test_a_prefix_alone_is_the_prefix_of_the_merged_backends():
     query, key, value, *_ = case(2, 4, 2, 3, 80, 16, 16, torch.float32)
     prefix = Prefix(key, value, spans_of([(5, 60), (0, 70)], CPU), None)
@@ -127,6 +133,7 @@ def test_a_prefix_alone_is_the_prefix_of_the_merged_backends():
     )
 
 
+@interpreted
 @pytest.mark.parametrize("family, do_sample", [("llama", False), ("gemma2", True)])
 def test_the_text_is_the_one_of_plain_generate(family, do_sample):
     target = tiny_target(family)
