@@ -164,11 +164,9 @@ def merged_attention(
     query: (B, H, T, D); nodes: the tree, None to attend to the prefix alone; sinks: (H,), see `apply_sinks`.
     Returns (B, T, H, D) in the query's dtype.
     """
-    if prefix.key.dtype != query.dtype:  # under autocast: copies
-        states = prefix._replace(key=prefix.key.to(query.dtype), value=prefix.value.to(query.dtype))
-        out, lse = prefix_attention(query, states, scaling, softcap)
-    else:
-        out, lse = prefix_attention(query, prefix, scaling, softcap)
+    # under autocast keys and values may be of other formats than queries, and only then are these copies
+    states = prefix._replace(key=prefix.key.to(query.dtype), value=prefix.value.to(query.dtype))
+    out, lse = prefix_attention(query, states, scaling, softcap)
     if nodes is not None:
         place(nodes, prefix)
         out, lse = merge(out, lse, *attend(query, nodes.key, nodes.value, nodes.mask, scaling, softcap))
