@@ -70,6 +70,8 @@ def evaluate(
         model, tokenizer, its_draft = load_pair(target, draft, dtype, trust_remote_code)
         if tree is not None:
             its_draft.config.tree_shape = tree
+        its_draft.config.check()
+        its_draft.bind(model)  # a pair that does not fit is told before anything is fetched or measured
         planning.check_room(tasks, contexts, model)
         made = planning.plan(tasks, Wanted(tokenizer, contexts, prompts), cache_folder())
         for name, reason in made.left_out.items():
@@ -109,7 +111,7 @@ def measure_all(model: Any, draft: Any, made: Plan, records: Records, temperatur
         console.print(f"{len(made.samples) - len(todo)} of {len(made.samples)} prompts were measured before")
     warm = None
     try:
-        with Progress(*columns, console=console) as progress:
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             bar = progress.add_task("", total=len(made.samples), completed=len(made.samples) - len(todo))
             for sample in todo:
                 progress.update(bar, description=f"{sample.task}, {sample.context:,} tokens")
