@@ -52,6 +52,16 @@ def test_a_report_of_two_tasks(folders, tmp_path):
     )
 
 
+@pytest.mark.gpu
+def test_peaks_of_memory_on_a_gpu(folders, tmp_path):
+    result = evaluate(folders, tmp_path, *two_tasks(folders), dtype="bfloat16")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    weights = report["draft"]["weights_bytes"]
+    assert all(bucket["peak_bytes"] > weights and bucket["plain_peak_bytes"] > weights for bucket in report["buckets"])
+    assert "peak, GiB" in (tmp_path / "report.md").read_text()
+
+
 def test_a_report_makes_a_complete_card(folders, tmp_path):
     from hf_longspec import LongSpecConfig
 

@@ -90,7 +90,7 @@ def evaluate(
         records = Records(output / "records.jsonl", settings)
         measure_all(model, its_draft, made, records, temperature, seed)
         write_report(records, settings, made, named, output, plot)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         fail(str(error))
     except OSError as error:
         fail(f"{error.filename or output}: {error.strerror or error}", code=1)
