@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +11,9 @@ from tiny_folders import tiny_folders
 from transformers import AutoTokenizer
 
 from hf_longspec.evaluation import rows
-from hf_longspec.evaluation.plan import chosen, plan
+from hf_longspec.evaluation.plan import chosen, plan, source
 from hf_longspec.evaluation.task import Wanted
-from hf_longspec.evaluation.tasks import TASKS, build, parse_task
+from hf_longspec.evaluation.tasks import TASKS, parse_task
 
 CHAT = "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}[assistant]"
 
@@ -26,6 +27,10 @@ def tokenizer(tmp_path_factory):
 def jsonl(path, *found):
     path.write_text("".join(json.dumps(row) + "\n" for row in found))
     return str(path)
+
+
+def build(task, place, wanted):
+    return task.make(task, Path(place), wanted)
 
 
 def texts(tokenizer, built):
@@ -242,3 +247,13 @@ def test_a_plan_without_prompts_or_with_one_id_twice_is_refused(tokenizer, tmp_p
     long = jsonl(tmp_path / "long.jsonl", {"problem": "x" * 300})
     with pytest.raises(ValueError, match="no prompts: aime: 1 of 1 prompts are longer than 100 tokens"):
         plan(chosen(None, [f"aime={long}"], None), Wanted(tokenizer, (100,), 2), tmp_path)
+
+
+def test_a_source_is_told_with_its_commit_or_checksum(tmp_path):
+    path = tmp_path / "snapshots" / "0123abc" / "lcc.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"abc")
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of the standard's own example
+    place = "hf://datasets/a/b/lcc.jsonl"
+    assert source(TASKS["lcc"], place, path) == {"task": "lcc", "name": place, "version": "0123abc", "sha256": digest}
+    assert source(TASKS["text"], "somewhere", tmp_path) == {"task": "text", "name": "somewhere"}

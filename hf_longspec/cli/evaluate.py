@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -127,14 +126,14 @@ def measure_all(model: Any, draft: Any, made: Plan, records: Records, temperatur
         fail(f"out of memory at {sample.task}, context {sample.context}, prompt {sample.id}", code=1)
 
 
-def line(record: Mapping[str, Any]) -> str:
+def line(record: dict[str, Any]) -> str:
     """One prompt, for people who watch."""
-    lengths, seconds = record["longspec"]["accept_lengths"], record["plain"]["decode_seconds"]
-    accepted = sum(lengths) / max(len(lengths), 1)
-    ours = record["longspec"]["decode_seconds"]
-    faster = f", decoding {seconds / ours:.2f}x" if ours else ""
+    from ..evaluation.summary import bucket
+
+    figures = bucket(record["task"], record["context"], [record], levels=0)
+    faster = f", decoding {figures.speed_up:.2f}x" if figures.speed_up else ""
     name = f"{record['task']}, {record['context']:,} tokens, {record['id']}"
-    return f"{name}: τ = {accepted:.2f}{faster}, {record['outcome']}"
+    return f"{name}: τ = {figures.accept_length:.2f}{faster}, {record['outcome']}"
 
 
 def write_report(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,8 +12,9 @@ from transformers import PreTrainedModel
 
 from ..packages import PackageError
 from . import held_out
+from .rows import local_path
 from .task import Sample, Task, Wanted
-from .tasks import TASKS, build, parse_task
+from .tasks import TASKS, parse_task
 
 SUITES = (held_out.FOLDER,)
 
@@ -65,10 +67,10 @@ def plan(tasks: Sequence[tuple[Task, str | None]], wanted: Wanted, cache: Path) 
             except PackageError as error:
                 made.left_out[task.name] = str(error)
                 continue
-            place = str(path)
         else:
-            sources = [{"task": task.name, "name": place}]
-        built = build(task, place, wanted)
+            path = local_path(place)
+            sources = [source(task, place, path)]
+        built = task.make(task, path, wanted)
         made.samples += built.samples
         made.sources += sources
         if built.left_out:
@@ -79,3 +81,13 @@ def plan(tasks: Sequence[tuple[Task, str | None]], wanted: Wanted, cache: Path) 
         raise ValueError(f"task {twice[0][0]}: expected each row to have an _id of its own, got {twice[0][2]!r} twice")
     made.samples.sort(key=lambda sample: sample.context)
     return made
+
+
+def source(task: Task, place: str, path: Path) -> dict[str, str]:
+    """Where a task's rows or text are from: the commit if from the Hub, and the checksum of a single file."""
+    told = {"task": task.name, "name": place}
+    if place.startswith("hf://"):
+        told["version"] = path.parts[path.parts.index("snapshots") + 1]
+    if path.is_file():
+        told["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return told

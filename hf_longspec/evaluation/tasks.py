@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from .from_rows import of_prompts, of_rows
 from .from_text import of_haystack, of_text, of_worked
-from .rows import local_path
-from .task import Built, Task, Wanted
+from .task import Task
 
 LONGBENCH = "hf://datasets/THUDM/LongBench/data.zip"
 AIME = "hf://datasets/math-ai/aime25/test.jsonl"
@@ -75,8 +74,3 @@ def parse_task(spec: str) -> tuple[Task, str]:
     if not place and task.place is None:
         raise ValueError(f"task {name} needs a file or folder: --task {name}=PATH")
     return task, place or str(task.place)
-
-
-def build(task: Task, place: str, wanted: Wanted) -> Built:
-    """The prompts of a task whose rows or text lie at `place`. Raises `ValueError` for whatever is wrong with them."""
-    return task.make(task, local_path(place), wanted)
