@@ -95,6 +95,7 @@ class SpeculativeCache(Cache):
         assert self.placement is not None, "no round has begun"
         return self.placement
 
+    @torch.compiler.disable  # it writes in place at lengths that change with every call
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from .cache_longspec import SpeculativeCache
 from .candidate_generator_longspec import LongSpecCandidateGenerator
 from .checks_longspec import check_inputs, ended_on_error
 from .clock_longspec import PhaseClock
+from .compiled_longspec import compiled_layers
 from .graphs_longspec import Graphs, Phase, resolve_graphs
 from .interface_longspec import Round, attending, switched
 from .prefill_longspec import PER_TOKEN, Start, make_cache, prefill
@@ -207,7 +208,7 @@ def verify(call: Call, tree: TokenTree, root_positions: Tensor) -> Verified:
     positions = root_positions[:, None] + depths
     cache.begin_round(depths)
     state = Round(cache, ancestors, call.backend, seen=set())
-    with attending(state):
+    with attending(state), compiled_layers(target, call.generator.draft.config.compile_target):
         outputs = target(
             input_ids=tree.tokens,
             position_ids=positions if axes is None else positions + axes[:, :, None],
