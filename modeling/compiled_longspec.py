@@ -21,6 +21,7 @@ from .target_longspec import attention_module
 
 _SETTINGS: dict[str, Any] = {
     "allow_unspec_int_on_nn_module": True,  # or each layer would be compiled for its own `layer_idx`
+    "skip_nnmodule_hook_guards": False,  # or hooks that come or go would not be noticed, such as PEFT's
     "recompile_limit": 64,  # of the shapes and targets that share the code of one family
     "fail_on_recompile_limit_hit": True,  # or a layer would go on without, almost unnoticed
 }
