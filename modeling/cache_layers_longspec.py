@@ -6,6 +6,7 @@ Each layer appends in a prefill, places a tree behind the prefix in a round, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -94,6 +95,11 @@ class FullLayer(CacheLayerMixin):
         self.values = value_states.new_zeros(*value_states.shape[:2], capacity, value_states.shape[3])
         self.is_initialized = True
 
+    @property
+    def capacity(self) -> float:
+        """How many tokens there is room for."""
+        return self.keys.shape[2]
+
     def ensure(self, capacity: int) -> None:
         """Make room for `capacity` tokens. Doubling: a long answer copies the cache a logarithmic number of times."""
         if self.is_initialized and capacity > self.keys.shape[2]:
@@ -136,11 +142,12 @@ class FullLayer(CacheLayerMixin):
         return (mask & _seen(index, at.visible)).expand(-1, at.depths.shape[1], -1)
 
     def commit(self, path: Tensor, counts: Tensor, at: Placement) -> None:
+        if path.shape[1] == 1:  # a root lies where it is kept
+            return
         # steps beyond `counts` land behind the new prefix, where the next tree overwrites them
-        ends = at.spans.ends[:, None]
-        target = ends + torch.arange(path.shape[1], device=path.device)
-        move_slots(self.keys, ends + path, target)
-        move_slots(self.values, ends + path, target)
+        source, target = at.once("path", lambda: _path_slots(at, path))
+        move_slots(self.keys, source, target)
+        move_slots(self.values, source, target)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -160,6 +167,7 @@ class SlidingLayer(CacheLayerMixin):
     """
 
     is_sliding = True
+    capacity = math.inf  # tokens; the oldest are forgotten
 
     def __init__(self, window: int, tree_size: int, lead: int = 0):
         super().__init__()
@@ -243,6 +251,12 @@ class SharedLayer:
 
     def __init__(self, owner: int):
         self.owner = owner
+
+
+def _path_slots(at: Placement, path: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a full layer has the nodes of `path` (B, P) below the root, and where it is to have them: (B, P − 1)."""
+    ends = at.spans.ends[:, None]
+    return ends + path[:, 1:], ends + torch.arange(1, path.shape[1], device=path.device)
 
 
 def _seen(index: Tensor, visible: Tensor | None) -> Tensor:

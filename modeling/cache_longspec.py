@@ -65,14 +65,11 @@ class SpeculativeCache(Cache):
             else:
                 layers.append(SlidingLayer(past.layers[index].sliding_window, tree_size, lead))
         super().__init__(layers=layers)
+        self.owners: list[FullLayer | SlidingLayer] = [layer for layer in layers if not isinstance(layer, SharedLayer)]
 
     def __bool__(self) -> bool:
         """As the cache it stands for: phi3 asks, and a `DynamicCache()` that nothing was put into is false."""
         return len(self.past) > 0 or self.length > 0
-
-    @property
-    def owners(self) -> list[FullLayer | SlidingLayer]:
-        return [layer for layer in self.layers if not isinstance(layer, SharedLayer)]
 
     def owner(self, layer_idx: int) -> FullLayer | SlidingLayer:
         """The layer whose keys and values layer `layer_idx` of the target attends to."""
@@ -122,11 +119,11 @@ class SpeculativeCache(Cache):
 
     def make_room(self) -> bool:
         """Room for a tree behind the longest row in all layers. Returns whether any of them had to move its memory."""
-        layers = [layer for layer in self.owners if layer.is_initialized]
-        before = [layer.keys.data_ptr() for layer in layers]
-        for layer in layers:
-            layer.ensure(self.length + self.tree_size)
-        return before != [layer.keys.data_ptr() for layer in layers]
+        needed = self.length + self.tree_size
+        short = [layer for layer in self.owners if layer.is_initialized and needed > layer.capacity]
+        for layer in short:
+            layer.ensure(needed)
+        return bool(short)
 
     def begin_round(self, depths: Tensor) -> None:
         """Until `committed` or `abandon`, `update` places a tree whose nodes have these depths (B, T)."""
@@ -148,8 +145,9 @@ class SpeculativeCache(Cache):
     def committed(self, emitted: list[int]) -> None:
         """`emitted`: the counts of the `commit` before."""
         self._committed = [length + count for length, count in zip(self.lengths, emitted, strict=True)]
+        longest = max(self._committed)
         for layer in self.owners:
-            layer.length = max(self._committed)
+            layer.length = longest
         self.placement = None
 
     def abandon(self) -> None:

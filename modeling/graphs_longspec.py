@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -46,10 +45,11 @@ class Graphs:
 
 
 class Phase:
-    """A function of tensors whose work is all on the device; from its second call on it is replayed as a CUDA graph.
+    """A function whose work is all on the device; from its second call on it is replayed as a CUDA graph.
 
-    What a replay returns is overwritten by the next one. The function must not ask the host for anything that changes
-    between calls.
+    Its first argument is what all rounds of a call have in common, its other ones are tensors and tuples of them.
+    Those it was captured on are its own from then on: a replay copies others into them. What a replay returns is
+    overwritten by the next one. The function must not ask the host for anything that changes between calls.
     """
 
     def __init__(self, run: Callable[..., Any], graphs: Graphs):
@@ -59,37 +59,46 @@ class Phase:
     def forget(self) -> None:
         self.called = False
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.inputs: list[Any] = []
+        self.inputs: tuple[Any, ...] = ()
         self.result: Any = None
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, call: Any, *inputs: Any) -> Any:
         if not self.graphs.captures or not self.called:  # libraries set themselves up in a first call
             self.called = True
-            return self.run(*inputs)
-        leaves, form = pytree.tree_flatten(inputs)
-        if self.graph is None and not self._capture(leaves, form):
-            return self.run(*inputs)
+            return self.run(call, *inputs)
+        if self.graph is None and not self._capture(call, inputs):
+            return self.run(call, *inputs)
         assert self.graph is not None
-        for ours, theirs in zip(self.inputs, leaves, strict=True):
-            if isinstance(ours, Tensor):
-                ours.copy_(theirs)
+        overwrite(self.inputs, inputs)
         self.graph.replay()
         return self.result
 
-    def _capture(self, leaves: list[Any], form: Any) -> bool:
-        """Record the function on copies of its inputs. Whether that was possible."""
-        self.inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    def _capture(self, call: Any, inputs: tuple[Any, ...]) -> bool:
+        """Record the function. Whether that was possible."""
         graph = torch.cuda.CUDAGraph()
         try:
             with capturing(graph):
-                self.result = self.run(*pytree.tree_unflatten(self.inputs, form))
+                self.result = self.run(call, *inputs)
         except RuntimeError as error:  # torch's way to say that something in it cannot be captured
             self.graphs.captures = False
             reason = str(error).strip().splitlines()[0]
             logger.warning_once(f"LongSpec goes on without CUDA graphs, a round cannot be captured: {reason}")
             return False
-        self.graph = graph
+        self.graph, self.inputs = graph, inputs
         return True
+
+
+def overwrite(ours: Any, theirs: Any) -> None:
+    """Copy tensors into tensors, or tuples of them into such; most are the same ones and need no copy."""
+    if ours is theirs:
+        return
+    if isinstance(ours, Tensor):
+        ours.copy_(theirs, non_blocking=True)
+    elif isinstance(ours, tuple):
+        for mine, other in zip(ours, theirs, strict=True):
+            overwrite(mine, other)
+    else:
+        assert ours == theirs, "a graph is replayed with what it was captured with"
 
 
 _LOCK = threading.Lock()

@@ -418,7 +418,7 @@ def test_profile_reports_every_phase(llama):
     out = llama.generate(
         prompt_of(6), max_new_tokens=8, assistant_model=draft, return_dict_in_generate=True, pad_token_id=0
     )
-    assert set(out.phase_seconds) == {"prefill", "grow", "verify", "accept", "commit"}
+    assert set(out.phase_seconds) == {"prefill", "grow", "verify", "accept", "commit", "host"}
     assert all(seconds > 0 for seconds in out.phase_seconds.values())
 
 

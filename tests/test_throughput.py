@@ -33,7 +33,7 @@ def test_a_batch_is_counted(dtype):
     assert result.different == 0 and 1.2 <= result.accept_length <= 3
     assert result.tokens_per_second == pytest.approx(4 * 12 / result.seconds)
     assert result.speed_up == pytest.approx(result.tokens_per_second / result.plain_tokens_per_second)
-    assert set(result.phase_seconds) == {"prefill", "grow", "verify", "accept", "commit"}
+    assert set(result.phase_seconds) == {"prefill", "grow", "verify", "accept", "commit", "host"}
     assert json.loads(json.dumps(result.as_dict()))["batch"] == 4
     assert report.throughput_table([result]).row_count == 1
 
