@@ -15,9 +15,11 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from .attention_longspec import Backend, Spans, attend
+from .memory_longspec import Memory, empty_stores
 from .slots_longspec import move_slots, ring_contents, write_slots
 
 BUCKET = 256  # tokens; capacities are multiples of this
+SLACK = 4  # memory of another call may be so many times what is needed: an eager attention reads all of it
 
 
 class Placement(NamedTuple):
@@ -86,14 +88,17 @@ class FullLayer(CacheLayerMixin):
         self.reserve = reserve  # tokens to have room for: prompt, first answer tokens, tree
         self.window = window
         self.length = 0
+        self.spare: Memory | None = None
+
+    def takes(self, spare: Memory) -> bool:
+        """Whether the memory of another call has about the size that is needed here."""
+        return _bucket(self.reserve) <= spare[0].shape[2] <= SLACK * _bucket(self.reserve)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         capacity = _bucket(max(self.reserve, key_states.shape[2]))
-        # zeros, not garbage: a masked slot still meets the weights, and 0 · NaN is NaN
-        self.keys = key_states.new_zeros(*key_states.shape[:2], capacity, key_states.shape[3])
-        self.values = value_states.new_zeros(*value_states.shape[:2], capacity, value_states.shape[3])
-        self.is_initialized = True
+        self.keys, self.values = empty_stores(self.spare, key_states, value_states, capacity)
+        self.spare, self.is_initialized = None, True
 
     @property
     def capacity(self) -> float:
@@ -174,14 +179,16 @@ class SlidingLayer(CacheLayerMixin):
         self.window, self.tree_size = window, tree_size
         self.ring = max(window - 1, 1) + lead
         self.length = 0
+        self.spare: Memory | None = None
+
+    def takes(self, spare: Memory) -> bool:
+        """Whether the memory of another call has the size that is needed here."""
+        return spare[0].shape[2] == self.ring + self.tree_size
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        slots = self.ring + self.tree_size
-        # zeros, not garbage: a masked slot still meets the weights, and 0 · NaN is NaN
-        self.keys = key_states.new_zeros(*key_states.shape[:2], slots, key_states.shape[3])
-        self.values = value_states.new_zeros(*value_states.shape[:2], slots, value_states.shape[3])
-        self.is_initialized = True
+        self.keys, self.values = empty_stores(self.spare, key_states, value_states, self.ring + self.tree_size)
+        self.spare, self.is_initialized = None, True
 
     def ensure(self, capacity: int) -> None:
         """A ring never grows."""

@@ -6,7 +6,7 @@ A round: grow a tree, verify it in one target forward, accept a path, commit it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,19 +15,20 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
 from .attention_longspec import Backend, resolve_backend
-from .cache_longspec import SpeculativeCache
+from .call_longspec import Call, Roots, settle
 from .candidate_generator_longspec import LongSpecCandidateGenerator
 from .checks_longspec import check_inputs, ended_on_error
 from .clock_longspec import PhaseClock
-from .graphs_longspec import Graphs, Phase, resolve_graphs
+from .graphs_longspec import Graphs, may_capture
 from .interface_longspec import Round, attending, switched
-from .prefill_longspec import PER_TOKEN, Start, make_cache, prefill
+from .prefill_longspec import PER_TOKEN, make_cache, prefill
 from .rope_switch_longspec import RopeSwitch
 from .sampling_longspec import IMPOSSIBLE
 from .target_longspec import BoundTarget
 from .text_longspec import Text
 from .tree_longspec import TokenTree, ancestor_mask, node_depths
 from .verification_longspec import Steps, Verified, Walk, accept, accept_step_by_step, walk
+from .workspace_longspec import Workspace
 
 logger = logging.get_logger(__name__)
 
@@ -43,52 +44,6 @@ class LongSpecOutput(GenerateDecoderOnlyOutput):
 
     accept_lengths: list[list[int]] | None = None
     phase_seconds: dict[str, float] | None = None
-
-
-class Roots(NamedTuple):
-    """The newest token of each row (B,), its position, and whether the row has stopped: on the device, kept up to date
-    in place."""
-
-    tokens: Tensor
-    positions: Tensor
-    stopped: Tensor
-
-    @classmethod
-    def of(cls, text: Text, positions: Tensor) -> Roots:
-        newest, stopped = (torch.tensor(values, device=positions.device) for values in (text.newest, text.stopped))
-        return cls(newest, positions.clone(), stopped)
-
-    def update(self, text: Text) -> None:
-        """To what the host knows of the text; it does not know positions."""
-        self.tokens.copy_(torch.tensor(text.newest))
-        self.stopped.copy_(torch.tensor(text.stopped))
-
-
-class Call(NamedTuple):
-    """What all rounds of a call have in common.
-
-    stump: the trees of a draft that guesses nothing; None if it does.
-    """
-
-    target: PreTrainedModel
-    text: Text
-    cache: SpeculativeCache
-    generator: LongSpecCandidateGenerator
-    backend: Backend
-    rope_switch: RopeSwitch
-    clock: PhaseClock
-    start: Start
-    roots: Roots
-    stump: TokenTree | None
-
-
-class Phases(NamedTuple):
-    """The phases of a round that are work of the device alone, as the functions of these names below."""
-
-    grow: Phase
-    verify: Phase
-    find_paths: Phase
-    commit: Phase
 
 
 @torch.no_grad()
@@ -119,7 +74,7 @@ def assisted_decoding(
         check_inputs(input_ids, generation_config, model_kwargs)
         bound = draft.bind(target)
         backend = choose_backend(draft, target, bound)
-        graphs = resolve_graphs(draft.config.cuda_graphs, target, bound.device, synced_gpus)
+        captures = may_capture(draft.config.cuda_graphs, target, bound.device, synced_gpus)
         with torch.inference_mode(False):  # or a caller's inference mode would leave the draft unfit for training
             draft.to(device=bound.device, dtype=bound.dtype)
         clock = PhaseClock(draft.config.profile, bound.device)
@@ -127,6 +82,7 @@ def assisted_decoding(
         if synced_gpus and rope_switch.last_short is not None:
             raise ValueError("LongSpec needs ranks that read alike, got synced_gpus with a target of longrope")
         past = model_kwargs["past_key_values"]
+        cache_is_returned = generation_config.return_dict_in_generate or getattr(past, "_is_user_defined", False)
         text = Text(
             input_ids,
             logits_processor,
@@ -135,25 +91,30 @@ def assisted_decoding(
             streamer,
             nodes=1 + sum(draft.config.tree_shape),
             vocab=target.config.get_text_config(decoder=True).vocab_size,
-            keeps_cache=generation_config.return_dict_in_generate or getattr(past, "_is_user_defined", False),
+            keeps_cache=cache_is_returned,
             together=rope_switch.last_short is not None,
         )
+        workspace = draft.workspaces.take(bound.device)
+        workspace.graphs.captures = captures
         cache = make_cache(target, draft, past, text, generation_config, model_kwargs, bound.device)
+        cache.borrow(workspace.lend())
         generator = LongSpecCandidateGenerator(draft, bound, backend, text.batch)
         try:
             with clock("prefill"):
                 cache.adopt(past)
                 start = prefill(target, text, cache, generator, generation_config, model_kwargs)
-            roots = Roots.of(text, start.root_positions)
-            stump = None if generator.shape else TokenTree.from_root(roots.tokens)
-            call = Call(target, text, cache, generator, backend, rope_switch, clock, start, roots, stump)
+            roots, extras = settle(workspace, Roots.of(text, start), start.extras, cache, generator)
+            call = Call(target, text, cache, generator, backend, rope_switch, clock, roots, extras)
             with switched(target), target._optimize_model_for_decode():
-                accept_lengths = decode(call, graphs, synced_gpus)
+                accept_lengths = decode(call, workspace, synced_gpus)
         finally:
-            graphs.free()
             text.rewind_noise()
             cache.abandon()
-            cache.hand_back(cache.past)
+            if cache_is_returned:
+                cache.hand_back(cache.past)
+        if not cache_is_returned:  # nor has anything failed
+            workspace.memory = cache.memory
+            draft.workspaces.keep(workspace)
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:
@@ -167,19 +128,19 @@ def assisted_decoding(
     )
 
 
-def decode(call: Call, graphs: Graphs, synced_gpus: bool) -> list[list[int]]:
+def decode(call: Call, workspace: Workspace, synced_gpus: bool) -> list[list[int]]:
     """Rounds until every row is finished. Returns the number of tokens that each round wrote of each row's text."""
-    target, text, cache = call.target, call.text, call.cache
+    target, text, cache, graphs = call.target, call.text, call.cache, workspace.graphs
     cache.on_device = graphs.captures
-    phases = Phases(*(graphs.phase(run) for run in (grow, verify, find_paths, commit)))
     accept_lengths: list[list[int]] = [[] for _ in range(text.batch)]
+    workspace.expect(call.mark if graphs.captures else None)
     call.clock.restart()
     # under synced_gpus a rank that has finished goes on with rounds that write nothing
     while target._has_unfinished_sequences(text.finished, synced_gpus, device=text.device):
-        if cache.make_room():
-            graphs.forget()
+        if cache.make_room() and graphs.captures:
+            workspace.expect(call.mark)
         stopped = text.stopped
-        counts = rebuild(call) if call.rope_switch.drops_cache(text, cache) else decode_round(call, phases)
+        counts = rebuild(call) if call.rope_switch.drops_cache(text, cache) else decode_round(call, graphs)
         if text.stopped != stopped:
             call.roots.update(text)
         for lengths, count, padding in zip(accept_lengths, counts, stopped, strict=True):
@@ -188,20 +149,21 @@ def decode(call: Call, graphs: Graphs, synced_gpus: bool) -> list[list[int]]:
     return accept_lengths
 
 
-def decode_round(call: Call, phases: Phases) -> list[int]:
+def decode_round(call: Call, graphs: Graphs) -> list[int]:
     """Grow, verify, accept, commit. Returns the number of tokens that each row wrote; a row may rest."""
     text, cache, clock = call.text, call.cache, call.clock
     with clock("grow"):
-        tree = phases.grow(call) if call.stump is None else call.stump
+        tree = graphs.run(grow, call) if call.generator.shape else call.roots.stump
     with clock("verify"):
-        verified = phases.verify(call, tree)
+        verified = graphs.run(verify, call, tree)
     paths = [[0] if room else [] for room in text.room()]
     found, known = None, None
     try:
         if text.by_tree:
             with clock("accept"):
                 picks = None if text.by_argmax else text.pick_tree(verified.logits, verified.depths, tree.levels)
-                found = phases.find_paths(call, tree, verified, None if picks is None else picks.tokens)
+                chosen = () if picks is None else (picks.tokens,)
+                found = graphs.run(find_paths if chosen else find_greedy_paths, call, tree, verified, *chosen)
                 known = found.on_host()
             accept(known, verified, picks, text, paths)
         else:
@@ -214,7 +176,7 @@ def decode_round(call: Call, phases: Phases) -> list[int]:
         else:
             steps = Steps.of(paths, text.newest, tree.levels, tree.parents.device)
         with clock("commit"):
-            phases.commit(call, tree, steps)
+            graphs.run(commit, call, tree, steps)
             cache.committed(counts)
     return counts
 
@@ -245,8 +207,8 @@ def verify(call: Call, tree: TokenTree) -> Verified:
     ancestors = ancestor_mask(tree.parents, tree.levels)
     depths = node_depths(ancestors)
     nodes = tree.tokens.shape[1]
-    axes, extras = call.start.axes, call.start.extras
-    extras = {name: value.expand(-1, nodes) if name in PER_TOKEN else value for name, value in extras.items()}
+    axes = call.roots.axes
+    extras = {name: value.expand(-1, nodes) if name in PER_TOKEN else value for name, value in call.extras.items()}
     positions = call.roots.positions[:, None] + depths
     cache.begin_round(depths)
     state = Round(cache, ancestors, call.backend, seen=set())
@@ -268,9 +230,12 @@ def verify(call: Call, tree: TokenTree) -> Verified:
     return Verified(ancestors, depths, outputs.logits, outputs.hidden_states)
 
 
-def find_paths(call: Call, tree: TokenTree, verified: Verified, picks: Tensor | None) -> Walk:
-    """How far each tree agrees with what is picked (B, T) behind its nodes: the largest logits if nothing else."""
-    picks = verified.logits.argmax(dim=-1) if picks is None else picks
+def find_greedy_paths(call: Call, tree: TokenTree, verified: Verified) -> Walk:
+    return find_paths(call, tree, verified, verified.logits.argmax(dim=-1))
+
+
+def find_paths(call: Call, tree: TokenTree, verified: Verified, picks: Tensor) -> Walk:
+    """How far each tree agrees with what is picked (B, T) behind its nodes."""
     picks = picks.to(tree.parents.device)
     if call.text.padding is not None:
         picks = picks.masked_fill(call.roots.stopped[:, None] & (picks != IMPOSSIBLE), call.text.padding)
@@ -281,7 +246,7 @@ def commit(call: Call, tree: TokenTree, steps: Steps) -> None:
     """Keep what a round accepted in both caches, and move the roots on."""
     path, counts, newest = steps
     roots = call.roots
-    if call.stump is None:
+    if call.generator.shape:
         step = torch.arange(path.shape[1], device=path.device)
         call.generator.advance(tree.tokens.gather(1, path), roots.positions[:, None] + step, step < counts[:, None])
     roots.tokens.copy_(newest)

@@ -24,6 +24,7 @@ from .configuration_longspec import LongSpecConfig
 from .door_longspec import install
 from .generation_longspec import assisted_decoding
 from .target_longspec import BoundTarget, bind
+from .workspace_longspec import Workspaces
 
 SelfAttend = Callable[[Tensor, Tensor, Tensor], Tensor]
 CrossAttend = Callable[[Tensor], Tensor]
@@ -101,6 +102,7 @@ class LongSpecForCausalLM(PreTrainedModel):
         self.norm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps) if config.final_norm else nn.Identity()
         # not a buffer: it must stay float32 when the draft is cast, and exist when it is built on the meta device
         self._frequencies = {torch.device("cpu"): rope_frequencies(config)}
+        self.workspaces = Workspaces()
         self.post_init()
 
     def layer(
@@ -166,6 +168,10 @@ class LongSpecForCausalLM(PreTrainedModel):
         config = self.config
         slots = config.window + 1 + 1 + sum(tuple(config.tree_shape)[:-1])
         return 2 * config.num_key_value_heads * slots * config.head_dim * self.dtype.itemsize
+
+    def release(self) -> None:
+        """Give back the memory that the last call has left for the next one: one cache of the target, and graphs."""
+        self.workspaces.keep(None)
 
     # `target.generate(assistant_model=draft)` arrives here: see generation_longspec.py
     assisted_decoding = assisted_decoding
