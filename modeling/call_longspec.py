@@ -13,7 +13,7 @@ from .attention_longspec import Backend
 from .cache_longspec import SpeculativeCache
 from .candidate_generator_longspec import LongSpecCandidateGenerator
 from .clock_longspec import PhaseClock
-from .fingerprint_longspec import fingerprint, plain
+from .fingerprint_longspec import fingerprint, has_hooks, plain
 from .prefill_longspec import Start
 from .rope_switch_longspec import RopeSwitch
 from .text_longspec import Text
@@ -70,6 +70,7 @@ class Call(NamedTuple):
         options = {name: value for name, value in vars(draft.config).items() if name not in ("cuda_graphs", "profile")}
         return (
             weakref.ref(target),
+            object() if has_hooks(target) or has_hooks(draft) else None,  # equal to nothing: each call is captured
             fingerprint(target),
             plain(vars(target.config)),
             plain(vars(target.config.get_text_config(decoder=True))),

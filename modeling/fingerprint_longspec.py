@@ -6,6 +6,7 @@ which hooks there are. Equal fingerprints mean that a replay does what a new cap
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -18,6 +19,13 @@ _DEEPEST = 8  # containers in containers; below that an object is known by its i
 def fingerprint(module: nn.Module) -> tuple[Any, ...]:
     """Of a module and all its parts. Holds none of their tensors or objects, only classes."""
     return tuple((type(part), plain(vars(part))) for part in module.modules())
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module or a part of it has hooks that are not transformers' own: they may do what they like."""
+    hooks = [(*part._forward_hooks.values(), *part._forward_pre_hooks.values()) for part in module.modules()]
+    modules = (getattr(hook, "__module__", None) or "" for hook in itertools.chain.from_iterable(hooks))
+    return not all(name.startswith("transformers.") for name in modules)
 
 
 def plain(value: Any, depth: int = 0) -> Any:

@@ -5,13 +5,11 @@ A round: grow a tree, verify it in one target forward, accept a path, commit it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
 from .attention_longspec import Backend, resolve_backend
@@ -22,6 +20,7 @@ from .clock_longspec import PhaseClock
 from .graphs_longspec import Graphs, may_capture
 from .interface_longspec import Round, attending, switched
 from .prefill_longspec import PER_TOKEN, make_cache, prefill
+from .records_longspec import LongSpecOutput
 from .rope_switch_longspec import RopeSwitch
 from .sampling_longspec import IMPOSSIBLE
 from .target_longspec import BoundTarget
@@ -31,19 +30,6 @@ from .verification_longspec import Steps, Verified, Walk, accept, accept_step_by
 from .workspace_longspec import Workspace
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class LongSpecOutput(GenerateDecoderOnlyOutput):
-    """What `generate` returns with `return_dict_in_generate`, and besides:
-
-    accept_lengths: for each row, the number of tokens each round emitted; the prefill's own token is in none of them.
-    phase_seconds: seconds spent in prefill, grow, verify, accept and commit, and by the host between the phases of
-        rounds, if `draft.config.profile` is set.
-    """
-
-    accept_lengths: list[list[int]] | None = None
-    phase_seconds: dict[str, float] | None = None
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Settings of every test: one thread, so that tiny models are fast and a run repeats to the bit."""
 
 import pytest
+import tapes
 import torch
 from helpers import tiny_draft, tiny_target
 
@@ -22,6 +23,12 @@ def llama():
 @pytest.fixture
 def draft(llama):
     return tiny_draft(llama, window=8)
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """CUDA graphs without CUDA: the outcome of every attempt to capture a phase."""
+    return tapes.install(monkeypatch)
 
 
 def pytest_collection_modifyitems(items):
