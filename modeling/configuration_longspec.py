@@ -30,8 +30,9 @@ class LongSpecConfig(PreTrainedConfig):
             nothing to guess: one token a round.
         verify_tokens (`int`, *optional*): rows fed to the target, root included: the tree's best. `None`: all of it.
         attention_backend (`str`): how the target attends while it verifies: `"auto"`, `"eager"` or `"torch"`.
-        cuda_graphs (`str` or `bool`): replay a round's phases as CUDA graphs: `"auto"` where that is possible.
-        profile (`bool`): time each phase of a round (adds a device synchronization per phase).
+        cuda_graphs (`str` or `bool`): replay a round's phases as CUDA graphs: `"auto"` where that is possible. They
+            are kept for the next call, with the memory they work on: see `LongSpecForCausalLM.release`.
+        profile (`bool`): time each phase of a round and the host between them (each phase waits for the device).
     """
 
     model_type = "longspec"
