@@ -1,7 +1,7 @@
 """The layers of a SpeculativeCache: where a target's keys and values lie, prefix and tree.
 
-Each layer appends in a prefill, places a tree behind the prefix in a round, and moves the accepted path next to it in
-`commit`. Writes are in place; lengths come as tensors on the device.
+Each layer appends in a prefill, says where prefix and tree of a round lie, and moves the accepted path next to the
+prefix in `commit`. Writes are in place; lengths come as tensors on the device.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .attention_longspec import Backend, Spans, attend
+from .attention_longspec import Prefix, Spans
 from .memory_longspec import Memory, empty_stores
-from .slots_longspec import move_slots, ring_contents, write_slots
+from .slots_longspec import move_slots, ring_contents
 
 BUCKET = 256  # tokens; capacities are multiples of this
 SLACK = 4  # memory of another call may be so many times what is needed: an eager attention reads all of it
@@ -50,29 +50,6 @@ class Placement(NamedTuple):
     def _moved(self, device: torch.device) -> Placement:
         visible = None if self.visible is None else self.visible.to(device)
         return Placement(self.spans.to(device), visible, self.depths.to(device), {})
-
-
-class Prefix(NamedTuple):
-    """What a layer holds of the prefix: stores (B, K, S, D) and, where spans do not say it, who sees what."""
-
-    key: Tensor
-    value: Tensor
-    spans: Spans
-    mask: Tensor | None  # (B, T, S) bool
-
-    def to(self, device: torch.device) -> Prefix:
-        """The same for a layer that shares it on another device."""
-        if self.key.device == device:
-            return self
-        mask = None if self.mask is None else self.mask.to(device)
-        return Prefix(self.key.to(device), self.value.to(device), self.spans.to(device), mask)
-
-    def attend(self, query: Tensor, backend: Backend, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor]:
-        """Attention of the nodes' queries (B, H, T, D) over the prefix, with its log-sum-exp; see `attend`."""
-        if self.mask is None:
-            key, value = self.key.to(query.dtype), self.value.to(query.dtype)  # copies under autocast only
-            return backend.prefix(query, key, value, self.spans, scaling, softcap)
-        return attend(query, self.key, self.value, self.mask, scaling, softcap)
 
 
 class FullLayer(CacheLayerMixin):
@@ -127,20 +104,31 @@ class FullLayer(CacheLayerMixin):
         """The keys and values of the text so far, (B, K, length, D), as views."""
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
-    def place_tree(self, key_states: Tensor, value_states: Tensor, at: Placement) -> None:
-        slots = at.spans.ends[:, None] + torch.arange(key_states.shape[2], device=self.keys.device)
-        write_slots(self.keys, slots, key_states)
-        write_slots(self.values, slots, value_states)
+    def tree_slots(self, at: Placement) -> Tensor:
+        """(B,): where a tree begins, in slots."""
+        return at.spans.ends
 
     def prefix(self, at: Placement) -> Prefix:
         if self.window is None and at.visible is None:
             return Prefix(self.keys, self.values, at.spans, None)
-        cover = at.spans.cover(self.keys.shape[2])
-        mask = at.once(("full", self.window), lambda: self._mask(at, cover))
-        return Prefix(self.keys[:, :, cover], self.values[:, :, cover], at.spans, mask)
+        spans, mask = at.once(("full", self.window), lambda: (self._spans(at), self._mask(at)))
+        return Prefix(self.keys, self.values, spans, mask)
 
-    def _mask(self, at: Placement, cover: slice) -> Tensor:
-        index = torch.arange(cover.start, cover.stop, device=self.keys.device).expand(len(at.depths), 1, -1)
+    def _spans(self, at: Placement) -> Spans:
+        """What any node of a row may see."""
+        if self.window is None:
+            return at.spans
+        reach = self.window - 1
+        host = at.spans.host
+        return Spans(
+            torch.maximum(at.spans.starts, at.spans.ends - reach),
+            at.spans.ends,
+            None if host is None else tuple((max(start, end - reach), end) for start, end in host),
+            {},
+        )
+
+    def _mask(self, at: Placement) -> Tensor:
+        index = torch.arange(self.keys.shape[2], device=self.keys.device).expand(len(at.depths), 1, -1)
         mask = (index >= at.spans.starts[:, None, None]) & (index < at.spans.ends[:, None, None])
         if self.window is not None:
             mask = mask & (index > _too_far(at, self.window))
@@ -214,14 +202,17 @@ class SlidingLayer(CacheLayerMixin):
     def _slots(self, end: int, count: int) -> Tensor:
         return torch.arange(end - count, end, device=self.keys.device) % self.ring
 
-    def place_tree(self, key_states: Tensor, value_states: Tensor, at: Placement) -> None:
-        nodes = slice(self.ring, self.ring + key_states.shape[2])
-        self.keys[:, :, nodes] = key_states
-        self.values[:, :, nodes] = value_states
+    def tree_slots(self, at: Placement) -> Tensor:
+        return at.once(("tree", self.ring), lambda: torch.full_like(at.spans.ends, self.ring))
 
     def prefix(self, at: Placement) -> Prefix:
-        mask = at.once(("sliding", self.window, self.ring), lambda: self._mask(at))
-        return Prefix(self.keys[:, :, : self.ring], self.values[:, :, : self.ring], at.spans, mask)
+        spans, mask = at.once(("sliding", self.window, self.ring), lambda: (self._spans(at), self._mask(at)))
+        return Prefix(self.keys, self.values, spans, mask)
+
+    def _spans(self, at: Placement) -> Spans:
+        """The whole ring: what it holds, in no order, is told by the mask."""
+        ends = torch.full_like(at.spans.ends, self.ring)
+        return Spans(torch.zeros_like(ends), ends, ((0, self.ring),) * len(ends), {})
 
     def _mask(self, at: Placement) -> Tensor:
         held = ring_contents(at.spans.ends, self.ring)[:, None]  # (B, 1, ring)

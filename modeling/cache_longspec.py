@@ -1,6 +1,6 @@
 """SpeculativeCache: the target's cache of one call, written in place.
 
-A prefill appends, a round places its tree behind the prefix and `commit` moves the accepted path next to it. Shapes do
+A prefill appends, a round has its tree behind the prefix and `commit` moves the accepted path next to it. Shapes do
 not depend on values and lengths live on the device, so that a round can be captured in a CUDA graph. Knows nothing of
 models; attention reads the prefix it holds.
 """
@@ -23,8 +23,8 @@ LARGEST_RING = 16_384
 class SpeculativeCache(Cache):
     """The target's cache of one call; see the module docstring.
 
-    Outside a round, `update` appends. Between `begin_round` and `commit` it places the tree and hands the tree's own
-    keys and values back; the prefix is read through `layers[i].prefix`.
+    Outside a round, `update` appends. Between `begin_round` and `commit` it hands the tree's own keys and values back:
+    the attention over them puts them where `layers[i].tree_slots` says; the prefix is read through `layers[i].prefix`.
     """
 
     def __init__(
@@ -110,13 +110,11 @@ class SpeculativeCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        layer = self.layers[layer_idx]
-        if self.placement is None:
-            assert len(set(self.lengths)) == 1, "rows of different lengths cannot be appended to"
-            self._committed = self.bounds = None
-            return layer.update(key_states, value_states)
-        layer.place_tree(key_states, value_states, self.placement.to(key_states.device))
-        return key_states, value_states
+        if self.placement is not None:
+            return key_states, value_states
+        assert len(set(self.lengths)) == 1, "rows of different lengths cannot be appended to"
+        self._committed = self.bounds = None
+        return self.layers[layer_idx].update(key_states, value_states)
 
     def bounds_on(self, device: torch.device) -> Tensor:
         """(2, B): where the spans of the rows start and end. They cross once a call; `commit` keeps them up there."""
@@ -146,7 +144,7 @@ class SpeculativeCache(Cache):
         return bool(short)
 
     def begin_round(self, depths: Tensor) -> None:
-        """Until `committed` or `abandon`, `update` places a tree whose nodes have these depths (B, T)."""
+        """Until `committed` or `abandon`, what comes is a tree whose nodes have these depths (B, T)."""
         for layer in self.owners:
             layer.ensure(self.length + depths.shape[1])
         self.placement = self.place(depths)

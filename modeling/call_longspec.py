@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .attention_longspec import Backend
+from .backends_longspec import Backend
 from .cache_longspec import SpeculativeCache
 from .candidate_generator_longspec import LongSpecCandidateGenerator
 from .clock_longspec import PhaseClock
@@ -17,7 +17,7 @@ from .fingerprint_longspec import fingerprint, has_hooks, plain
 from .prefill_longspec import Start
 from .rope_switch_longspec import RopeSwitch
 from .text_longspec import Text
-from .tree_longspec import TokenTree
+from .tree_longspec import Level, TokenTree
 from .workspace_longspec import Workspace
 
 
@@ -36,7 +36,7 @@ class Roots(NamedTuple):
     @classmethod
     def of(cls, text: Text, start: Start) -> Roots:
         device = start.root_positions.device
-        stump = TokenTree.from_root(torch.tensor(text.newest, device=device))
+        stump = TokenTree(*Level.of_root(torch.tensor(text.newest, device=device)), levels=0)
         return cls(stump, start.root_positions.clone(), start.axes, torch.tensor(text.stopped, device=device))
 
     @property
@@ -76,7 +76,7 @@ class Call(NamedTuple):
             plain(vars(target.config.get_text_config(decoder=True))),
             fingerprint(draft),
             plain(options),
-            plain(self.backend),
+            (self.backend.name, plain(self.generator.head_rows)),
             [(type(layer), layer.window, plain((layer.keys, layer.values))) for layer in cache.owners],
             (cache.tree_size, self.text.batch, self.text.padding),
             plain(self.extras),

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .attention_longspec import Backend, resolve_backend
+from .backends_longspec import Backend, resolve_backend
 from .call_longspec import Call, Roots, settle
 from .candidate_generator_longspec import LongSpecCandidateGenerator
 from .checks_longspec import check_inputs, ended_on_error
@@ -110,7 +110,7 @@ def assisted_decoding(
         **text.records.as_dict(),
         past_key_values=cache.past,
         accept_lengths=accept_lengths,
-        phase_seconds=dict(clock.seconds) if draft.config.profile else None,
+        phase_seconds=clock.seconds() if draft.config.profile else None,
     )
 
 
@@ -120,7 +120,6 @@ def decode(call: Call, workspace: Workspace, synced_gpus: bool) -> list[list[int
     cache.on_device = graphs.captures
     accept_lengths: list[list[int]] = [[] for _ in range(text.batch)]
     workspace.expect(call.mark if graphs.captures else None)
-    call.clock.restart()
     # under synced_gpus a rank that has finished goes on with rounds that write nothing
     while target._has_unfinished_sequences(text.finished, synced_gpus, device=text.device):
         if cache.make_room() and graphs.captures:

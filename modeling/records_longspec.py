@@ -15,12 +15,12 @@ class LongSpecOutput(GenerateDecoderOnlyOutput):
     """What `generate` returns with `return_dict_in_generate`, and besides:
 
     accept_lengths: for each row, the number of tokens each round emitted; the prefill's own token is in none of them.
-    phase_seconds: seconds spent in prefill, grow, verify, accept and commit, and by the host between the phases of
-        rounds, if `draft.config.profile` is set.
+    phase_seconds: the seconds of prefill, and of each round's grow, verify, accept and commit, one list a phase, if
+        `draft.config.profile` is set.
     """
 
     accept_lengths: list[list[int]] | None = None
-    phase_seconds: dict[str, float] | None = None
+    phase_seconds: dict[str, list[float]] | None = None
 
 
 class Steps:

@@ -1,9 +1,15 @@
 """Settings of every test: one thread, so that tiny models are fast and a run repeats to the bit."""
 
+import os
+
 import pytest
-import tapes
 import torch
-from helpers import tiny_draft, tiny_target
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is first imported
+
+import tapes  # noqa: E402
+from helpers import tiny_draft, tiny_target  # noqa: E402
 
 # these compare for the tests, which show both sides of what fails
 pytest.register_assert_rewrite("pairs", "serials", "tables", "texts")

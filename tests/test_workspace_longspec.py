@@ -175,8 +175,12 @@ def a_layer_in_training(target, draft):
     target.model.layers[2].train()
 
 
+def guesses_among_few_tokens(target, draft):
+    draft.set_draft_vocab([7, 2, 12, 3, 9])
+
+
 CHANGES = [other_tree, fewer_tokens_verified, other_backend, new_weights_elsewhere, new_weights_of_the_draft]
-CHANGES += [another_scaling, another_option_of_the_target, a_layer_in_training]
+CHANGES += [another_scaling, another_option_of_the_target, a_layer_in_training, guesses_among_few_tokens]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -195,6 +199,17 @@ def test_weights_changed_in_place_need_no_capture(captures, pair):
     target.load_state_dict({name: value * 1.3 for name, value in target.state_dict().items()})
     texts.append(assert_same(target, draft, prompt_of(9)))
     assert texts[0] != texts[1] and captures == [True] * 4
+
+
+def test_rows_of_a_changed_head_are_captured(captures, pair):
+    """A draft of few tokens keeps a copy of their rows, and takes another where the head has changed."""
+    target, draft = pair
+    draft.set_draft_vocab([7, 2, 12, 3, 9])
+    assert_same(target, draft, prompt_of(9))
+    with torch.no_grad():
+        target.lm_head.weight.mul_(-1)
+    assert_same(target, draft, prompt_of(9))
+    assert captures == [True] * 8
 
 
 def test_targets_take_turns(captures):
