@@ -1,11 +1,12 @@
 """The layers of a SpeculativeCache: where a target's keys and values lie, prefix and tree.
 
-Each layer appends in a prefill, places a tree behind the prefix in a round, and moves the accepted path next to it in
-`commit`. Writes are in place; lengths come as tensors on the device.
+Each layer appends in a prefill, says where prefix and tree of a round lie, and moves the accepted path next to the
+prefix in `commit`. Writes are in place; lengths come as tensors on the device.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .attention_longspec import Backend, Spans, attend
-from .slots_longspec import move_slots, ring_contents, write_slots
+from .attention_longspec import Prefix, Spans
+from .memory_longspec import Memory, empty_stores
+from .slots_longspec import move_slots, ring_contents
 
 BUCKET = 256  # tokens; capacities are multiples of this
+SLACK = 4  # memory of another call may be so many times what is needed: an eager attention reads all of it
 
 
 class Placement(NamedTuple):
@@ -49,29 +52,6 @@ class Placement(NamedTuple):
         return Placement(self.spans.to(device), visible, self.depths.to(device), {})
 
 
-class Prefix(NamedTuple):
-    """What a layer holds of the prefix: stores (B, K, S, D) and, where spans do not say it, who sees what."""
-
-    key: Tensor
-    value: Tensor
-    spans: Spans
-    mask: Tensor | None  # (B, T, S) bool
-
-    def to(self, device: torch.device) -> Prefix:
-        """The same for a layer that shares it on another device."""
-        if self.key.device == device:
-            return self
-        mask = None if self.mask is None else self.mask.to(device)
-        return Prefix(self.key.to(device), self.value.to(device), self.spans.to(device), mask)
-
-    def attend(self, query: Tensor, backend: Backend, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor]:
-        """Attention of the nodes' queries (B, H, T, D) over the prefix, with its log-sum-exp; see `attend`."""
-        if self.mask is None:
-            key, value = self.key.to(query.dtype), self.value.to(query.dtype)  # copies under autocast only
-            return backend.prefix(query, key, value, self.spans, scaling, softcap)
-        return attend(query, self.key, self.value, self.mask, scaling, softcap)
-
-
 class FullLayer(CacheLayerMixin):
     """All keys and values of a layer, (B, K, capacity, D), with room for a tree behind the prefix.
 
@@ -85,14 +65,22 @@ class FullLayer(CacheLayerMixin):
         self.reserve = reserve  # tokens to have room for: prompt, first answer tokens, tree
         self.window = window
         self.length = 0
+        self.spare: Memory | None = None
+
+    def takes(self, spare: Memory) -> bool:
+        """Whether the memory of another call has about the size that is needed here."""
+        return _bucket(self.reserve) <= spare[0].shape[2] <= SLACK * _bucket(self.reserve)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         capacity = _bucket(max(self.reserve, key_states.shape[2]))
-        # zeros, not garbage: a masked slot still meets the weights, and 0 · NaN is NaN
-        self.keys = key_states.new_zeros(*key_states.shape[:2], capacity, key_states.shape[3])
-        self.values = value_states.new_zeros(*value_states.shape[:2], capacity, value_states.shape[3])
-        self.is_initialized = True
+        self.keys, self.values = empty_stores(self.spare, key_states, value_states, capacity)
+        self.spare, self.is_initialized = None, True
+
+    @property
+    def capacity(self) -> float:
+        """How many tokens there is room for."""
+        return self.keys.shape[2]
 
     def ensure(self, capacity: int) -> None:
         """Make room for `capacity` tokens. Doubling: a long answer copies the cache a logarithmic number of times."""
@@ -116,31 +104,43 @@ class FullLayer(CacheLayerMixin):
         """The keys and values of the text so far, (B, K, length, D), as views."""
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
-    def place_tree(self, key_states: Tensor, value_states: Tensor, at: Placement) -> None:
-        slots = at.spans.ends[:, None] + torch.arange(key_states.shape[2], device=self.keys.device)
-        write_slots(self.keys, slots, key_states)
-        write_slots(self.values, slots, value_states)
+    def tree_slots(self, at: Placement) -> Tensor:
+        """(B,): where a tree begins, in slots."""
+        return at.spans.ends
 
     def prefix(self, at: Placement) -> Prefix:
         if self.window is None and at.visible is None:
             return Prefix(self.keys, self.values, at.spans, None)
-        cover = at.spans.cover(self.keys.shape[2])
-        mask = at.once(("full", self.window), lambda: self._mask(at, cover))
-        return Prefix(self.keys[:, :, cover], self.values[:, :, cover], at.spans, mask)
+        spans, mask = at.once(("full", self.window), lambda: (self._spans(at), self._mask(at)))
+        return Prefix(self.keys, self.values, spans, mask)
 
-    def _mask(self, at: Placement, cover: slice) -> Tensor:
-        index = torch.arange(cover.start, cover.stop, device=self.keys.device).expand(len(at.depths), 1, -1)
+    def _spans(self, at: Placement) -> Spans:
+        """What any node of a row may see."""
+        if self.window is None:
+            return at.spans
+        reach = self.window - 1
+        host = at.spans.host
+        return Spans(
+            torch.maximum(at.spans.starts, at.spans.ends - reach),
+            at.spans.ends,
+            None if host is None else tuple((max(start, end - reach), end) for start, end in host),
+            {},
+        )
+
+    def _mask(self, at: Placement) -> Tensor:
+        index = torch.arange(self.keys.shape[2], device=self.keys.device).expand(len(at.depths), 1, -1)
         mask = (index >= at.spans.starts[:, None, None]) & (index < at.spans.ends[:, None, None])
         if self.window is not None:
             mask = mask & (index > _too_far(at, self.window))
         return (mask & _seen(index, at.visible)).expand(-1, at.depths.shape[1], -1)
 
     def commit(self, path: Tensor, counts: Tensor, at: Placement) -> None:
+        if path.shape[1] == 1:  # a root lies where it is kept
+            return
         # steps beyond `counts` land behind the new prefix, where the next tree overwrites them
-        ends = at.spans.ends[:, None]
-        target = ends + torch.arange(path.shape[1], device=path.device)
-        move_slots(self.keys, ends + path, target)
-        move_slots(self.values, ends + path, target)
+        source, target = at.once("path", lambda: _path_slots(at, path))
+        move_slots(self.keys, source, target)
+        move_slots(self.values, source, target)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -160,20 +160,23 @@ class SlidingLayer(CacheLayerMixin):
     """
 
     is_sliding = True
+    capacity = math.inf  # tokens; the oldest are forgotten
 
     def __init__(self, window: int, tree_size: int, lead: int = 0):
         super().__init__()
         self.window, self.tree_size = window, tree_size
         self.ring = max(window - 1, 1) + lead
         self.length = 0
+        self.spare: Memory | None = None
+
+    def takes(self, spare: Memory) -> bool:
+        """Whether the memory of another call has the size that is needed here."""
+        return spare[0].shape[2] == self.ring + self.tree_size
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        slots = self.ring + self.tree_size
-        # zeros, not garbage: a masked slot still meets the weights, and 0 · NaN is NaN
-        self.keys = key_states.new_zeros(*key_states.shape[:2], slots, key_states.shape[3])
-        self.values = value_states.new_zeros(*value_states.shape[:2], slots, value_states.shape[3])
-        self.is_initialized = True
+        self.keys, self.values = empty_stores(self.spare, key_states, value_states, self.ring + self.tree_size)
+        self.spare, self.is_initialized = None, True
 
     def ensure(self, capacity: int) -> None:
         """A ring never grows."""
@@ -199,14 +202,17 @@ class SlidingLayer(CacheLayerMixin):
     def _slots(self, end: int, count: int) -> Tensor:
         return torch.arange(end - count, end, device=self.keys.device) % self.ring
 
-    def place_tree(self, key_states: Tensor, value_states: Tensor, at: Placement) -> None:
-        nodes = slice(self.ring, self.ring + key_states.shape[2])
-        self.keys[:, :, nodes] = key_states
-        self.values[:, :, nodes] = value_states
+    def tree_slots(self, at: Placement) -> Tensor:
+        return at.once(("tree", self.ring), lambda: torch.full_like(at.spans.ends, self.ring))
 
     def prefix(self, at: Placement) -> Prefix:
-        mask = at.once(("sliding", self.window, self.ring), lambda: self._mask(at))
-        return Prefix(self.keys[:, :, : self.ring], self.values[:, :, : self.ring], at.spans, mask)
+        spans, mask = at.once(("sliding", self.window, self.ring), lambda: (self._spans(at), self._mask(at)))
+        return Prefix(self.keys, self.values, spans, mask)
+
+    def _spans(self, at: Placement) -> Spans:
+        """The whole ring: what it holds, in no order, is told by the mask."""
+        ends = torch.full_like(at.spans.ends, self.ring)
+        return Spans(torch.zeros_like(ends), ends, ((0, self.ring),) * len(ends), {})
 
     def _mask(self, at: Placement) -> Tensor:
         held = ring_contents(at.spans.ends, self.ring)[:, None]  # (B, 1, ring)
@@ -243,6 +249,12 @@ class SharedLayer:
 
     def __init__(self, owner: int):
         self.owner = owner
+
+
+def _path_slots(at: Placement, path: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a full layer has the nodes of `path` (B, P) below the root, and where it is to have them: (B, P − 1)."""
+    ends = at.spans.ends[:, None]
+    return ends + path[:, 1:], ends + torch.arange(1, path.shape[1], device=path.device)
 
 
 def _seen(index: Tensor, visible: Tensor | None) -> Tensor:

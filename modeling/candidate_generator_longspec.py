@@ -5,32 +5,57 @@ Knows the draft's layer, the window it keeps and the target's prefix; knows noth
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import log_softmax
 
-from .attention_longspec import Backend, attend
+from .attention_longspec import Prefix, attend
+from .backends_longspec import Backend
 from .cache_longspec import SpeculativeCache
 from .draft_window_longspec import DraftWindow
-from .target_longspec import BoundTarget
-from .tree_longspec import TokenTree
+from .target_longspec import Angles, BoundTarget
+from .tree_longspec import Level, TokenTree, levels_above
+
+
+class LevelInputs(NamedTuple):
+    """What the draft needs to know of the levels of one round's tree, L of them, beside their tokens.
+
+    angles, query_angles: of the draft's own attention and of the target's, (…, L, rotary dims)
+    mask: (B, N, slots) bool, what each of the N inner nodes may see of the window; filled as the tree grows
+    prefix: the target's keys and values; its mask, if there is one, is (B, L, S)
+    """
+
+    angles: Angles
+    query_angles: Angles
+    mask: Tensor
+    prefix: Prefix
 
 
 class LongSpecCandidateGenerator:
     """Grows token trees by beam search over cumulative draft log-probability, one draft forward per level."""
 
     def __init__(self, draft: Any, target: BoundTarget, backend: Backend, batch: int):
-        config = draft.config
+        config, device = draft.config, target.device
         self.draft, self.target, self.backend = draft, target, backend
         self.shape = tuple(config.tree_shape)
+        self.head_rows = draft.head_rows(target) if self.shape else None
+        self.vocab = draft.draft_vocab
         self.verify_tokens = config.verify_tokens
-        self.inner_nodes = 1 + sum(self.shape[:-1])
-        levels = [level for level, width in enumerate((1, *self.shape[:-1])) for _ in range(width)]
-        self.levels = torch.tensor(levels, device=target.device)  # of each inner node
+        # the levels that have children, as slices of the tree's nodes
+        starts = [*accumulate((1, *self.shape[:-1]), initial=0)]
+        self.inner = [slice(*ends) for ends in pairwise(starts)]
+        # constants of all rounds: a host cannot send any while a CUDA graph is captured
+        self.above = torch.tensor(levels_above(self.shape), device=device)
+        self.depths = torch.arange(len(self.shape), device=device)
+        depths = [depth for depth, nodes in enumerate(self.inner) for _ in range(nodes.start, nodes.stop)]
+        self.inner_depths = torch.tensor(depths, dtype=torch.long, device=device)
+        self.itself = torch.eye(starts[-1], dtype=torch.bool, device=device)
         self.scaling = config.head_dim**-0.5
         heads = (batch, config.num_key_value_heads, config.head_dim)
-        self.window = DraftWindow(config.window, self.inner_nodes, heads, draft.dtype, target.device)
+        self.window = DraftWindow(config.window, starts[-1], heads, draft.dtype, device)
 
     def prefill(self, embeds: Tensor, last_position: Tensor, real: Tensor) -> None:
         """Fill the window from the text's embeddings (B, T, hidden), whose last tokens stand at `last_position` (B,).
@@ -60,63 +85,78 @@ class LongSpecCandidateGenerator:
 
         levels: at most so many levels of the tree shape.
         """
-        root = root.to(position.device)
-        tree = TokenTree.from_root(root)
-        shape = self.shape[:levels]
-        if not shape:
-            return tree
-        batch = root.shape[0]
-        ancestry = torch.zeros(batch, 1, self.inner_nodes, dtype=torch.bool, device=root.device)
-        tokens, scores, first = tree.tokens, tree.scores, 0
+        level = Level.of_root(root.to(position.device))
+        grown, shape = [level], self.shape[:levels]
+        if shape:
+            inputs = self._level_inputs(position, cache, len(shape))
         for depth, width in enumerate(shape):
-            nodes = torch.arange(first, first + tokens.shape[1], device=root.device)
-            is_self = nodes[:, None] == torch.arange(self.inner_nodes, device=root.device)
-            ancestry = ancestry | is_self
-            within_window = ancestry & (self.levels > depth - self.window.window)
-            logits = self._level_logits(tokens, position + depth, position, within_window, first, cache)
-            tokens, parents, scores = best_children(logits, scores, width)
-            tree = tree.extend(tokens, parents + first, scores)
-            ancestry = ancestry.gather(1, parents[:, :, None].expand(-1, -1, self.inner_nodes))
-            first += len(nodes)
-        return tree.prune(self.verify_tokens)
+            logits = self._level_logits(level.tokens, depth, inputs)
+            level = best_children(logits, level.scores, width, self.vocab)
+            self._hand_down(inputs.mask, level.parents, depth + 1)
+            grown.append(level)
+        return TokenTree.from_levels(grown, self.above[: 1 + sum(shape)]).prune(self.verify_tokens)
 
-    def _level_logits(
-        self,
-        tokens: Tensor,
-        position: Tensor,
-        root_position: Tensor,
-        ancestry: Tensor,
-        first: int,
-        cache: SpeculativeCache,
-    ) -> Tensor:
-        """Logits (B, T, vocab) of one level: nodes `first`… with `tokens` (B, T), all at `position` (B,)."""
-        window, layer = self.window, cache.layers[self.target.layer]
-        positions = position[:, None].expand_as(tokens)
-        mask = window.mask(positions, root_position, ancestry)
-        prefix = layer.prefix(cache.place(positions - root_position[:, None]))
+    def _level_inputs(self, root_position: Tensor, cache: SpeculativeCache, levels: int) -> LevelInputs:
+        depths = self.depths[:levels]  # of no level that is not grown: some rotations look at the largest position
+        positions = root_position[:, None] + depths
+        inner = root_position[:, None] + self.inner_depths
+        return LevelInputs(
+            self.draft.angles(positions),
+            self.target.angles(self.window.keys, positions),
+            self.window.mask(inner, root_position, self.itself.expand(len(inner), -1, -1)),
+            cache.layers[self.target.layer].prefix(cache.place(depths.expand_as(positions))),
+        )
+
+    def _hand_down(self, mask: Tensor, parents: Tensor, depth: int) -> None:
+        """Let the nodes at `depth`, with these parents (B, width), see what those see of the tree."""
+        if depth == len(self.inner):
+            return  # leaves look at nothing
+        above, nodes = self.inner[depth - 1], self.inner[depth]
+        reach = slice(self.inner[max(depth - self.window.window + 1, 0)].start, nodes.start)
+        tree = mask[:, :, self.window.tree_start :]
+        seen = tree[:, above, reach]
+        torch.gather(seen, 1, parents[:, :, None].expand(-1, -1, seen.shape[2]), out=tree[:, nodes, reach])
+
+    def _level_logits(self, tokens: Tensor, depth: int, inputs: LevelInputs) -> Tensor:
+        """Logits (B, T, N) of what may follow the nodes at `depth`, which have `tokens` (B, T)."""
+        window, nodes = self.window, self.inner[depth]
+        here = slice(depth, depth + 1)
+        angles, query_angles = (
+            tuple(part[..., here, :] for part in parts) for parts in (inputs.angles, inputs.query_angles)
+        )
+        prefix = inputs.prefix
+        if prefix.mask is not None:
+            prefix = prefix._replace(mask=prefix.mask[:, here].expand(-1, tokens.shape[1], -1))
 
         def self_attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            window.place(key, value, first)
-            return attend(query, window.keys, window.values, mask, self.scaling)[0].to(query.dtype)
+            window.place(key, value, nodes.start)
+            return attend_masked(query, window.keys, window.values, inputs.mask[:, nodes], self.scaling)
 
         def cross_attend(query: Tensor) -> Tensor:
-            return prefix.attend(query, self.backend, self.scaling, None)[0].to(query.dtype)
+            query = self.target.rotate(query, query_angles)
+            return self.backend.attention(query, prefix, None, self.scaling, None, None).transpose(1, 2)
 
-        embeds = self.target.embed(tokens)
-        hidden = self.draft.layer(embeds, positions, self.target.rotate, self_attend, cross_attend)
-        return self.target.logits(hidden)
+        hidden = self.draft.layer(self.target.embed(tokens), angles, self_attend, cross_attend)
+        if self.head_rows is None:
+            return self.target.logits(hidden)
+        return self.target.scaled(self.head_rows(hidden))
 
 
-def best_children(logits: Tensor, scores: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `width` best continuations of nodes with cumulative log-probability `scores` (B, T), logits (B, T, V).
+def attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """Attention of (B, H, T, D) to keys and values (B, K, S, D) where mask (B, T, S) says, in the query's dtype."""
+    return attend(query, key, value, mask, scaling)[0].to(query.dtype)
 
-    Returns tokens, parents (index into T), scores, each (B, width), best first. No node can have more than `width`
-    of them, so each node's own best `width` are candidates enough, and only they need a log-softmax.
+
+def best_children(logits: Tensor, scores: Tensor, width: int, vocab: Tensor | None = None) -> Level:
+    """The `width` best continuations of nodes with cumulative log-probability `scores` (B, T), logits (B, T, N).
+
+    vocab: the tokens (N,) that these are the logits of; None: 0, 1, …
+    No node can have more than `width` of them, so each node's own best `width` are candidates enough. Of continuations
+    that score alike any may be taken, as `topk` does.
     """
-    logits = logits.float()
-    vocab = logits.shape[-1]
-    best, tokens = logits.topk(min(width, vocab), dim=-1)  # (B, T, k)
-    # in this order: a difference that is never positive cannot round to a child that scores above its parent
-    totals = scores[:, :, None] + (best - logits.logsumexp(dim=-1, keepdim=True))
+    best = logits.topk(min(width, logits.shape[-1]), dim=-1, sorted=False).indices  # (B, T, k)
+    # in this order: a log-probability is never positive, so that none can round to a child that outranks its parent
+    totals = scores[:, :, None] + log_softmax(logits, dim=-1, dtype=torch.float32).gather(-1, best)
     chosen, index = totals.flatten(1).topk(width, dim=-1)
-    return tokens.flatten(1).gather(1, index), index // best.shape[-1], chosen
+    tokens = best.flatten(1).gather(1, index)
+    return Level(tokens if vocab is None else vocab[tokens], index // best.shape[-1], chosen)

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import DynamicCache, PreTrainedConfig
 
-ATTENTION_BACKENDS = ("auto", "eager", "torch")
+ATTENTION_BACKENDS = ("auto", "eager", "torch", "triton")
 
 
 class LongSpecConfig(PreTrainedConfig):
@@ -25,15 +25,19 @@ class LongSpecConfig(PreTrainedConfig):
         target_model_type (`str`): `model_type` of the target's text config.
         target_num_hidden_layers (`int`): number of decoder layers of the target.
         target_layer (`int`): the target layer whose cached keys and values the draft attends to.
+        draft_vocab_size (`int`, *optional*): how many tokens the draft guesses among, see
+            `LongSpecForCausalLM.set_draft_vocab`. `None`: all.
         final_norm (`bool`): an RMSNorm before the target's LM head; the published drafts have none.
         tree_shape (`tuple[int, ...]`): nodes of each tree level below the root. `(1, 1, 1)` is a chain, `()` means
             nothing to guess: one token a round.
         verify_tokens (`int`, *optional*): rows fed to the target, root included: the tree's best. `None`: all of it.
-        attention_backend (`str`): how the target attends while it verifies: `"auto"`, `"eager"` or `"torch"`.
-        cuda_graphs (`str` or `bool`): replay a round's phases as CUDA graphs: `"auto"` where that is possible.
+        attention_backend (`str`): how the target attends while it verifies: one of `ATTENTION_BACKENDS`; "auto" is
+            "torch" where that can run, else "eager".
+        cuda_graphs (`str` or `bool`): replay a round's phases as CUDA graphs: `"auto"` where that is possible. They
+            are kept for the next call, with the memory they work on: see `LongSpecForCausalLM.release`.
         compile_target (`bool`): run the target's decoder layers through torch.compile while they verify. The first
             call waits for the compiler, later ones only where trees or batches have sizes it has not met.
-        profile (`bool`): time each phase of a round (adds a device synchronization per phase).
+        profile (`bool`): time each phase of each round.
     """
 
     model_type = "longspec"
@@ -56,6 +60,7 @@ class LongSpecConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     window: int = 512
+    draft_vocab_size: int | None = None
     final_norm: bool = False
     target_model_type: str = "llama"
     target_num_hidden_layers: int = 32
@@ -98,19 +103,22 @@ class LongSpecConfig(PreTrainedConfig):
             raise ValueError(f"`compile_target` must be True or False, got {self.compile_target!r}")
         if self.verify_tokens is not None and (not _is_int(self.verify_tokens) or self.verify_tokens < 1):
             raise ValueError(f"`verify_tokens` must be None or a positive integer, got {self.verify_tokens!r}")
+        size = self.draft_vocab_size
+        if size is not None and (not _is_int(size) or not 1 <= size <= self.vocab_size):
+            raise ValueError(f"`draft_vocab_size` must be None or in 1..{self.vocab_size}, got {size!r}")
         self._check_tree_shape()
 
     def _check_tree_shape(self) -> None:
         if not isinstance(self.tree_shape, (tuple, list)) or not all(_is_int(width) for width in self.tree_shape):
             raise ValueError(f"`tree_shape` must be a tuple of integers, one width a level, got {self.tree_shape!r}")
-        parents = 1
+        parents, vocab = 1, self.draft_vocab_size or self.vocab_size
         for level, width in enumerate(self.tree_shape, start=1):
             if width < 1:
                 raise ValueError(f"`tree_shape` widths must be at least 1, got {width} at level {level}")
-            if width > parents * self.vocab_size:
+            if width > parents * vocab:
                 raise ValueError(
-                    f"`tree_shape` level {level} can have at most {parents} parents × {self.vocab_size} tokens = "
-                    f"{parents * self.vocab_size} nodes, got {width}"
+                    f"`tree_shape` level {level} can have at most {parents} parents × {vocab} tokens = "
+                    f"{parents * vocab} nodes, got {width}"
                 )
             parents = width
 

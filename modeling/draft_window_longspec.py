@@ -33,9 +33,9 @@ class DraftWindow:
         """
         slots = positions % self.window
         if real is not None:
-            # two writes to one slot would come in any order
-            oldest = positions.masked_fill(~real, -1).amax(dim=1, keepdim=True) - self.window
-            slots = torch.where(real & (positions > oldest), slots, self.window)
+            if positions.shape[1] > self.window:  # two writes to one slot would come in any order
+                real = real & (positions > positions.masked_fill(~real, -1).amax(dim=1, keepdim=True) - self.window)
+            slots = torch.where(real, slots, self.window)
         write_slots(self.keys, slots, key)
         write_slots(self.values, slots, value)
 

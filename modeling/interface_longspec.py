@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from .attention_longspec import Backend, apply_sinks, attend, merge
+from .attention_longspec import Nodes
+from .backends_longspec import Backend
 from .cache_layers_longspec import Placement
 from .cache_longspec import SpeculativeCache
 
@@ -84,22 +85,20 @@ def hybrid_attention(
     state.seen.add(module.layer_idx)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = state.cache.owner(module.layer_idx)
-    placement = state.cache.round_placement.to(query.device)
-    prefix = layer.prefix(state.cache.round_placement.to(layer.keys.device)).to(query.device)
+    at = state.cache.round_placement.to(layer.keys.device)
+    prefix = layer.prefix(at).to(query.device)
     shapes = [states.shape[1::2] for states in (prefix.key, prefix.value)]  # heads and dimension
     if not once or [states.shape[1::2] for states in (key, value)] != shapes:
         raise ValueError(
             "LongSpec needs a target that attends once a layer to the keys and values it caches, got "
             f"{type(module).__name__}, which does otherwise"
         )
+    placement = state.cache.round_placement.to(query.device)
     mask = placement.once(("tree", layer.window), lambda: tree_mask(state, placement, layer.window))
+    owns = layer is state.cache.layers[module.layer_idx]
+    nodes = Nodes(key, value, mask, layer.tree_slots(at) if owns else None)
     with torch.autocast(query.device.type, enabled=False):  # or the products of float32 would be rounded
-        over_prefix = prefix.attend(query, state.backend, scaling, softcap)
-        over_tree = attend(query, key, value, mask, scaling, softcap)
-        out, lse = merge(over_prefix[0], over_prefix[1], over_tree[0], over_tree[1])
-        if s_aux is not None:
-            out = apply_sinks(out, lse, s_aux)
-    return out.transpose(1, 2).to(query.dtype).contiguous(), None
+        return state.backend.attention(query, prefix, nodes, scaling, softcap, s_aux), None
 
 
 def tree_mask(state: Round, placement: Placement, window: int | None) -> Tensor:

@@ -10,20 +10,24 @@ window and the tree. Parameter names are those of the published checkpoints (git
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .checks_longspec import check_generation
 from .configuration_longspec import LongSpecConfig
 from .door_longspec import install
+from .draft_head_longspec import HeadRows, Rows, vocabulary
 from .generation_longspec import assisted_decoding
 from .target_longspec import BoundTarget, bind
+from .workspace_longspec import Workspaces
 
 SelfAttend = Callable[[Tensor, Tensor, Tensor], Tensor]
 CrossAttend = Callable[[Tensor], Tensor]
@@ -41,9 +45,7 @@ class LongSpecRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class LongSpecMLP(nn.Module):
@@ -99,15 +101,48 @@ class LongSpecForCausalLM(PreTrainedModel):
         self.post_self_attention_layernorm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_cross_attention_layernorm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps) if config.final_norm else nn.Identity()
+        ids = None if config.draft_vocab_size is None else torch.arange(config.draft_vocab_size)
+        self.register_buffer("draft_vocab", ids)
+        self._head_rows = HeadRows()
         # not a buffer: it must stay float32 when the draft is cast, and exist when it is built on the meta device
         self._frequencies = {torch.device("cpu"): rope_frequencies(config)}
+        self.workspaces = Workspaces()
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self and self.draft_vocab is not None:  # of a checkpoint that has none
+            init.copy_(self.draft_vocab, torch.arange(len(self.draft_vocab)))
+
+    def set_draft_vocab(self, ids: Tensor | Sequence[int] | None) -> None:
+        """Let the draft guess only tokens `ids` (N,), whose rows of the target's LM head are all that it then reads.
+
+        The text does not change: what the target writes beyond them is just never guessed. The draft keeps a copy of
+        these rows, N × hidden, beside each target. Ids are saved with the draft; `None`: it guesses among all tokens.
+        Raises `ValueError` for ids that are not in the vocabulary or come twice.
+        """
+        if ids is None:
+            self.draft_vocab, self.config.draft_vocab_size = None, None
+            return
+        self.draft_vocab = vocabulary(ids, self.config.vocab_size).to(self.device)
+        self.config.draft_vocab_size = len(self.draft_vocab)
+
+    def head_rows(self, bound: BoundTarget) -> Rows | None:
+        """The rows of the target's LM head that guesses are made with, or None for all of it.
+
+        Raises `ValueError` where some of the target's LM head is not to be had alone.
+        """
+        size = None if self.draft_vocab is None else len(self.draft_vocab)
+        if size != self.config.draft_vocab_size:
+            raise ValueError(
+                f"`draft_vocab_size` is {size}, as draft.set_draft_vocab has it, got {self.config.draft_vocab_size}"
+            )
+        return None if self.draft_vocab is None else self._head_rows.of(bound.head, self.draft_vocab, bound.device)
 
     def layer(
         self,
         embeds: Tensor,
-        positions: Tensor,
-        rotate: Callable[[Tensor, Tensor], Tensor],
+        angles: tuple[Tensor, Tensor],
         self_attend: SelfAttend,
         cross_attend: CrossAttend,
     ) -> Tensor:
@@ -115,20 +150,24 @@ class LongSpecForCausalLM(PreTrainedModel):
 
         Args:
             embeds: (B, T, hidden), the target's embedding of the tokens.
-            positions: (B, T), their positions in the text.
-            rotate: the target's rotation of the cross-attention queries (`BoundTarget.rotate`).
+            angles: those of their positions (`angles`), or of the one position where all T stand.
             self_attend: (query (B, H, T, D), key (B, K, T, D), value (B, K, T, D)) -> (B, H, T, D); all rotated.
-            cross_attend: query (B, H, T, D) -> (B, H, T, D) over the target's keys and values.
+            cross_attend: query (B, H, T, D), which is not rotated (see `BoundTarget.rotate`) -> (B, H, T, D) over the
+                target's keys and values.
         Returns: (B, T, hidden).
         """
+        config = self.config
         x = embeds.to(self.self_attn.q_proj.weight.dtype)
         normed = self.input_layernorm(x)
-        angles = self.angles(positions)
-        query = rotate_half_pairs(_heads(self.self_attn.q_proj(normed), self.config.head_dim), *angles)
-        key, value = self._window_kv(normed, angles)
+        both = torch.cat(
+            [self.self_attn.q_proj(normed), self.self_attn.k_proj(normed)], dim=-1
+        )  # to be turned at once
+        both = rotate_half_pairs(_heads(both, config.head_dim), *angles)
+        query, key = both.split([config.num_attention_heads, config.num_key_value_heads], dim=1)
+        value = _heads(self.self_attn.v_proj(normed), config.head_dim)
         x = x + self.self_attn.o_proj(_merge_heads(self_attend(query, key, value)))
-        query = _heads(self.cross_attn.q_proj(self.post_self_attention_layernorm(x)), self.config.head_dim)
-        x = x + self.cross_attn.o_proj(_merge_heads(cross_attend(rotate(query, positions))))
+        query = _heads(self.cross_attn.q_proj(self.post_self_attention_layernorm(x)), config.head_dim)
+        x = x + self.cross_attn.o_proj(_merge_heads(cross_attend(query)))
         x = x + self.mlp(self.post_cross_attention_layernorm(x))
         return self.norm(x)
 
@@ -138,22 +177,21 @@ class LongSpecForCausalLM(PreTrainedModel):
         embeds: (B, T, hidden), the target's embedding of the tokens; positions: (B, T).
         """
         normed = self.input_layernorm(embeds.to(self.self_attn.k_proj.weight.dtype))
-        return self._window_kv(normed, self.angles(positions))
-
-    def _window_kv(self, normed: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         key = _heads(self.self_attn.k_proj(normed), self.config.head_dim)
         value = _heads(self.self_attn.v_proj(normed), self.config.head_dim)
-        return rotate_half_pairs(key, *angles), value
+        return rotate_half_pairs(key, *self.angles(positions)), value
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine (B, 1, T, rotary dims) of the target's main RoPE at `positions` (B, T), in float32."""
+        """Cosine and sine (B, 1, T, rotary dims) of the target's main RoPE at `positions` (B, T), in float32.
+
+        The sine is that of each dimension's own turn, see `rope_frequencies`.
+        """
         device = positions.device
         frequencies, scaling = self._frequencies[torch.device("cpu")]
         if device not in self._frequencies:
             self._frequencies[device] = (frequencies.to(device), scaling)
         frequencies, scaling = self._frequencies[device]
         angles = positions[:, None, :, None].float() * frequencies
-        angles = torch.cat([angles, angles], dim=-1)
         return angles.cos() * scaling, angles.sin() * scaling
 
     def bind(self, target: PreTrainedModel) -> BoundTarget:
@@ -167,6 +205,10 @@ class LongSpecForCausalLM(PreTrainedModel):
         slots = config.window + 1 + 1 + sum(tuple(config.tree_shape)[:-1])
         return 2 * config.num_key_value_heads * slots * config.head_dim * self.dtype.itemsize
 
+    def release(self) -> None:
+        """Give back the memory that the last call has left for the next one: one cache of the target, and graphs."""
+        self.workspaces.keep(None)
+
     # `target.generate(assistant_model=draft)` arrives here: see generation_longspec.py
     assisted_decoding = assisted_decoding
     check_generation = check_generation
@@ -179,26 +221,32 @@ class LongSpecForCausalLM(PreTrainedModel):
 
 
 def rope_frequencies(config: LongSpecConfig) -> tuple[Tensor, float]:
-    """Inverse frequencies (rotary dims / 2,) and attention scaling of `config.rope_parameters`, in float32 on the CPU.
+    """Frequencies (rotary dims,) and attention scaling of `config.rope_parameters`, in float32 on the CPU.
 
+    The first half turns backwards, for in a pair (a, b) that is rotated b enters a with the negative sine.
     Length-dependent scalings give those of short texts: a window never spans more than `window` tokens.
     """
     parameters = config.rope_parameters or {}
     rope_type = parameters.get("rope_type", "default")
     if rope_type != "default":
-        return ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
-    dims = int(config.head_dim * parameters.get("partial_rotary_factor", 1.0))
-    exponents = torch.arange(0, dims, 2, dtype=torch.float32, device="cpu") / dims
-    return 1.0 / parameters.get("rope_theta", 10_000.0) ** exponents, 1.0  # as transformers rounds it
+        frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
+    else:
+        dims = int(config.head_dim * parameters.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, dims, 2, dtype=torch.float32, device="cpu") / dims
+        frequencies = 1.0 / parameters.get("rope_theta", 10_000.0) ** exponents  # as transformers rounds it
+        scaling = 1.0
+    return torch.cat([-frequencies, frequencies]), scaling
 
 
 def rotate_half_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on x (B, H, T, D) with pairs (i, i + dims/2); dimensions beyond the rotary ones pass through."""
+    """RoPE on x (B, H, T, D) with pairs (i, i + dims/2); dimensions beyond the rotary ones pass through.
+
+    sin: negative in the first half, as `LongSpecForCausalLM.angles` has it.
+    """
     dims = cos.shape[-1]
-    rotary, rest = x[..., :dims], x[..., dims:]
-    first, second = rotary.chunk(2, dim=-1)
-    turned = rotary * cos + torch.cat([-second, first], dim=-1) * sin
-    return torch.cat([turned.to(x.dtype), rest], dim=-1)
+    rotary = x[..., :dims]
+    turned = torch.addcmul(rotary * cos, rotary.roll(dims // 2, dims=-1), sin).to(x.dtype)
+    return turned if dims == x.shape[-1] else torch.cat([turned, x[..., dims:]], dim=-1)
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 def write_slots(store: Tensor, slots: Tensor, states: Tensor) -> None:
     """store (B, K, S, D)[b, :, slots[b, t]] = states (B, K, T, D)[b, :, t]."""
-    store[_rows(slots), :, slots] = states.transpose(1, 2).to(store.dtype)
+    store.scatter_(2, slots[:, None, :, None].expand_as(states), states.to(store.dtype))
 
 
 def move_slots(store: Tensor, source: Tensor, target: Tensor) -> None:

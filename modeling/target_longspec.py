@@ -25,19 +25,28 @@ _NO_ROPE_BESIDE_SLIDING = ("exaone4", "exaone_moe", "kolibri1")
 _OWN_MASKS = ("doge",)
 
 
+# Cosines and sines (…, T, rotary dims); none where a layer has no rotary embedding.
+Angles = tuple[Tensor, ...]
+
+
 class BoundTarget(NamedTuple):
     """The parts of a target that one draft uses, found once per call.
 
     embed:  token ids (B, T) -> embeddings (B, T, hidden) as the target's first layer sees them
     scale:  embeddings a user passed as `inputs_embeds` -> the same
     logits: draft hidden states (B, T, hidden) -> (B, T, vocab), the target's logit scale or cap included
-    rotate: queries (B, H, T, D), positions (B, T) -> rotated as the target rotates those of its layer `layer`
+    scaled: what the target's LM head `head` puts out -> the same with scale or cap
+    angles: a tensor of the queries' dtype and device, positions (B, T) -> what `rotate` needs of these positions
+    rotate: queries (B, H, T, D), their angles -> rotated as the target rotates those of its layer `layer`
     """
 
     embed: Callable[[Tensor], Tensor]
     scale: Callable[[Tensor], Tensor]
     logits: Callable[[Tensor], Tensor]
-    rotate: Callable[[Tensor, Tensor], Tensor]
+    scaled: Callable[[Tensor], Tensor]
+    head: nn.Module
+    angles: Callable[[Tensor, Tensor], Angles]
+    rotate: Callable[[Tensor, Angles], Tensor]
     layer: int
     device: torch.device
     dtype: torch.dtype
@@ -77,11 +86,15 @@ def bind(config: LongSpecConfig, target: PreTrainedModel) -> BoundTarget:
         gather()
         return scaled_logits(head(hidden), text_config).to(device)
 
+    angles, rotate = query_rotation(decoder, attention, text_config, config.target_layer)
     return BoundTarget(
         embed=embed,
         scale=scale,
         logits=logits,
-        rotate=query_rotation(decoder, attention, text_config, config.target_layer),
+        scaled=lambda logits: scaled_logits(logits, text_config),
+        head=head,
+        angles=angles,
+        rotate=rotate,
         layer=config.target_layer,
         device=device,
         dtype=target.dtype,  # of a weight that is not packed; a layer's own may be uint8 or float8
@@ -151,15 +164,15 @@ def execution_device(module: nn.Module, target: PreTrainedModel) -> torch.device
 
 def query_rotation(
     decoder: nn.Module, attention: nn.Module, text_config: Any, layer: int
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """How the target rotates the queries of `layer`: by its own rotary module and its own application function.
+) -> tuple[Callable[[Tensor, Tensor], Angles], Callable[[Tensor, Angles], Tensor]]:
+    """How the target rotates the queries of `layer`: `angles` by its own rotary module, `rotate` by its own function.
 
     That covers half and interleaved pairs, partial rotation, per-layer frequencies and length scaling alike.
     """
     rotary = getattr(decoder, "rotary_emb", None)
     apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if rotary is None or not is_rotated(attention, text_config, layer):
-        return lambda query, positions: query
+        return lambda like, positions: (), lambda query, angles: query
     names = set(inspect.signature(apply).parameters) if apply is not None else set()
     alone = {"x", "cos", "sin"} <= names  # gemma3n and gemma4 rotate queries and keys in two calls
     if apply is None or not (alone or {"q", "k", "cos", "sin"} <= names):
@@ -170,18 +183,22 @@ def query_rotation(
 
     axes = len(getattr(rotary, "mrope_section", None) or ())  # of positions in images and films; of text they agree
 
-    def rotate(query: Tensor, positions: Tensor) -> Tensor:
+    def angles(like: Tensor, positions: Tensor) -> Angles:
         positions = positions.expand(axes, -1, -1) if axes else positions
-        cos, sin = (angles.to(query.device) for angles in rotary(query, positions, **options))
+        cos, sin = rotary(like, positions, **options)
+        return cos.to(like.device), sin.to(like.device)
+
+    def rotate(query: Tensor, angles: Angles) -> Tensor:
+        cos, sin = angles
         # partial rotation: some families slice in the attention module, so slice before the call for all of them;
         # gpt_oss gives one angle a pair, the others two
-        angles = cos.shape[-1]
-        rotated = 2 * angles if text_config.model_type == "gpt_oss" else angles
+        rotated = cos.shape[-1] * (2 if text_config.model_type == "gpt_oss" else 1)
         part = query[..., :rotated]
-        turned = apply(part, cos, sin) if alone else apply(part, part, cos, sin)[0]
-        return torch.cat([turned, query[..., rotated:]], dim=-1).to(query.dtype)
+        turned = apply(part, cos, sin) if alone else apply(part, part[:, :0], cos, sin)[0]  # keys of no heads
+        turned = turned.to(query.dtype)
+        return turned if rotated == query.shape[-1] else torch.cat([turned, query[..., rotated:]], dim=-1)
 
-    return rotate
+    return angles, rotate
 
 
 def is_rotated(attention: nn.Module, text_config: Any, layer: int) -> bool:

@@ -6,10 +6,26 @@ no host synchronization, nothing here depends on the values. Knows nothing of mo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Level(NamedTuple):
+    """The nodes of one depth, best first: tokens, parents (index into the level above), scores, each (B, width)."""
+
+    tokens: Tensor
+    parents: Tensor
+    scores: Tensor
+
+    @classmethod
+    def of_root(cls, root: Tensor) -> Level:
+        """The level that is only the root (B,), which counts as its own parent."""
+        tokens = root[:, None]
+        return cls(tokens, torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.float32))
 
 
 class TokenTree(NamedTuple):
@@ -27,19 +43,10 @@ class TokenTree(NamedTuple):
     levels: int
 
     @classmethod
-    def from_root(cls, root: Tensor) -> TokenTree:
-        """The tree that is only its root (B,)."""
-        tokens = root[:, None]
-        return cls(tokens, torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.float32), 0)
-
-    def extend(self, tokens: Tensor, parents: Tensor, scores: Tensor) -> TokenTree:
-        """This tree with one more level of nodes: tokens, parents, scores (B, width)."""
-        return TokenTree(
-            torch.cat([self.tokens, tokens], dim=1),
-            torch.cat([self.parents, parents], dim=1),
-            torch.cat([self.scores, scores], dim=1),
-            self.levels + 1,
-        )
+    def from_levels(cls, levels: Sequence[Level], above: Tensor) -> TokenTree:
+        """The tree of these levels, the root's first; above: (T,), see `levels_above`."""
+        tokens, parents, scores = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
+        return cls(tokens, parents + above, scores, len(levels) - 1)
 
     def forced(self, rows: Tensor, token: int) -> TokenTree:
         """In `rows` (B,) bool, chains of `token` instead: what follows there is known (padding)."""
@@ -56,17 +63,21 @@ class TokenTree(NamedTuple):
 
         Scores never rise along a path and ties go to the smaller index, so the kept set is closed under parents.
         """
-        batch, nodes = self.tokens.shape
+        nodes = self.tokens.shape[1]
         if size is None or size >= nodes:
             return self
         best = torch.sort(self.scores, dim=1, descending=True, stable=True).indices[:, :size]
         kept = best.sort(dim=1).values  # (B, size), ascending: parents stay ahead of their children
-        new_index = torch.zeros_like(self.parents).scatter_(
-            1, kept, torch.arange(size, device=kept.device).expand(batch, size)
-        )
-        parents = new_index.gather(1, self.parents.gather(1, kept))
+        parents = torch.searchsorted(kept, self.parents.gather(1, kept))  # their places among the kept
         levels = min(self.levels, size - 1)  # a path of more steps than nodes would reach past the cache's room
         return TokenTree(self.tokens.gather(1, kept), parents, self.scores.gather(1, kept), levels)
+
+
+def levels_above(shape: Sequence[int]) -> list[int]:
+    """For each node of a tree with these widths below its root, the first node of the level above its own."""
+    widths = [1, *shape]
+    above = [0, *accumulate(widths[:-1], initial=0)]  # where the level above each level starts; the root's is its own
+    return [start for start, width in zip(above, widths, strict=False) for _ in range(width)]
 
 
 def ancestor_mask(parents: Tensor, levels: int) -> Tensor:
@@ -76,11 +87,11 @@ def ancestor_mask(parents: Tensor, levels: int) -> Tensor:
     """
     nodes = parents.shape[1]
     index = torch.arange(nodes, device=parents.device)
-    ancestor = index.expand_as(parents)
-    mask = ancestor[:, :, None] == index
-    for _ in range(levels):
-        ancestor = parents.gather(1, ancestor)
-        mask = mask | (ancestor[:, :, None] == index)
+    mask = (index[:, None] == index).expand(len(parents), -1, -1)
+    ancestor, reach = parents, 1  # of each node, so many levels up: as far as `mask` knows
+    while reach <= levels:
+        mask = mask | mask.gather(1, ancestor[:, :, None].expand(-1, -1, nodes))
+        ancestor, reach = ancestor.gather(1, ancestor), 2 * reach
     return mask
 
 

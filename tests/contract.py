@@ -17,7 +17,7 @@ import transformers
 from contract_cell import Row, run, verdict
 from contract_rows import all_rows
 
-from hf_longspec.evaluation.report import versions
+from hf_longspec.provenance import versions
 
 ROOT = Path(__file__).parent.parent
 PAGE, README = ROOT / "docs" / "CONTRACT.md", ROOT / "README.md"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 from typing import Any
 
+import pytest
 import torch
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_longspec import LongSpecConfig, LongSpecForCausalLM
@@ -85,3 +89,13 @@ def commit(cache: SpeculativeCache, path: torch.Tensor, counts: torch.Tensor, em
     """What a round does in the end: the device's part and the host's; `emitted` says `counts` on the host."""
     cache.commit(path, counts)
     cache.committed(emitted)
+
+
+def interprets_triton() -> bool:
+    """Whether kernels can be tried on the CPU: older interpreters fail with numpy 2.4, and a GPU runs the kernels."""
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return False
+    return Version(importlib.metadata.version("triton")) >= Version("3.9")
+
+
+interpreted = pytest.mark.skipif(not interprets_triton(), reason="needs Triton 3.9 and no CUDA device")

@@ -5,6 +5,7 @@ import random
 import torch
 from transformers import AutoConfig, DynamicCache
 
+from hf_longspec.modeling.attention_longspec import Nodes, place
 from hf_longspec.modeling.cache_longspec import SpeculativeCache
 from hf_longspec.modeling.tree_longspec import ancestor_mask, node_depths
 
@@ -55,7 +56,17 @@ def append(cache, serials: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def append_rows(cache, serials: list[list[int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [cache.update(*states_of_rows(serials, layer), layer) for layer in (SLIDING, FULL)]
+    return [add(cache, states_of_rows(serials, layer), layer) for layer in (SLIDING, FULL)]
+
+
+def add(cache, states: tuple[torch.Tensor, torch.Tensor], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Text outside of a round; in a round a tree, put where it belongs as the attention over it does."""
+    keys, values = cache.update(*states, layer)
+    at = getattr(cache, "placement", None)
+    if at is not None:
+        its = cache.layers[layer]
+        place(Nodes(keys, values, None, its.tree_slots(at)), its.prefix(at))
+    return keys, values
 
 
 def random_tree(rng: random.Random, nodes: int) -> tuple[list[int], list[int]]:
@@ -79,14 +90,14 @@ def seen_by_nodes(cache: SpeculativeCache, layer: int, row: int = 0) -> list[lis
     """For each node of the tree just placed in a row, the serial numbers of the prefix tokens it may look at."""
     prefix = cache.layers[layer].prefix(cache.placement)
     batch, nodes = cache.placement.depths.shape
-    assert prefix.spans.host == tuple(zip(cache.starts, cache.lengths, strict=True))
     assert list(zip(prefix.spans.starts.tolist(), prefix.spans.ends.tolist(), strict=True)) == list(prefix.spans.host)
-    mask = prefix.mask
-    if mask is None:
-        slot = torch.arange(prefix.key.shape[2])
-        mask = (slot >= prefix.spans.starts[:, None, None]) & (slot < prefix.spans.ends[:, None, None])
-        mask = mask.expand(-1, nodes, -1)
-    assert mask.shape == (batch, nodes, prefix.key.shape[2])
+    slot = torch.arange(prefix.key.shape[2])
+    mask = (slot >= prefix.spans.starts[:, None, None]) & (slot < prefix.spans.ends[:, None, None])
+    mask = mask.expand(-1, nodes, -1)
+    if prefix.mask is not None:
+        assert prefix.mask.shape[:2] == (batch, nodes) and prefix.mask.shape[2] >= max(prefix.spans.ends)
+        mask = mask.clone()
+        mask[:, :, : prefix.mask.shape[2]] &= prefix.mask
     key, value = prefix.key[row : row + 1], prefix.value[row : row + 1]
     return [
         sorted(serials_in(key[:, :, mask[row, node]], value[:, :, mask[row, node]], layer)) for node in range(nodes)
@@ -105,7 +116,7 @@ def run_rounds(
     depths = torch.cat([depths_of(row) for row in parents])
     cache.begin_round(depths)
     for layer in (SLIDING, FULL):
-        keys, values = cache.update(*states_of_rows(serials, layer), layer)
+        keys, values = add(cache, states_of_rows(serials, layer), layer)
         for row, expected in enumerate(serials):
             assert serials_in(keys[row : row + 1], values[row : row + 1], layer) == expected
     for row, text in enumerate(texts):

@@ -6,9 +6,11 @@ import pytest
 import torch
 from reference_attention import INF, assert_as_good_as_plain, spans_of
 
-from hf_longspec.modeling import attention_longspec
-from hf_longspec.modeling.attention_longspec import BACKENDS, apply_sinks, attend, merge, resolve_backend
+from hf_longspec.modeling import torch_flash_longspec
+from hf_longspec.modeling.attention_longspec import Prefix, apply_sinks, attend, merge
+from hf_longspec.modeling.backends_longspec import load_backend, resolve_backend
 
+BACKENDS = ("eager", "torch")
 CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
 
 
@@ -141,27 +143,27 @@ def test_sinks_take_all_where_nothing_is_seen():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [63, 64, 80, 128, 256])
 @pytest.mark.parametrize("keys", [1, 2, 37, 600])
-@pytest.mark.parametrize("name", sorted(BACKENDS))
+@pytest.mark.parametrize("name", BACKENDS)
 def test_backend_is_as_good_as_plain_arithmetic(name, dtype, dim, keys):
     query, key, value = tensors(1, 4, 2, nodes=5, keys=keys, dim=dim, dtype=dtype)
     scaling = dim**-0.5
-    out, lse = BACKENDS[name].prefix(query, key, value, whole(key), scaling, None)
+    out, lse = load_backend(name).prefix(query, Prefix(key, value, whole(key), None), scaling, None)
     assert out.shape == (1, 4, 5, dim)
     assert lse.shape == (1, 4, 5) and lse.dtype == torch.float32
     assert_as_good_as_plain((out, lse), query, key, value, scaling)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", sorted(BACKENDS))
+@pytest.mark.parametrize("name", BACKENDS)
 def test_backend_with_no_keys(name, dtype):
     query, key, value = tensors(2, 4, 2, nodes=3, keys=0, dim=64, dtype=dtype)
-    out, lse = BACKENDS[name].prefix(query, key, value, whole(key), 0.125, None)
+    out, lse = load_backend(name).prefix(query, Prefix(key, value, whole(key), None), 0.125, None)
     assert torch.equal(out.float(), torch.zeros(2, 4, 3, 64))
     assert torch.equal(lse, torch.full((2, 4, 3), -INF))
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1), (14, 2)])
-@pytest.mark.parametrize("name", sorted(BACKENDS))
+@pytest.mark.parametrize("name", BACKENDS)
 def test_backend_reads_the_cache_where_it_lies(name, heads, kv_heads):
     """Keys are a slice of a larger buffer, queries the transposed view of a projection."""
     query, key, value = tensors(2, heads, kv_heads, nodes=3, keys=50, dim=16)
@@ -170,21 +172,22 @@ def test_backend_reads_the_cache_where_it_lies(name, heads, kv_heads):
     key_store, value_store = garbage.clone(), garbage.clone()
     key_store[:, :, 5:55], value_store[:, :, 5:55] = key, value
     spans = spans_of([(5, 55)] * 2, CPU)
-    out, lse = BACKENDS[name].prefix(query, key_store, value_store, spans, 0.25, None)
+    out, lse = load_backend(name).prefix(query, Prefix(key_store, value_store, spans, None), 0.25, None)
     assert_as_good_as_plain((out, lse), query, key, value, 0.25)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_eager_backend_caps_scores(dtype):
     query, key, value = tensors(1, 4, 2, nodes=3, keys=20, dim=16, dtype=dtype)
-    out, lse = BACKENDS["eager"].prefix(query, key, value, whole(key), 1.0, 2.0)
+    out, lse = load_backend("eager").prefix(query, Prefix(key, value, whole(key), None), 1.0, 2.0)
     assert_as_good_as_plain((out, lse), query, key, value, 1.0, softcap=2.0)
     assert lse.max() <= 2.0 + math.log(20)
 
 
 def test_torch_backend_refuses_to_forget_the_softcap():
     with pytest.raises(ValueError, match=r"no soft-capping, got softcap=30\.0"):
-        BACKENDS["torch"].prefix(*tensors(1, 2, 1, 1, 1, 8), spans_of([(0, 1)], CPU), 1.0, 30.0)
+        query, key, value = tensors(1, 2, 1, 1, 1, 8)
+        load_backend("torch").prefix(query, Prefix(key, value, spans_of([(0, 1)], CPU), None), 1.0, 30.0)
 
 
 # --- rows of different spans -----------------------------------------------------------------------------------------
@@ -227,11 +230,11 @@ def ragged(host, heads, kv_heads, dim, dtype, slots=70):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [16, 63, 128])
 @pytest.mark.parametrize("host", RAGGED.values(), ids=RAGGED)
-@pytest.mark.parametrize("name", sorted(BACKENDS))
+@pytest.mark.parametrize("name", BACKENDS)
 def test_backend_with_rows_of_different_spans(name, host, dim, dtype):
     query, key, value = ragged(host, 4, 2, dim, dtype)
     scaling = dim**-0.5
-    out, lse = BACKENDS[name].prefix(query, key, value, spans_of(host, CPU), scaling, None)
+    out, lse = load_backend(name).prefix(query, Prefix(key, value, spans_of(host, CPU), None), scaling, None)
     assert out.shape == query.shape and lse.shape == query.shape[:3] and lse.dtype == torch.float32
     key, value = key.nan_to_num(), value.nan_to_num()
     assert_as_good_as_plain((out, lse), query, key, value, scaling, mask=visible(host, 5, 70), stages=STAGES)
@@ -239,23 +242,24 @@ def test_backend_with_rows_of_different_spans(name, host, dim, dtype):
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 1), (14, 2)])
 @pytest.mark.parametrize("host", RAGGED.values(), ids=RAGGED)
-@pytest.mark.parametrize("name", sorted(BACKENDS))
+@pytest.mark.parametrize("name", BACKENDS)
 def test_a_row_is_what_it_is_alone(name, host, heads, kv_heads):
     """Whatever the others hold: bit by bit the same among other contents, and by arithmetic the same as alone."""
     query, key, value = ragged(host, heads, kv_heads, 16, torch.float32)
-    prefix = BACKENDS[name].prefix
+    prefix = load_backend(name).prefix
     spans = spans_of(host, CPU)
-    out, lse = prefix(query, key, value, spans, 0.25, None)
+    out, lse = prefix(query, Prefix(key, value, spans, None), 0.25, None)
     single = []
     for row, span in enumerate(host):
         others = torch.arange(len(host)) != row
         changed = [states.clone() for states in (query, key, value)]
         for states in changed:
             states[others] = 7 * states[others]
-        again = prefix(*changed, spans, 0.25, None)
+        again = prefix(changed[0], Prefix(*changed[1:], spans, None), 0.25, None)
         assert torch.equal(again[0][row], out[row]) and torch.equal(again[1][row], lse[row])
         part = slice(row, row + 1)
-        single.append(prefix(query[part], key[part], value[part], spans_of([span], CPU), 0.25, None))
+        held = Prefix(key[part], value[part], spans_of([span], CPU), None)
+        single.append(prefix(query[part], held, 0.25, None))
     alone = [torch.cat(parts) for parts in zip(*single, strict=True)]
     if name == "torch":
         assert torch.equal(out, alone[0]) and torch.equal(lse, alone[1])
@@ -267,7 +271,7 @@ def test_a_row_is_what_it_is_alone(name, host, heads, kv_heads):
 def test_eager_backend_caps_scores_of_rows_of_different_spans():
     host = RAGGED["both"]
     query, key, value = ragged(host, 4, 2, 16, torch.float32)
-    out, lse = BACKENDS["eager"].prefix(query, key, value, spans_of(host, CPU), 1.0, 2.0)
+    out, lse = load_backend("eager").prefix(query, Prefix(key, value, spans_of(host, CPU), None), 1.0, 2.0)
     key, value = key.nan_to_num(), value.nan_to_num()
     assert_as_good_as_plain((out, lse), query, key, value, 1.0, mask=visible(host, 5, 70), stages=STAGES, softcap=2.0)
 
@@ -278,7 +282,7 @@ def test_sequences_of_a_flat_store(host, parts, part):
     """Each part of the keys of each K/V head of each row is a sequence: where it begins, how much of it is held."""
     kv_heads, slots = 3, 70
     store = torch.arange(len(host) * kv_heads * slots).view(len(host), kv_heads, slots)
-    begins, held = attention_longspec._sequences(spans_of(host, CPU), kv_heads, slots, parts, part)
+    begins, held = torch_flash_longspec._sequences(spans_of(host, CPU), kv_heads, slots, parts, part)
     assert begins.dtype == held.dtype == torch.int32
     assert len(begins) == len(held) + 1 == len(host) * kv_heads * parts + 1
     sequences = iter(zip(begins.tolist(), held.tolist(), strict=False))
@@ -317,7 +321,7 @@ def test_one_kernel_for_rows_of_different_spans(monkeypatch, host, heads, kv_hea
     """How stores and queries are laid out for the CUDA kernel; the kernel itself is tested on a GPU."""
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", variable_length_kernel)
     query, key, value = ragged(host, heads, kv_heads, 16, torch.float32)
-    out, lse = attention_longspec._flash_by_row(query, key, value, spans_of(host, CPU), 0.25)
+    out, lse = torch_flash_longspec._flash_by_row(query, key, value, spans_of(host, CPU), 0.25)
     assert_as_good_as_plain(
         (out, lse), query, key.nan_to_num(), value.nan_to_num(), 0.25, mask=visible(host, 5, 70), stages=STAGES
     )

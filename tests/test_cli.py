@@ -1,35 +1,22 @@
 """The command line on a tiny pair of folders, and its answers to mistakes."""
 
-import json
 import subprocess
 import sys
 
 import pytest
-from helpers import tiny_draft, tiny_target
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from tiny_folders import tiny_folders
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from hf_longspec import LongSpecConfig, LongSpecForCausalLM, cli
 from hf_longspec.demo.weights import WeightsError, smollm2_folder
 
 runner = CliRunner()
-ALPHABET = pre_tokenizers.ByteLevel.alphabet()
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A byte-level llama, a draft for it and one for another target, and a prompt of 40 characters."""
-    folder = tmp_path_factory.mktemp("pair")
-    tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(sorted(ALPHABET))}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    target = tiny_target("llama", vocab_size=len(ALPHABET))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "target")
-    target.save_pretrained(folder / "target")
-    tiny_draft(target).save_pretrained(folder / "draft")
-    tiny_draft(tiny_target("llama", hidden_size=64)).save_pretrained(folder / "stranger")
-    (folder / "prompt.txt").write_text("the quick brown fox jumps over the lazy ")
-    return folder
+    return tiny_folders(tmp_path_factory.mktemp("pair"))
 
 
 def generate(folders, **options):
@@ -84,23 +71,6 @@ def test_mistakes(folders, options, message):
     assert result.exception is None or isinstance(result.exception, SystemExit)
 
 
-def test_bench_of_batches(folders):
-    options = ["--context", "20", "--max-new-tokens", "6", "--repeats", "1", "--tree", "2,3", "--batches", "1,3"]
-    pair = ["--target", str(folders / "target"), "--draft", str(folders / "draft")]
-    result = runner.invoke(cli.app, ["bench", *pair, "--text", str(folders / "prompt.txt"), *options])
-    assert result.exit_code == 0, result.output
-    *table, last = result.output.strip().splitlines()
-    batches = json.loads(last)["batches"]
-    assert [(batch["batch"], batch["equal"], batch["different"]) for batch in batches] == [(1, 1, 0), (3, 3, 0)]
-    assert json.loads(last)["tree"] == [2, 3] and "plain, tok/s" in table[0]
-    for wrong, message in (
-        (["--batches", "1,x"], "expected batch sizes such as 1,8"),
-        (["--context", "50"], "at least 50"),
-    ):
-        result = runner.invoke(cli.app, ["bench", *pair, "--text", str(folders / "prompt.txt"), *wrong])
-        assert result.exit_code == 2 and message in " ".join(result.stderr.split())
-
-
 def test_draft_for_another_target(folders):
     result = generate(folders, draft=folders / "stranger")
     assert result.exit_code == 2 and "hidden_size: draft has 64, target has 32" in result.stderr
@@ -133,7 +103,7 @@ def test_texts_that_differ_are_an_error(folders, monkeypatch):
 
 
 def test_demo_without_a_draft(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "HUB_CONFIGS", tmp_path)
+    monkeypatch.setattr("hf_longspec.cli.side_by_side.HUB_CONFIGS", tmp_path)
     result = runner.invoke(cli.app, ["demo"])
     assert result.exit_code == 2 and "this installation carries no draft" in result.stderr
 

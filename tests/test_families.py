@@ -127,12 +127,13 @@ def test_query_turns_as_the_targets_own(family, monkeypatch):
     args, kwargs = calls[0]
     attention(*args, **kwargs)
     turned = keep.seen
-    rotate = draft.bind(target).rotate
+    bound = draft.bind(target)
+    turns = bound.angles(turned, positions)
     if isinstance(angles := kwargs.get("position_embeddings"), tuple):
         attention(*args, **kwargs | {"position_embeddings": (torch.ones_like(angles[0]), torch.zeros_like(angles[1]))})
-        torch.testing.assert_close(rotate(keep.seen, positions), turned, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(bound.rotate(keep.seen, turns), turned, rtol=1e-4, atol=1e-4)
     else:  # no rotary embedding, or none in this layer
-        assert torch.equal(rotate(turned, positions), turned)
+        assert torch.equal(bound.rotate(turned, turns), turned)
 
 
 # --- the trial itself ----------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ import torch
 from helpers import tiny_draft, tiny_target
 from reference_attention import spans_of
 
-from hf_longspec.modeling.attention_longspec import BACKENDS
+from hf_longspec.modeling.attention_longspec import Prefix
+from hf_longspec.modeling.backends_longspec import load_backend
 from hf_longspec.modeling.sampling_longspec import Noise
 
 pytestmark = pytest.mark.gpu
@@ -56,7 +57,9 @@ def test_torch_backend_on_cuda(keys, dim, dtype):
     query = torch.randn(2, 8, 13, dim, device="cuda", dtype=dtype)
     key, value = torch.randn(2, 2, 2, 5000, dim, device="cuda", dtype=dtype)
     spans = [(0, keys)] * 2
-    out, lse = BACKENDS["torch"].prefix(query, key, value, spans_of(spans, query.device), dim**-0.5, None)
+    out, lse = load_backend("torch").prefix(
+        query, Prefix(key, value, spans_of(spans, query.device), None), dim**-0.5, None
+    )
     assert_as_good_as_flash(out, lse, query, key, value, spans)
 
 
@@ -83,13 +86,13 @@ def test_torch_backend_with_rows_of_different_spans(kv_heads, spans, dim, dtype)
         hidden[start:end] = False
         key[row, :, hidden] *= 100
         value[row, :, hidden] = 1000
-    prefix = BACKENDS["torch"].prefix
-    out, lse = prefix(query, key, value, spans_of(spans, query.device), dim**-0.5, None)
+    prefix = load_backend("torch").prefix
+    out, lse = prefix(query, Prefix(key, value, spans_of(spans, query.device), None), dim**-0.5, None)
     assert_as_good_as_flash(out, lse, query, key, value, spans)
     for row, span in enumerate(spans):  # whatever the other rows hold
         single = slice(row, row + 1)
         alone = spans_of([span], query.device)
-        over = prefix(query[single], key[single], value[single], alone, dim**-0.5, None)
+        over = prefix(query[single], Prefix(key[single], value[single], alone, None), dim**-0.5, None)
         assert_as_good_as_flash(*over, query[single], key[single], value[single], [span])
 
 
@@ -102,7 +105,7 @@ def test_what_a_kernel_is_told_of_spans_serves_every_layer(dtype):
     for slots, kv_heads in ((1000, 2), (1000, 2), (1256, 2), (1000, 4)):
         query = torch.randn(2, 8, 13, 64, device="cuda", dtype=dtype)
         key, value = torch.randn(2, 2, kv_heads, slots, 64, device="cuda", dtype=dtype)
-        out, lse = BACKENDS["torch"].prefix(query, key, value, spans, 0.125, None)
+        out, lse = load_backend("torch").prefix(query, Prefix(key, value, spans, None), 0.125, None)
         assert_as_good_as_flash(out, lse, query, key, value, host)
     assert len(spans.derived) == 3
 

@@ -32,10 +32,11 @@ print(json.dumps({"class": type(draft).__module__, "tokens": out.sequences.tolis
 """
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+@pytest.fixture(scope="module", params=[None, (7, 2, 11, 3, 5)], ids=["whole vocabulary", "some tokens"])
+def saved(tmp_path_factory, request):
     target = tiny_target("llama")
     draft = tiny_draft(target, window=8, tree_shape=(4, 8, 8))
+    draft.set_draft_vocab(request.param)
     folder = tmp_path_factory.mktemp("hub")
     target.save_pretrained(folder / "target")
     draft.save_pretrained(folder / "draft")
@@ -65,6 +66,7 @@ def test_the_folder_holds_the_code_and_nothing_of_the_target(saved):
             "input_layernorm.weight",
             "post_self_attention_layernorm.weight",
             "post_cross_attention_layernorm.weight",
+            *(["draft_vocab"] if draft.draft_vocab is not None else []),
         }
     config = json.loads((folder / "draft" / "config.json").read_text())
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_longspec.LongSpecForCausalLM"

@@ -81,7 +81,7 @@ def test_queries_turn_as_the_targets_own(variant, monkeypatch):
     for layer, (rotated, plain) in enumerate(queries):
         bound = tiny_draft(target, target_layer=layer).bind(target)
         assert bound.layer == layer
-        torch.testing.assert_close(bound.rotate(plain, POSITIONS), rotated)
+        torch.testing.assert_close(bound.rotate(plain, bound.angles(plain, POSITIONS)), rotated)
 
 
 @pytest.mark.parametrize("variant", ["llama", "cohere", "glm4", "gpt_oss", "phi3, partial", "gemma3_text", "smollm3"])
@@ -92,7 +92,7 @@ def test_rotation_in_bfloat16_rounds_as_the_targets_own(variant, monkeypatch):
     bound = tiny_draft(target).bind(target)
     assert bound.dtype == torch.bfloat16
     rotated, plain = own_queries(target, monkeypatch)[3]
-    turned = bound.rotate(plain, POSITIONS)
+    turned = bound.rotate(plain, bound.angles(plain, POSITIONS))
     assert turned.dtype == torch.bfloat16
     assert torch.equal(turned, rotated)
 
@@ -115,7 +115,8 @@ def test_rotation_in_bfloat16_rounds_as_the_targets_own(variant, monkeypatch):
 def test_which_layers_turn_at_all(family, layer, turns):
     target = tiny_target(family, **({"sliding_window_pattern": 4} if family == "cohere2" else {}))
     query = torch.randn(1, 4, 7, 16)
-    turned = tiny_draft(target, target_layer=layer).bind(target).rotate(query, POSITIONS)
+    bound = tiny_draft(target, target_layer=layer).bind(target)
+    turned = bound.rotate(query, bound.angles(query, POSITIONS))
     assert torch.equal(turned[:, :, 0], query[:, :, 0])  # position 0
     assert torch.equal(turned, query) is not turns
 

@@ -65,13 +65,14 @@ def decoding_step(target, draft, bound, ids, t, lag):
         return scaled_dot_product_attention(query, key, value, enable_gqa=True)
 
     def cross_attend(query):
+        query = bound.rotate(query, bound.angles(query, here))
         seen = past.keys[:, :, first:], past.values[:, :, first:]
         if not seen[0].shape[2]:
             return torch.zeros_like(query)
         return scaled_dot_product_attention(query, *seen, enable_gqa=True)
 
-    here = slice(t, t + 1)
-    return draft.layer(bound.embed(ids[:, here]), torch.tensor([[t]]), bound.rotate, self_attend, cross_attend)
+    here = torch.tensor([[t]])
+    return draft.layer(bound.embed(ids[:, t : t + 1]), draft.angles(here), self_attend, cross_attend)
 
 
 def states_window(target, bound):

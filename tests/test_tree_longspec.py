@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from hf_longspec.modeling.tree_longspec import TokenTree, ancestor_mask, children, node_depths
+from hf_longspec.modeling.tree_longspec import Level, TokenTree, ancestor_mask, children, levels_above, node_depths
 
 #       0 ─┬─ 1 ─┬─ 3 ─── 6
 #          │     └─ 4
@@ -72,7 +72,7 @@ def test_mask_needs_no_more_levels_than_the_tree_has():
 
 
 def test_root_alone():
-    tree = TokenTree.from_root(torch.tensor([7, 9]))
+    tree = TokenTree.from_levels([Level.of_root(torch.tensor([7, 9]))], torch.tensor(levels_above(())))
     assert tree.tokens.tolist() == [[7], [9]]
     assert tree.scores.tolist() == [[0.0], [0.0]]
     mask = ancestor_mask(tree.parents, tree.levels)
@@ -82,15 +82,23 @@ def test_root_alone():
     assert children([7], [0]) == [{}]
 
 
-def test_extend_puts_a_level_behind():
-    tree = TokenTree.from_root(torch.tensor([7])).extend(
-        torch.tensor([[3, 4]]), torch.tensor([[0, 0]]), torch.tensor([[-0.5, -1.0]])
-    )
-    tree = tree.extend(torch.tensor([[5]]), torch.tensor([[2]]), torch.tensor([[-1.5]]))
-    assert tree.tokens.tolist() == [[7, 3, 4, 5]]
-    assert tree.parents.tolist() == [[0, 0, 0, 2]]
-    assert tree.scores.tolist() == [[0.0, -0.5, -1.0, -1.5]]
-    assert tree.levels == 2
+def test_levels_are_laid_one_behind_the_other():
+    root = Level.of_root(torch.tensor([7]))
+    first = Level(torch.tensor([[3, 4]]), torch.tensor([[0, 0]]), torch.tensor([[-0.5, -1.0]]))
+    second = Level(torch.tensor([[5, 6, 8]]), torch.tensor([[1, 0, 1]]), torch.tensor([[-1.5, -1.6, -1.7]]))
+    third = Level(torch.tensor([[9]]), torch.tensor([[2]]), torch.tensor([[-2.0]]))
+    tree = TokenTree.from_levels([root, first, second, third], torch.tensor(levels_above((2, 3, 1))))
+    assert tree.tokens.tolist() == [[7, 3, 4, 5, 6, 8, 9]]
+    assert tree.parents.tolist() == [[0, 0, 0, 2, 1, 2, 5]]
+    assert tree.scores.tolist() == [pytest.approx([0.0, -0.5, -1.0, -1.5, -1.6, -1.7, -2.0])]
+    assert tree.levels == 3
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 1), (4, 16, 16, 16, 16)])
+def test_where_the_level_above_starts(shape):
+    widths = [1, *shape]
+    depths = [depth for depth, width in enumerate(widths) for _ in range(width)]
+    assert levels_above(shape) == [depths.index(max(depth - 1, 0)) for depth in depths]
 
 
 def test_children_of_a_drawn_tree():

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
+from statistics import median
 
-import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,7 +11,6 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from .acceptance import Bucket
 from .side_by_side import Run, Verdict
-from .throughput import Throughput
 
 
 class ConsoleStreamer(TextStreamer):
@@ -53,11 +50,9 @@ def phases(speculative: Run) -> Table:
     rows = Table(box=None, header_style="bold", pad_edge=False)
     rows.add_column("phase")
     rows.add_column("total, s", justify="right")
-    rows.add_column("per round, ms", justify="right")
-    rounds = len(speculative.accept_lengths)
+    rows.add_column("of a round, median, ms", justify="right")
     for name, seconds in speculative.phase_seconds.items():
-        once = name == "prefill" or not rounds
-        rows.add_row(name, f"{seconds:.3f}", "" if once else f"{1000 * seconds / rounds:.1f}")
+        rows.add_row(name, f"{sum(seconds):.3f}", "" if name == "prefill" else f"{1000 * median(seconds):.1f}")
     return rows
 
 
@@ -94,28 +89,3 @@ def acceptance_table(buckets: list[Bucket]) -> Table:
             cells += [f"{bucket.speed_up:.2f}", f"{bucket.equal} / {bucket.ties} / {bucket.different}"]
         rows.add_row(*cells)
     return rows
-
-
-def throughput_table(results: list[Throughput]) -> Table:
-    """A row per batch: total tokens/s without and with the draft; rows equal / parted at a tie / different.
-
-    With the time of each phase, in seconds of the last call, where it was taken.
-    """
-    rows = Table(box=None, header_style="bold", pad_edge=False)
-    phases = list(results[0].phase_seconds) if results else []
-    for name in ("batch", "τ", "plain, tok/s", "ours, tok/s", "x", "= / ~ / ≠", *phases):
-        rows.add_column(name, justify="right", no_wrap=True)
-    for result in results:
-        cells = [str(result.batch), f"{result.accept_length:.2f}", f"{result.plain_tokens_per_second:.1f}"]
-        cells += [f"{result.tokens_per_second:.1f}", f"{result.speed_up:.2f}"]
-        cells += [f"{result.equal} / {result.ties} / {result.different}"]
-        rows.add_row(*cells, *(f"{result.phase_seconds[phase]:.3f}" for phase in phases))
-    return rows
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
-def versions() -> dict[str, str]:
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}

@@ -29,7 +29,7 @@ class Run:
     prefill_seconds: float
     decode_seconds: float
     accept_lengths: list[int] = field(default_factory=list)
-    phase_seconds: dict[str, float] = field(default_factory=dict)
+    phase_seconds: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:
@@ -65,18 +65,16 @@ class Verdict:
 
 
 class Stopwatch(BaseStreamer):
-    """Notes when the first and the last token arrive; hands everything on to `inner`."""
+    """Notes when each token arrives; hands everything on to `inner`."""
 
     def __init__(self, inner: BaseStreamer | None = None):
         self.inner = inner
         self.prompt_seen = False
-        self.first: float | None = None
-        self.last: float | None = None
+        self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
         if self.prompt_seen:
-            self.last = time.perf_counter()
-            self.first = self.first or self.last
+            self.times.append(time.perf_counter())
         self.prompt_seen = True  # `generate` hands over the prompt before anything else
         if self.inner is not None:
             self.inner.put(value)
@@ -104,11 +102,11 @@ def run(
     torch.manual_seed(seed)
     start = time.perf_counter()
     output = target.generate(**inputs, **options, assistant_model=draft, streamer=watch, return_dict_in_generate=True)
-    assert watch.first is not None and watch.last is not None, "generate emitted nothing"
+    assert watch.times, "generate emitted nothing"
     return Run(
         tokens=output.sequences[0, inputs["input_ids"].shape[1] :].tolist(),
-        prefill_seconds=watch.first - start,
-        decode_seconds=watch.last - watch.first,
+        prefill_seconds=watch.times[0] - start,
+        decode_seconds=watch.times[-1] - watch.times[0],
         accept_lengths=[] if draft is None else output.accept_lengths[0],
         phase_seconds=(draft is not None and output.phase_seconds) or {},
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from ..provenance import versions
 from .families import Result, Trial
-from .report import versions
 
 WIDEST = 150  # characters of a reason
 MEANING = {

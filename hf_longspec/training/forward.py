@@ -20,12 +20,10 @@ def draft_hidden(
 
     ``ids`` and ``positions`` are (B, T), those that ``states`` were made from.
     """
-    return draft.layer(
-        bound.embed(ids),
-        positions,
-        bound.rotate,
-        partial(windowed_attention, window=draft.config.window),
-        lambda query: lagged_attention(
-            query, states.key.to(query.dtype), states.value.to(query.dtype), lag, states.window
-        ),
-    )
+
+    def cross_attend(query: Tensor) -> Tensor:
+        query = bound.rotate(query, bound.angles(query, positions))
+        return lagged_attention(query, states.key.to(query.dtype), states.value.to(query.dtype), lag, states.window)
+
+    self_attend = partial(windowed_attention, window=draft.config.window)
+    return draft.layer(bound.embed(ids), draft.angles(positions), self_attend, cross_attend)

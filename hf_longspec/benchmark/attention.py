@@ -1,0 +1,213 @@
+"""The attention of one layer over prefix and tree: every backend that can run here, side by side, on random numbers.
+
+Knows the backends, and transformers' and FlashAttention's own functions beside them; no models.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from ..modeling.attention_longspec import Nodes, Prefix, Spans, attend
+from ..modeling.backends_longspec import Backend, resolve_backend
+from ..modeling.cache_layers_longspec import BUCKET
+from ..modeling.configuration_longspec import ATTENTION_BACKENDS
+from ..modeling.tree_longspec import ancestor_mask
+from .timing import Speed, milliseconds
+
+# Bytes of different keys and values to go round in: several times what a GPU's own cache holds.
+ROTATION = 2**28
+LAYERS = 64  # at most so many of them
+CALLS = 8  # at least so many are timed together
+CHILDREN = 4  # of each node of the trees
+FLASH_3 = ("flash_attn_interface", "fa3_fwd_interface")
+WITHOUT_MASK = "FA3, no mask"
+
+Call = Callable[[], Tensor]
+
+
+class Heads(NamedTuple):
+    """The shape of an attention layer."""
+
+    query: int
+    kv: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One way to attend. error: the largest difference from the reference; None where no mask was applied."""
+
+    name: str
+    milliseconds: float
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Case:
+    """`nodes` queries over a prefix of `context` tokens and over each other.
+
+    Floors in milliseconds: of reading the keys and values once, and of the arithmetic of the two products.
+    """
+
+    context: int
+    nodes: int
+    bytes_floor: float
+    arithmetic_floor: float
+    timed: list[Timed]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Layer(NamedTuple):
+    """Inputs of a layer, batch 1, with a prefix of `context` tokens and T nodes.
+
+    query: (1, H, T, D); key, value: stores (1, K, S, D) of the prefix and behind it the tree; tree_key, tree_value:
+    (1, K, T, D), the tree alone; mask: (1, T, T) bool.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    tree_key: Tensor
+    tree_value: Tensor
+    mask: Tensor
+    spans: Spans
+    context: int
+
+    @property
+    def scaling(self) -> float:
+        return self.query.shape[-1] ** -0.5
+
+    def whole(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values (1, K, n + T, D) of prefix and tree, and who may look at them, (1, T, n + T) bool."""
+        end = self.context + self.mask.shape[1]
+        mask = torch.nn.functional.pad(self.mask, (self.context, 0), value=True)
+        return self.key[:, :, :end], self.value[:, :, :end], mask
+
+
+def random_layer(
+    heads: Heads, context: int, nodes: int, device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> Layer:
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+
+    slots = -(-(context + nodes) // BUCKET) * BUCKET
+    key, value = random(1, heads.kv, slots, heads.dim), random(1, heads.kv, slots, heads.dim)
+    tree = slice(context, context + nodes)
+    parents = (torch.arange(nodes, device=device)[None] - 1).clamp(min=0) // CHILDREN
+    starts, ends = torch.tensor([[0], [context]], device=device)
+    return Layer(
+        query=random(1, heads.query, nodes, heads.dim),
+        key=key,
+        value=value,
+        tree_key=key[:, :, tree].clone(),
+        tree_value=value[:, :, tree].clone(),
+        mask=ancestor_mask(parents, nodes),
+        # in a CUDA graph the host does not know the lengths
+        spans=Spans(starts, ends, None if device.type == "cuda" else ((0, context),), {}),
+        context=context,
+    )
+
+
+def tree_attention(backend: Backend, layer: Layer) -> Tensor:
+    """(1, H, T, D): what a verification does in each layer."""
+    prefix = Prefix(layer.key, layer.value, layer.spans, None)
+    nodes = Nodes(layer.tree_key, layer.tree_value, layer.mask, layer.spans.ends)
+    return backend.attention(layer.query, prefix, nodes, layer.scaling, None, None).transpose(1, 2)
+
+
+def with_backend(backend: Backend, layers: list[Layer]) -> list[Call]:
+    def prepared(layer: Layer) -> Call:
+        return lambda: tree_attention(backend, layer)
+
+    return [prepared(layer) for layer in layers]
+
+
+def with_sdpa(layers: list[Layer]) -> list[Call]:
+    """What transformers does for a tree by default: its own function, with a boolean mask."""
+    groups = layers[0].query.shape[1] // layers[0].key.shape[1]
+    module: Any = SimpleNamespace(num_key_value_groups=groups, is_causal=True)
+
+    def prepared(layer: Layer) -> Call:
+        key, value, mask = layer.whole()
+        options = {"attention_mask": mask[:, None], "scaling": layer.scaling}
+        return lambda: sdpa_attention_forward(module, layer.query, key, value, **options)[0].transpose(1, 2)
+
+    return [prepared(layer) for layer in layers]
+
+
+def with_flash_3(function: Callable[..., Tensor], layers: list[Layer]) -> list[Call]:
+    """FlashAttention-3 over as many keys without a mask, in the layout that it likes best, (1, S, K, D)."""
+    keys = layers[0].context + layers[0].mask.shape[1]
+    lengths = torch.tensor([keys], dtype=torch.int32, device=layers[0].query.device)
+
+    def prepared(layer: Layer) -> Call:
+        states = [part.transpose(1, 2).contiguous() for part in (layer.query, layer.key, layer.value)]
+        return lambda: function(*states, cache_seqlens=lengths, softmax_scale=layer.scaling)
+
+    return [prepared(layer) for layer in layers]
+
+
+def flash_3(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+    """`flash_attn_with_kvcache` of FlashAttention-3, if one of its packages is installed and can run."""
+    fits = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    installed = [module for module in FLASH_3 if importlib.util.find_spec(module) is not None]
+    return importlib.import_module(installed[0]).flash_attn_with_kvcache if fits and installed else None
+
+
+def choose(names: Sequence[str], device: torch.device, heads: Heads) -> tuple[list[Backend], dict[str, str]]:
+    """The backends of these names; of no names, all that can run here, and of the rest the reason why they cannot.
+
+    Raises `ValueError` or `ImportError` where one asked for by name cannot.
+    """
+    known = [name for name in ATTENTION_BACKENDS if name != "auto"]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"expected backends among {', '.join(known)}, got {', '.join(unknown)}")
+    found, missing = [], {}
+    for name in names or known:
+        try:
+            found.append(resolve_backend(name, device, heads.dim, None))
+        except (ValueError, ImportError) as error:
+            if names:
+                raise
+            missing[name] = str(error)
+    return found, missing
+
+
+def measure(
+    heads: Heads,
+    context: int,
+    nodes: int,
+    backends: Sequence[Backend],
+    speed: Speed,
+    device: torch.device,
+    dtype: torch.dtype,
+    repeats: int,
+) -> Case:
+    """Each of `backends`, and what is stock, on the same numbers."""
+    size = 2 * heads.kv * (context + nodes) * heads.dim * dtype.itemsize
+    count = min(max(-(-ROTATION // size), 2), LAYERS)
+    layers = [random_layer(heads, context, nodes, device, dtype, seed) for seed in range(count)]
+    exact = attend(layers[0].query, *layers[0].whole(), layers[0].scaling)[0]
+
+    def timed(name: str, calls: list[Call]) -> Timed:
+        error = None if name == WITHOUT_MASK else float((calls[0]() - exact).abs().max())
+        return Timed(name, milliseconds(calls * -(-CALLS // count), device, repeats), error)
+
+    results = [timed(backend.name, with_backend(backend, layers)) for backend in backends]
+    results.append(timed("sdpa, mask", with_sdpa(layers)))
+    if (function := flash_3(device, dtype)) is not None:
+        results.append(timed(WITHOUT_MASK, with_flash_3(function, layers)))
+    operations = 4 * heads.query * nodes * (context + nodes) * heads.dim
+    return Case(context, nodes, speed.floor(size), speed.floor(0, operations), results)

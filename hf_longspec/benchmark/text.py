@@ -1,0 +1,204 @@
+"""Whole texts, end to end: a target with its draft beside what transformers offers, in one process, in turn.
+
+Prompts of different lengths end at evenly spaced places of a held-out text and are padded on the left, as a user's
+batch would be. Reading the prompt is told apart by calls that write one token only. Knows `generate`; loads no models.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..evaluation import side_by_side
+from ..evaluation.acceptance import places
+from .engines import DEFAULT, chosen, engines_for
+
+
+@dataclass(frozen=True)
+class Written:
+    """One engine on all prompts of a batch size. Seconds are medians over repeats: of whole calls, and of calls that
+    write one token.
+
+    Of ours: τ (tokens per round of a row), the median milliseconds of a round's phases if profiled, and how many texts
+    are equal to those of plain `generate`, part at a tie, or differ.
+    """
+
+    name: str
+    stock: bool
+    seconds: float
+    prefill_seconds: float
+    accept_length: float | None = None
+    phases: dict[str, float] | None = None
+    equal: int = 0
+    ties: int = 0
+    different: int = 0
+
+    @property
+    def decode_seconds(self) -> float:
+        return self.seconds - self.prefill_seconds
+
+    def over(self, other: Written) -> float:
+        """How much faster than another engine this one decodes."""
+        return other.decode_seconds / self.decode_seconds
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All engines at one batch size."""
+
+    batch: int
+    context: int
+    prompts: int
+    new_tokens: int
+    engines: list[Written]
+
+    @property
+    def default(self) -> Written:
+        return next(engine for engine in self.engines if engine.name == DEFAULT)
+
+    @property
+    def fastest_stock(self) -> Written:
+        """The stock engine that decodes fastest."""
+        return min((engine for engine in self.engines if engine.stock), key=lambda engine: engine.decode_seconds)
+
+    def decoded_per_second(self, engine: Written) -> float:
+        """Tokens: all but those that the prefill writes."""
+        return self.prompts * (self.new_tokens - 1) / engine.decode_seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        rows = [
+            asdict(engine)
+            | {"tokens_per_second": self.prompts * self.new_tokens / engine.seconds}
+            | {"decoded_per_second": self.decoded_per_second(engine)}
+            | {"speed_up": engine.over(self.default), "over_fastest_stock": engine.over(self.fastest_stock)}
+            for engine in self.engines
+        ]
+        return asdict(self) | {"engines": rows, "fastest_stock": self.fastest_stock.name}
+
+
+def padded_prompts(tokens: Tensor, ends: list[int], context: int, pad: int) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` (B, context) of prompts that end at `ends` (B) of tokens (N,).
+
+    Their lengths go from context down to ¾ of it.
+    """
+    batch = len(ends)
+    ids, mask = torch.full((batch, context), pad), torch.zeros(batch, context, dtype=torch.long)
+    for row, end in enumerate(ends):
+        length = context - row * (context // 4) // batch
+        ids[row, context - length :] = tokens[end - length : end]
+        mask[row, context - length :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def measure(
+    target: PreTrainedModel,
+    draft: Any,
+    tokens: Tensor,
+    context: int,
+    batch: int,
+    *,
+    max_new_tokens: int,
+    batches: int = 1,
+    repeats: int = 3,
+    assistant: PreTrainedModel | None = None,
+    pad: int = 0,
+) -> Comparison:
+    """All engines in turn on so many batches, `repeats` times after once to warm up. Raises what `generate` raises.
+
+    The texts are greedy and as long as `max_new_tokens`, which is at least 2.
+    """
+    ends = places(tokens, context, batch * batches)
+    prompts = [padded_prompts(tokens, ends[first::batches], context, pad) for first in range(batches)]
+    prompts = [{name: value.to(target.device) for name, value in inputs.items()} for inputs in prompts]
+    options = {"pad_token_id": pad, "eos_token_id": None, "do_sample": False, "return_dict_in_generate": True}
+    engines = engines_for(target, draft, batch, assistant)
+    whole: dict[str, list[float]] = defaultdict(list)
+    first: dict[str, list[float]] = defaultdict(list)
+    outputs: dict[str, list[Any]] = {}
+    for repeat in range(repeats + 1):
+        for engine in engines:
+            with chosen(target, draft, engine):
+                given = options | engine.options
+                seconds, outputs[engine.name] = timed(target, prompts, given | {"max_new_tokens": max_new_tokens})
+                prefill, _ = timed(target, prompts, given | {"max_new_tokens": 1})
+            if repeat:
+                whole[engine.name].append(seconds)
+                first[engine.name].append(prefill)
+    options["max_new_tokens"] = max_new_tokens
+    rows = []
+    for engine in engines:
+        told = (
+            {} if engine.stock else what_ours_tells(target, prompts, outputs[DEFAULT], outputs[engine.name], options)
+        )
+        spans = median(whole[engine.name]), median(first[engine.name])
+        rows.append(Written(engine.name, engine.stock, *spans, **told))
+    return Comparison(batch, context, batch * batches, max_new_tokens, rows)
+
+
+def timed(
+    target: PreTrainedModel, prompts: list[dict[str, Tensor]], options: dict[str, Any]
+) -> tuple[float, list[Any]]:
+    """Seconds of a call for each of `prompts` together, and what the calls return, without caches."""
+    outputs = []
+    _wait(target)
+    began = time.perf_counter()
+    for inputs in prompts:
+        outputs.append(target.generate(**inputs, **options))
+        outputs[-1].past_key_values = None
+    _wait(target)
+    return time.perf_counter() - began, outputs
+
+
+def what_ours_tells(
+    target: PreTrainedModel,
+    prompts: list[dict[str, Tensor]],
+    plain: list[Any],
+    ours: list[Any],
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """The fields of `Written` that only our outputs fill. `options`: those of plain `generate`."""
+    verdicts, rounds = [], []
+    phases: dict[str, list[float]] = defaultdict(list)
+    for inputs, theirs, output in zip(prompts, plain, ours, strict=True):
+        verdicts += judged(target, inputs, theirs.sequences, output.sequences, options)
+        rounds += [count for row in output.accept_lengths for count in row]
+        for phase, seconds in (output.phase_seconds or {}).items():
+            phases[phase] += seconds
+    return {
+        "accept_length": fmean(rounds) if rounds else 1.0,
+        "phases": {phase: 1000 * median(seconds) for phase, seconds in phases.items()} or None,
+        "equal": sum(verdict.equal for verdict in verdicts),
+        "ties": sum(not verdict.equal and verdict.tie for verdict in verdicts),
+        "different": sum(not verdict.equal and not verdict.tie for verdict in verdicts),
+    }
+
+
+def judged(
+    target: PreTrainedModel, inputs: dict[str, Tensor], plain: Tensor, ours: Tensor, options: dict[str, Any]
+) -> list[side_by_side.Verdict]:
+    """Of each row of a batch, sequences (B, L): whether the two texts are the same."""
+    prompt = inputs["input_ids"].shape[1]
+    texts = plain[:, prompt:].tolist(), ours[:, prompt:].tolist()
+    logits = [None] * len(plain) if texts[0] == texts[1] else plain_logits(target, inputs, **options)
+    return [
+        side_by_side.judge(target, {"input_ids": ids[mask.bool()][None]}, *pair, plain_logits=own)
+        for ids, mask, *pair, own in zip(*inputs.values(), *texts, logits, strict=True)
+    ]
+
+
+def plain_logits(target: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> list[Tensor]:
+    """Of each row, the logits (new tokens, vocab) by which plain `generate` picks its tokens in this batch."""
+    output = target.generate(**inputs, **options, output_logits=True)
+    return list(torch.stack(output.logits, dim=1))
+
+
+def _wait(target: PreTrainedModel) -> None:
+    if target.device.type == "cuda":
+        torch.cuda.synchronize(target.device)

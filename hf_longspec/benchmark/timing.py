@@ -1,0 +1,104 @@
+"""How long work of the device takes, and what the device can do at best, measured in the same process.
+
+On a GPU calls are captured in one CUDA graph, so that the host's launches are not in the figure.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from statistics import median
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+Calls = Sequence[Callable[[], Any]]
+
+
+@torch.no_grad()
+def milliseconds(calls: Calls, device: torch.device, repeats: int) -> float:
+    """The median over `repeats` of the time of one call, where all of `calls` are run one after the other."""
+    for call in calls:  # libraries set themselves up and kernels are compiled
+        call()
+    spans = _replayed(calls, repeats) if device.type == "cuda" else _by_the_clock(calls, repeats)
+    return median(spans) / len(calls)
+
+
+def _replayed(calls: Calls, repeats: int) -> list[float]:
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    for mark in marks:  # the host is ahead: between two marks the device does nothing but one replay
+        mark.record()
+        if mark is not marks[-1]:
+            graph.replay()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in zip(marks, marks[1:], strict=False)]
+
+
+def _by_the_clock(calls: Calls, repeats: int) -> list[float]:
+    spans = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        for call in calls:
+            call()
+        spans.append(1000 * (time.perf_counter() - began))
+    return spans
+
+
+class Speed(NamedTuple):
+    """What the device does at best: bytes per second of a large copy, read and written; operations per second of a
+    large product of matrices, two for each of its multiplications.
+    """
+
+    bandwidth: float
+    operations: float
+
+    def floor(self, read: float, operations: float = 0.0) -> float:
+        """Milliseconds below which no work can be that reads so many bytes and does so many operations."""
+        return 1000 * max(read / self.bandwidth, operations / self.operations)
+
+
+def measure_speed(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> Speed:
+    large = device.type == "cuda"
+    source = torch.zeros(2**32 if large else 2**26, dtype=torch.uint8, device=device)
+    copy = torch.empty_like(source)
+    copying = milliseconds([lambda: copy.copy_(source)] * 4, device, repeats)
+    size = 8192 if large else 1024
+    left, right = torch.randn(2, size, size, device=device, dtype=dtype)
+    multiplying = milliseconds([lambda: left @ right] * 4, device, repeats)
+    return Speed(2 * source.nbytes / copying * 1000, 2 * size**3 / multiplying * 1000)
+
+
+class Replay(NamedTuple):
+    """One replay of a CUDA graph: when the host launched it, and the events around it."""
+
+    at: float
+    begin: torch.cuda.Event
+    end: torch.cuda.Event
+
+
+@contextmanager
+def noting_replays(enabled: bool) -> Iterator[list[Replay]]:
+    """If enabled, notes every replay of a CUDA graph within it, of whatever code."""
+    replays: list[Replay] = []
+    if not enabled:
+        yield replays
+        return
+    replay = torch.cuda.CUDAGraph.replay
+
+    def noted(graph: torch.cuda.CUDAGraph) -> None:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
+        replays.append(Replay(time.perf_counter(), *events))
+        replay(graph)
+        events[1].record()
+
+    with mock.patch.object(torch.cuda.CUDAGraph, "replay", noted):
+        yield replays

@@ -1,0 +1,25 @@
+"""The command `hf-longspec`. Options and messages only; what does the work is imported when a command needs it."""
+
+from __future__ import annotations
+
+import typer
+
+from .bench import app as benchmarks
+from .evaluate import evaluate
+from .options import TYPER
+from .side_by_side import demo, generate
+from .support import support
+
+app = typer.Typer(**TYPER)
+for command in (demo, generate, evaluate, support):
+    app.command()(command)
+app.add_typer(benchmarks, name="bench")
+
+
+@app.callback()
+def main_help() -> None:
+    """Lossless LongSpec decoding: the text of plain `generate`, faster."""
+
+
+def main() -> None:
+    app()

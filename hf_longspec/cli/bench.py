@@ -1,0 +1,240 @@
+"""`hf-longspec bench`: what decoding costs. Each command prints a table, and one line of JSON last."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import (
+    TYPER,
+    Draft,
+    Dtype,
+    Format,
+    Profile,
+    RemoteCode,
+    Target,
+    Text,
+    Tree,
+    fail,
+    load_model,
+    load_pair,
+    numbers,
+    parse_tree,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+
+app = typer.Typer(**TYPER, help="What decoding costs: a layer's attention, the steps of a round, whole texts.")
+
+Contexts = Annotated[Any, numbers("Tokens in the cache.")]
+Plot = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw a picture too; needs matplotlib.")]
+Backend = Annotated[str, typer.Option(help="Attention backend of verification.")]
+Compile = Annotated[bool, typer.Option("--compile-target", help="Compile the target's layers for verification.")]
+RandomFormat = Annotated[Dtype, typer.Option(help="Number format; auto: bfloat16 on a GPU, else float32.")]
+
+
+@app.command()
+def attention(
+    contexts: Contexts = "1024,32768,131072",
+    nodes: Annotated[Any, numbers("Nodes of the tree, root included.")] = "1,16,64",
+    heads: Annotated[Any, numbers("Query heads, K/V heads, head dimension.", metavar="H,K,D")] = "32,8,128",
+    backends: Annotated[str, typer.Option(metavar="NAME,...", help="Which.  [default: all that can run here]")] = "",
+    dtype: RandomFormat = Dtype.auto,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed repeats; their median counts.")] = 20,
+    plot: Plot = None,
+) -> None:
+    """The attention of one layer over prefix and tree: all backends side by side, beside what is stock."""
+    check_plot(plot)
+    if len(heads) != 3 or heads[0] % heads[1]:
+        fail(f"expected query heads, K/V heads that divide them, head dimension, got --heads {listed(heads)}")
+    from ..benchmark import attention as layer
+    from ..benchmark import tables, timing
+
+    device, number_format = here(dtype)
+    shape = layer.Heads(*heads)
+    try:
+        chosen, missing = layer.choose([name for name in backends.split(",") if name], device, shape)
+    except (ValueError, ImportError) as error:
+        fail(str(error))
+    for name, reason in missing.items():
+        typer.echo(f"{name} cannot run here: {reason}", err=True)
+    speed = timing.measure_speed(device, number_format)
+    cases = [
+        layer.measure(shape, context, count, chosen, speed, device, number_format, repeats)
+        for context in contexts
+        for count in nodes
+    ]
+    if plot is not None:
+        from ..benchmark import plots
+
+        plots.plot_attention(cases, plot)
+    setting: dict[str, Any] = {
+        "bench": "attention",
+        "heads": list(heads),
+        "dtype": str(number_format),
+        "speed": speed._asdict(),
+    }
+    setting |= {"missing_backends": missing, "cases": [case.as_dict() for case in cases]}
+    show([tables.attention_table(cases)], setting, device)
+
+
+@app.command()
+def latency(
+    shape: Annotated[str, typer.Option(help="Named shape, with random weights.")] = "llama-8b",
+    contexts: Contexts = "1024,32768,131072",
+    tree: Annotated[Any, typer.Option(parser=parse_tree, metavar="W1,W2,...", help="Of the round.")] = "4,16,16,16,16",
+    verify_tokens: Annotated[Any, numbers("Nodes that are verified; in the round the most of them.")] = "16,64",
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of each call.")] = 24,
+    static: Annotated[bool, typer.Option("--static", help="generate over a compiled static cache too: slow.")] = False,
+    prefill: Annotated[bool, typer.Option("--prefill", help="Read prompts too: seconds and peak memory.")] = False,
+    backend: Backend = "auto",
+    compile_target: Compile = False,
+    dtype: RandomFormat = Dtype.auto,
+    plot: Plot = None,
+) -> None:
+    """The steps of decoding behind a filled cache of random numbers; says nothing about acceptance."""
+    check_plot(plot)
+    from transformers.utils import logging
+
+    from ..benchmark import latency as steps
+    from ..benchmark import prefill as reading
+    from ..benchmark import shapes, tables, timing
+
+    logging.disable_progress_bar()
+    if not tree:
+        fail("expected level widths such as 4,16,16, got an empty --tree")
+    device, number_format = here(dtype)
+    speed = timing.measure_speed(device, number_format)
+    options: dict[str, Any] = {"tree_shape": tree, "attention_backend": backend, "compile_target": compile_target}
+    options["verify_tokens"] = max(verify_tokens)  # of the calls that read prompts
+    try:
+        target, draft = shapes.random_pair(shape, device, number_format, 2 * max(contexts), **options)
+        pair = steps.Bench(target, draft, speed, rounds)
+        results = []
+        for context in contexts:
+            results.append(pair.measure(context, verify_tokens, static))
+            typer.echo(f"context {context:,}: {results[-1].steps[-1].milliseconds:.2f} ms a round")
+        read = [row for context in contexts for row in reading.measure(target, draft, context)] if prefill else []
+    except (ValueError, ImportError) as error:
+        fail(str(error))
+    if plot is not None:
+        from ..benchmark import plots
+
+        plots.plot_latency(results, plot)
+    setting: dict[str, Any] = {
+        "bench": "latency",
+        "shape": shape,
+        "tree": list(tree),
+        "verify_tokens": list(verify_tokens),
+    }
+    setting |= {"dtype": str(number_format), "backend": backend, "compile_target": compile_target}
+    setting["speed"] = speed._asdict()
+    setting |= {"weights_bytes": shapes.read_bytes(target), "contexts": [result.as_dict() for result in results]}
+    setting |= {"prefill": [asdict(row) for row in read]}
+    show([tables.latency_table(results)] + ([tables.prefill_table(read)] if prefill else []), setting, device)
+
+
+@app.command()
+def text(
+    target: Target,
+    draft: Draft,
+    text: Text,
+    assistant: Annotated[str | None, typer.Option(help="A small LM as transformers' own assistant.")] = None,
+    batches: Annotated[Any, numbers("Batch sizes.")] = "1,8",
+    count: Annotated[int, typer.Option(min=1, help="Batches of each size.")] = 1,
+    context: Annotated[int, typer.Option(min=4, help="Tokens of the longest prompt.")] = 1024,
+    tree: Tree = None,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to write.")] = 128,
+    backend: Backend = "auto",
+    compile_target: Compile = False,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each engine; their median counts.")] = 3,
+    dtype: Format = Dtype.auto,
+    profile: Profile = False,
+    trust_remote_code: RemoteCode = False,
+    plot: Plot = None,
+) -> None:
+    """Whole texts, greedy: the draft beside all that transformers offers, in turn. The fastest of these has a star."""
+    check_plot(plot)
+    from transformers.utils import logging
+
+    from ..benchmark import tables
+    from ..benchmark import text as whole
+    from ..evaluation.acceptance import read_tokens
+
+    logging.disable_progress_bar()
+    model, tokenizer, its_draft = load_pair(target, draft, dtype, trust_remote_code)
+    helper = None if assistant is None else load_model("assistant", assistant, dtype, trust_remote_code)
+    its_draft.config.profile, its_draft.config.compile_target = profile, compile_target
+    its_draft.config.attention_backend = backend
+    if tree is not None:
+        its_draft.config.tree_shape = tree
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "batches": count,
+        "repeats": repeats,
+        "assistant": helper,
+    }
+    try:
+        tokens = read_tokens(text, tokenizer)
+        results = [whole.measure(model, its_draft, tokens, context, size, **options) for size in batches]
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    if plot is not None:
+        from ..benchmark import plots
+
+        plots.plot_text(results, plot)
+    setting: dict[str, Any] = {
+        "bench": "text",
+        "target": target,
+        "draft": draft,
+        "assistant": assistant,
+        "dtype": str(model.dtype),
+        "backend": backend,
+        "compile_target": compile_target,
+    }
+    setting |= {"tree": list(its_draft.config.tree_shape), "batches": [result.as_dict() for result in results]}
+    shown = [tables.text_table(results)] + ([tables.phases_table(results)] if profile else [])
+    show(shown, setting, model.device)
+
+
+def here(dtype: Dtype) -> tuple[torch.device, torch.dtype]:
+    """The GPU if there is one, and the format that `dtype` stands for on it."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    own = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return device, own if dtype is Dtype.auto else getattr(torch, dtype.value)
+
+
+def check_plot(path: Path | None) -> None:
+    """Before hours of measuring: can a picture be drawn there?"""
+    if path is None:
+        return
+    if path.suffix != ".png" or not path.parent.is_dir():
+        fail(f"expected --plot FILE.png in a folder that exists, got {path}")
+    if find_spec("matplotlib") is None:
+        fail("--plot needs matplotlib, which is not installed: pip install 'hf-longspec[bench]'")
+
+
+def listed(values: tuple[int, ...]) -> str:
+    return ",".join(map(str, values))
+
+
+def show(shown: list[Table], setting: dict[str, Any], device: torch.device) -> None:
+    from rich.console import Console
+
+    from ..provenance import provenance
+
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file has no edge at which to cut a line
+        console.width = 200
+    for table in shown:
+        console.print(table)
+    typer.echo(json.dumps(setting | provenance(device)))

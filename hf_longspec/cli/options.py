@@ -1,0 +1,102 @@
+"""What the commands share: their options, how mistakes in them are told, and the pair that they name."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TYPER: dict[str, Any] = dict(
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+)
+
+
+class Dtype(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def parse_tree(text: str) -> tuple[int, ...]:
+    """`"4,16,16"` is (4, 16, 16); the empty string is (), no speculation."""
+    return _numbers(text, "level widths such as 4,16,16") if text.strip() else ()
+
+
+def parse_numbers(text: str) -> tuple[int, ...]:
+    """`"1024,4096"` is (1024, 4096)."""
+    return _numbers(text, "numbers such as 16,64")
+
+
+def _numbers(text: str, meant: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(number) for number in text.split(","))
+    except ValueError:
+        numbers = (0,)
+    if any(number < 1 for number in numbers):
+        raise typer.BadParameter(f"expected {meant} (at least 1 each), got {text!r}")
+    return numbers
+
+
+def numbers(help: str, metavar: str = "N,N,...") -> Any:
+    """An option that takes a list of numbers."""
+    return typer.Option(parser=parse_numbers, metavar=metavar, help=help)
+
+
+Tree = Annotated[
+    Any,
+    typer.Option(parser=parse_tree, metavar="W1,W2,...", help="Nodes of each tree level.  [default: the draft's own]"),
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to write.")]
+Target = Annotated[str, typer.Option(help="Folder or Hub id of the target.")]
+Draft = Annotated[str, typer.Option(help="Folder or Hub id of its LongSpec draft.")]
+Text = Annotated[list[Path], typer.Option(help="Held-out text: a file, or a folder of text files. Repeatable.")]
+Format = Annotated[Dtype, typer.Option(help="Number format; auto is the target's own.")]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python files of the two repositories.")]
+Profile = Annotated[bool, typer.Option("--profile", help="Show where the time of a round goes.")]
+
+
+def load_pair(
+    target_name: str, draft_name: str, dtype: Dtype, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Any]:
+    """Target, its tokenizer and the draft, on the GPU if there is one. Says in one line what cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    target = load_model("target", target_name, dtype, trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(target_name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        cannot_load("target", target_name, error)
+    draft = load_model("draft", draft_name, dtype, trust_remote_code)
+    if draft.config.model_type != "longspec":
+        fail(f"draft {draft_name} is no LongSpec draft, its model type is {draft.config.model_type!r}")
+    return target, tokenizer, draft
+
+
+def load_model(role: str, name: str, dtype: Dtype, trust_remote_code: bool) -> Any:
+    """A causal language model in eval mode, on the GPU if there is one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if name.startswith((".", "/")) and not Path(name).is_dir():
+        fail(f"{role} {name}: no such folder")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype.value, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        cannot_load(role, name, error)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def cannot_load(role: str, name: str, error: Exception) -> NoReturn:
+    fail(f"{role} {name} cannot be loaded: {str(error).strip().splitlines()[0]}")
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """One line on standard error, no traceback; code 2 says that the command was at fault, 1 that the machine was."""
+    typer.echo(f"hf-longspec: {message}", err=True)
+    raise typer.Exit(code)

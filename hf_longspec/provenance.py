@@ -1,0 +1,49 @@
+"""Where a figure comes from: the command, the machine, the versions, the commit."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import transformers
+
+
+def provenance(device: torch.device) -> dict[str, str | None]:
+    """For the JSON line of a command; None stands for what is not installed, or no checkout."""
+    command = shlex.join(["hf-longspec", *sys.argv[1:]])
+    installed = {package: _installed(package) for package in ("hf-longspec", "triton")}
+    return {"command": command, "device": device_name(device), "commit": commit()} | versions() | installed
+
+
+def versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def commit(folder: Path = Path(__file__).parents[1]) -> str | None:
+    """The git commit of `folder`, with a + behind it if files differ from it; None if it is no checkout."""
+    if not (folder / ".git").exists() or shutil.which("git") is None:
+        return None
+
+    def git(*arguments: str) -> str:
+        # a checkout of another user's is answered by an error: then there is no commit to tell
+        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True).stdout.strip()
+
+    head = git("rev-parse", "--verify", "--quiet", "HEAD")
+    return (head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")) or None
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

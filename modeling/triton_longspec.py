@@ -1,0 +1,381 @@
+"""The fused kernel: attention over prefix ++ tree in one pass over the keys, split among the whole GPU.
+
+All query heads of a key/value head and all nodes are rows of one matrix. Each split reads its share of the prefix
+without a mask; the tree, and what a mask hides, come last. A second kernel merges the splits by their log-sum-exp.
+Lengths are read on the device, so a launch can be captured in a CUDA graph. Needs triton; imported only when chosen.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .attention_longspec import Nodes, Prefix
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the attention backends of a GPU need the package triton, which is not installed") from error
+
+LOG2_E = 1.4426950408889634
+MOST_SPLITS = 128
+
+
+@triton.jit
+def _online_softmax(scores, accumulated, top, total, value):
+    """One block of keys more: scores (M, N) in powers of two, value (N, DV), the running maximum and sum (M,)."""
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # rows that have seen nothing yet
+    weights = tl.math.exp2(scores - shift[:, None])
+    fade = tl.math.exp2(top - shift)
+    total = total * fade + tl.sum(weights, 1)
+    accumulated = tl.dot(
+        weights.to(value.dtype), value, accumulated * fade[:, None], input_precision="ieee", out_dtype=tl.float32
+    )
+    return accumulated, new_top, total
+
+
+@triton.jit
+def _scores(query, key, scale, softcap, CAPPED: tl.constexpr):
+    """query (M, D) · key (D, N), scaled, as exponents of two."""
+    scores = tl.dot(query, key, input_precision="ieee", out_dtype=tl.float32) * scale
+    if CAPPED:  # scale divides by the cap here; tanh(x) = 2 sigmoid(2x) - 1
+        scores = (2.0 * tl.sigmoid(2.0 * scores) - 1.0) * softcap
+    return scores
+
+
+@triton.jit
+def split_kernel(
+    query,
+    key,
+    value,
+    mask,
+    node_key,
+    node_value,
+    node_mask,
+    starts,
+    ends,
+    slots,
+    out,
+    lse,
+    scale,
+    softcap,
+    heads,
+    nodes,
+    rows,
+    query_b,
+    query_h,
+    query_t,
+    key_b,
+    key_h,
+    key_s,
+    value_b,
+    value_h,
+    value_s,
+    mask_b,
+    mask_t,
+    node_key_b,
+    node_key_h,
+    node_key_t,
+    node_value_b,
+    node_value_h,
+    node_value_t,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    MASKED: tl.constexpr,
+    TREE: tl.constexpr,
+    PLACED: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
+    """Program (split, tile of rows and key/value head, row of the batch): out (SPLITS, B, H, T, DV), lse in log2."""
+    split, batch = tl.program_id(0), tl.program_id(2)
+    tiles = tl.cdiv(rows, BLOCK_M)
+    tile, head = tl.program_id(1) % tiles, tl.program_id(1) // tiles
+    wide = batch.to(tl.int64)
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    group, node = row // nodes, row % nodes
+    group_heads = rows // nodes
+    query_head = head * group_heads + group
+    d, dv, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_N)
+    real_row, real_d, real_dv = row < rows, d < DIM, dv < VALUE_DIM
+    q = tl.load(
+        query + wide * query_b + (query_head * query_h + node * query_t)[:, None] + d[None, :],
+        mask=real_row[:, None] & real_d[None, :],
+        other=0.0,
+    )
+    accumulated = tl.zeros([BLOCK_M, BLOCK_V], dtype=tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+
+    start, end = tl.load(starts + batch).to(tl.int32), tl.load(ends + batch).to(tl.int32)
+    held = tl.maximum(end - start, 0)
+    whole = held // BLOCK_N
+    prefix_blocks = tl.cdiv(held, BLOCK_N)
+    blocks = prefix_blocks
+    if TREE:
+        blocks += tl.cdiv(nodes, BLOCK_N)
+    share = tl.cdiv(blocks, SPLITS)
+    first = split * share
+    last = tl.minimum(first + share, blocks)
+
+    key_row = key + wide * key_b + head.to(tl.int64) * key_h
+    value_row = value + wide * value_b + head.to(tl.int64) * value_h
+    mask_row = mask + wide * mask_b + node * mask_t
+    for block in tl.range(first, tl.minimum(last, whole)):
+        slot = start + block * BLOCK_N + n
+        if BLOCK_D == DIM:
+            k = tl.load(key_row + slot[None, :] * key_s + d[:, None])
+        else:
+            k = tl.load(key_row + slot[None, :] * key_s + d[:, None], mask=real_d[:, None], other=0.0)
+        scores = _scores(q, k.to(q.dtype), scale, softcap, CAPPED)
+        if MASKED:
+            seen = tl.load(mask_row[:, None] + slot[None, :], mask=real_row[:, None], other=0)
+            scores = tl.where(seen != 0, scores, float("-inf"))
+        if BLOCK_V == VALUE_DIM:
+            v = tl.load(value_row + slot[:, None] * value_s + dv[None, :])
+        else:
+            v = tl.load(value_row + slot[:, None] * value_s + dv[None, :], mask=real_dv[None, :], other=0.0)
+        accumulated, top, total = _online_softmax(scores, accumulated, top, total, v.to(q.dtype))
+
+    for block in tl.range(tl.maximum(first, whole), tl.minimum(last, prefix_blocks), num_stages=1):  # the last, cut
+        slot = start + block * BLOCK_N + n
+        inside = slot < end
+        k = tl.load(key_row + slot[None, :] * key_s + d[:, None], mask=real_d[:, None] & inside[None, :], other=0.0)
+        scores = _scores(q, k.to(q.dtype), scale, softcap, CAPPED)
+        seen = inside[None, :]
+        if MASKED:
+            seen = seen & (tl.load(mask_row[:, None] + slot[None, :], mask=real_row[:, None] & seen, other=0) != 0)
+        scores = tl.where(seen, scores, float("-inf"))
+        v = tl.load(
+            value_row + slot[:, None] * value_s + dv[None, :], mask=inside[:, None] & real_dv[None, :], other=0.0
+        )
+        accumulated, top, total = _online_softmax(scores, accumulated, top, total, v.to(q.dtype))
+
+    if TREE:
+        node_key_row = node_key + wide * node_key_b + head * node_key_h
+        node_value_row = node_value + wide * node_value_b + head * node_value_h
+        for block in tl.range(tl.maximum(first, prefix_blocks), last, num_stages=1):
+            other = (block - prefix_blocks) * BLOCK_N + n
+            inside = other < nodes
+            k = tl.load(
+                node_key_row + other[None, :] * node_key_t + d[:, None],
+                mask=real_d[:, None] & inside[None, :],
+                other=0.0,
+            )
+            v = tl.load(
+                node_value_row + other[:, None] * node_value_t + dv[None, :],
+                mask=inside[:, None] & real_dv[None, :],
+                other=0.0,
+            )
+            if PLACED:  # one tile of each head puts the tree into the cache, where nobody looks in this launch
+                if tile == 0:
+                    slot = tl.load(slots + batch).to(tl.int32) + other
+                    tl.store(key_row + slot[None, :] * key_s + d[:, None], k, mask=real_d[:, None] & inside[None, :])
+                    tl.store(
+                        value_row + slot[:, None] * value_s + dv[None, :],
+                        v,
+                        mask=inside[:, None] & real_dv[None, :],
+                    )
+            scores = _scores(q, k.to(q.dtype), scale, softcap, CAPPED)
+            seen = tl.load(
+                node_mask + wide * nodes * nodes + node[:, None] * nodes + other[None, :],
+                mask=real_row[:, None] & inside[None, :],
+                other=0,
+            )
+            scores = tl.where(seen != 0, scores, float("-inf"))
+            accumulated, top, total = _online_softmax(scores, accumulated, top, total, v.to(q.dtype))
+
+    place = (split * tl.num_programs(2) + batch).to(tl.int64) * heads * nodes + query_head * nodes + node
+    nothing = total == 0.0
+    accumulated = accumulated / tl.where(nothing, 1.0, total)[:, None]
+    tl.store(out + place[:, None] * VALUE_DIM + dv[None, :], accumulated, mask=real_row[:, None] & real_dv[None, :])
+    tl.store(lse + place, tl.where(nothing, float("-inf"), top + tl.math.log2(total)), mask=real_row)
+
+
+@triton.jit
+def merge_kernel(
+    parts,
+    part_lse,
+    sinks,
+    out,
+    lse,
+    heads,
+    nodes,
+    out_b,
+    out_h,
+    out_t,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    SINKS: tl.constexpr,
+    LSE: tl.constexpr,
+):
+    """Program (head and node, row of the batch): the splits' outs and log-sum-exps become one."""
+    place, batch = tl.program_id(0), tl.program_id(1)
+    head, node = place // nodes, place % nodes
+    split, dv = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_V)
+    index = (split * tl.num_programs(1) + batch).to(tl.int64) * heads * nodes + place
+    own = tl.load(part_lse + index, mask=split < SPLITS, other=float("-inf"))
+    top = tl.max(own, 0)
+    weights = tl.math.exp2(own - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(weights, 0)
+    states = tl.load(
+        parts + index[:, None] * VALUE_DIM + dv[None, :],
+        mask=(split < SPLITS)[:, None] & (dv < VALUE_DIM)[None, :],
+        other=0.0,
+    )
+    merged = tl.sum(states * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    whole = tl.where(total == 0.0, float("-inf"), top + tl.math.log2(total)) * 0.6931471805599453  # ln 2
+    if SINKS:
+        merged = merged * tl.sigmoid(whole - tl.load(sinks + head).to(tl.float32))
+    if LSE:
+        tl.store(lse + batch.to(tl.int64) * heads * nodes + place, whole)
+    tl.store(out + batch.to(tl.int64) * out_b + head * out_h + node * out_t + dv, merged, mask=dv < VALUE_DIM)
+
+
+class Tiles(NamedTuple):
+    """How the work is cut: rows and keys of a block, and what a program gets of a multiprocessor."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    per_processor: int  # programs that a multiprocessor holds at once
+
+
+def choose_tiles(rows: int, width: int, itemsize: int) -> Tiles:
+    """rows: queries of a key/value head; width: of a head, a power of two; itemsize: bytes of an element."""
+    block = min(max(16, triton.next_power_of_2(rows)), 128)
+    if itemsize == 4:  # no matrix units: small blocks, or registers spill
+        return Tiles(min(block, 32 if width > 128 else 64), 32, 4, 2, 1)
+    if width > 128:
+        return Tiles(min(block, 64), 32, 4, 2, 1)
+    return Tiles(block, 64, 4, 3 if block < 128 else 2, 2)
+
+
+@functools.lru_cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def choose_splits(programs: int, slots: int, tiles: Tiles, device: torch.device) -> int:
+    """Into how many parts the keys are split, so that `programs` times as many fill the device once.
+
+    From the capacity of the store, not from lengths, which only the device knows.
+    """
+    fitting = _processors(device) * tiles.per_processor // programs
+    return max(min(fitting, slots // (2 * tiles.keys), MOST_SPLITS), 1)
+
+
+def triton_prefix(query: Tensor, prefix: Prefix, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """Attention over the prefix alone, with its log-sum-exp, as `attend`."""
+    out = torch.empty(*query.shape[:3], prefix.value.shape[-1], dtype=torch.float32, device=query.device)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    _launch(query, prefix, None, scaling, softcap, None, out, lse)
+    return out, lse
+
+
+def triton_attention(
+    query: Tensor,
+    prefix: Prefix,
+    nodes: Nodes | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """As `merged_attention`, in two launches."""
+    batch, heads, length, _ = query.shape
+    out = query.new_empty(batch, length, heads, prefix.value.shape[-1])
+    _launch(query, prefix, nodes, scaling, softcap, sinks, out.transpose(1, 2), None)
+    return out
+
+
+def _launch(
+    query: Tensor,
+    prefix: Prefix,
+    nodes: Nodes | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """Fills out (B, H, T, DV), of any strides but the last, and lse (B, H, T)."""
+    key, value, spans, mask = prefix
+    batch, heads, length, dim = query.shape
+    kv_heads, slots, value_dim = key.shape[1], key.shape[2], value.shape[-1]
+    rows = heads // kv_heads * length
+    block_d, block_v = (max(triton.next_power_of_2(size), 16) for size in (dim, value_dim))
+    tiles = choose_tiles(rows, max(block_d, block_v), query.element_size())
+    programs = triton.cdiv(rows, tiles.rows) * kv_heads
+    splits = choose_splits(programs * batch, slots, tiles, query.device)
+    parts = torch.empty(splits, batch, heads, length, value_dim, dtype=torch.float32, device=query.device)
+    part_lse = torch.empty(splits, batch, heads, length, dtype=torch.float32, device=query.device)
+    unused = query  # a pointer that a variant of the kernel does not look at
+    tree = nodes if nodes is not None else Nodes(unused, unused, unused, None)
+    factor = scaling * LOG2_E if softcap is None else scaling / softcap
+    split_kernel[(splits, programs, batch)](
+        query,
+        key,
+        value,
+        unused if mask is None else mask.view(torch.uint8),
+        tree.key,
+        tree.value,
+        unused if nodes is None else nodes.mask.contiguous().view(torch.uint8),
+        spans.starts.contiguous(),
+        spans.ends.contiguous(),
+        unused if tree.slots is None else tree.slots.contiguous(),
+        parts,
+        part_lse,
+        factor,
+        0.0 if softcap is None else softcap * LOG2_E,
+        heads,
+        length,
+        rows,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *((0, 0) if mask is None else mask.stride()[:2]),
+        *tree.key.stride()[:3],
+        *tree.value.stride()[:3],
+        DIM=dim,
+        VALUE_DIM=value_dim,
+        BLOCK_D=block_d,
+        BLOCK_V=block_v,
+        BLOCK_M=tiles.rows,
+        BLOCK_N=tiles.keys,
+        SPLITS=splits,
+        MASKED=mask is not None,
+        TREE=nodes is not None,
+        PLACED=tree.slots is not None,
+        CAPPED=softcap is not None,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    merge_kernel[(heads * length, batch)](
+        parts,
+        part_lse,
+        unused if sinks is None else sinks,
+        out,
+        unused if lse is None else lse,
+        heads,
+        length,
+        *out.stride()[:3],
+        VALUE_DIM=value_dim,
+        BLOCK_V=block_v,
+        SPLITS=splits,
+        BLOCK_S=triton.next_power_of_2(splits),
+        SINKS=sinks is not None,
+        LSE=lse is not None,
+        num_warps=4,
+    )

@@ -1,0 +1,108 @@
+"""`hf-longspec bench text`: the padded prompts, the engines, what is counted, and the ties of rows."""
+
+import json
+
+import pytest
+import torch
+from helpers import tiny_draft, tiny_target
+
+from hf_longspec.benchmark import tables, text
+from hf_longspec.benchmark.engines import chosen, engines_for
+
+
+def test_prompts_of_a_batch_are_padded_on_the_left():
+    inputs = text.padded_prompts(torch.arange(100, 200), [8, 54, 100], context=8, pad=7)
+    assert inputs["input_ids"].tolist() == [
+        [100, 101, 102, 103, 104, 105, 106, 107],
+        [146, 147, 148, 149, 150, 151, 152, 153],
+        [7, 193, 194, 195, 196, 197, 198, 199],
+    ]
+    assert inputs["attention_mask"].tolist() == [[1] * 8, [1] * 8, [0] + [1] * 7]
+
+
+def test_a_text_that_is_too_short():
+    target = tiny_target("llama")
+    with pytest.raises(ValueError, match="at least 101 tokens, got 100"):
+        text.measure(target, tiny_draft(target), torch.arange(100) % 13, 101, 2, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_batch_is_counted(dtype):
+    target = tiny_target("llama").to(dtype)
+    draft = tiny_draft(target, window=8, tree_shape=(13, 40), profile=True)
+    tokens = torch.randint(2, 13, (200,))
+    result = text.measure(target, draft, tokens, 20, 2, max_new_tokens=12, batches=2, repeats=1)
+    assert [engine.name for engine in result.engines] == [
+        "generate",
+        "static cache",
+        "LongSpec, no guesses",
+        "LongSpec",
+    ]
+    assert (result.prompts, draft.config.tree_shape) == (4, (13, 40))
+    idle, ours = result.engines[2:]
+    for engine in (idle, ours):
+        assert engine.equal + engine.ties == 4 and engine.different == 0
+        assert engine.equal == 4 or dtype == torch.bfloat16
+        assert set(engine.phases) == {"prefill", "grow", "verify", "accept", "commit"}
+    assert idle.accept_length == 1 and 1.2 <= ours.accept_length <= 3
+    assert all(engine.seconds > 0 and engine.prefill_seconds > 0 for engine in result.engines)
+    json.loads(json.dumps(result.as_dict()))
+    assert tables.text_table([result]).row_count == 4 and tables.phases_table([result]).row_count == 2
+
+
+def test_rates_are_of_decoding_alone():
+    """4 prompts of 11 tokens each: the prefill writes 1, so 40 are decoded, the fastest stock engine in 2 seconds."""
+    stock = [text.Written("generate", True, 9.0, 1.0), text.Written("lookup", True, 6.0, 4.0)]
+    engines = [*stock, text.Written("ours", False, 5.5, 5.0)]
+    result = text.Comparison(batch=2, context=8, prompts=4, new_tokens=11, engines=engines)
+    rows = {row["name"]: row for row in result.as_dict()["engines"]}
+    assert result.as_dict()["fastest_stock"] == "lookup"
+    assert [row["decoded_per_second"] for row in rows.values()] == [5.0, 20.0, 80.0]
+    assert [row["speed_up"] for row in rows.values()] == [1.0, 4.0, 16.0]
+    assert [row["over_fastest_stock"] for row in rows.values()] == [0.25, 1.0, 4.0]
+    assert rows["ours"]["tokens_per_second"] == 8.0
+
+
+def test_stock_assistants_write_single_prompts():
+    target = tiny_target("llama")
+    draft, assistant = tiny_draft(target, tree_shape=(2,)), tiny_target("llama", num_hidden_layers=1)
+    names = [engine.name for engine in engines_for(target, draft, 1, assistant)]
+    assert names[2:4] == ["prompt lookup", "assistant"]
+    of_two = [engine.name for engine in engines_for(target, draft, 2, assistant)]
+    assert of_two == [name for name in names if name not in ("prompt lookup", "assistant")]
+    tokens = torch.randint(2, 13, (99,))
+    result = text.measure(target, draft, tokens, 9, 1, max_new_tokens=6, repeats=1, assistant=assistant)
+    assert [engine.name for engine in result.engines] == names
+    assert [engine.equal for engine in result.engines if not engine.stock] == [1, 1]
+
+
+def test_an_engine_leaves_target_and_draft_as_they_were():
+    target = tiny_target("llama")
+    draft = tiny_draft(target, tree_shape=(2, 3))
+    own = target.config._attn_implementation
+    engine = engines_for(target, draft, 1, None)[-2]
+    assert engine.tree == ()
+    with pytest.raises(KeyError, match="any"), chosen(target, draft, engine._replace(attention="eager")):
+        assert draft.config.tree_shape == () and target.config._attn_implementation == "eager" != own
+        raise KeyError("any")
+    assert draft.config.tree_shape == (2, 3) and target.config._attn_implementation == own
+
+
+def test_a_row_that_differs_is_told():
+    """A draft whose texts are changed behind its back."""
+    target = tiny_target("llama")
+    draft = tiny_draft(target, tree_shape=(2,))
+    honest = draft.assisted_decoding
+
+    class Liar:
+        def __getattr__(self, name):
+            return getattr(draft, name)
+
+        def assisted_decoding(self, *args, **kwargs):
+            output = honest(*args, **kwargs)
+            output.sequences[1, -1] = (output.sequences[1, -1] + 1) % 13
+            return output
+
+    result = text.measure(target, Liar(), torch.randint(2, 13, (99,)), 9, 3, max_new_tokens=6, repeats=1)
+    ours = result.engines[-1]
+    assert (ours.equal, ours.ties, ours.different) == (2, 0, 1)
