@@ -52,7 +52,7 @@ def test_run_writes_the_same_with_and_without_draft(target, inputs, sampling):
     assert plain.accept_length == 1.0 and plain.phase_seconds == {}
     assert sum(speculative.accept_lengths) == 23  # the prefill emits the first token
     assert speculative.accept_length == 23 / len(speculative.accept_lengths)
-    assert {"prefill", "grow", "verify", "accept", "commit", "host"} == set(speculative.phase_seconds)
+    assert {"prefill", "grow", "verify", "accept", "commit"} == set(speculative.phase_seconds)
     assert plain.prefill_seconds > 0 and plain.decode_seconds > 0
     assert judge(target, inputs, plain.tokens, speculative.tokens).equal
 
