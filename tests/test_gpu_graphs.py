@@ -282,7 +282,7 @@ def test_threads_share_a_draft():
     assert texts == {index: [plain[index]] * 6 for index in (0, 1)}
 
 
-def test_the_host_is_timed_between_phases():
+def test_phases_are_timed_by_events():
     target = tiny_target("llama").cuda()
     draft = tiny_draft(target, profile=True)
     for shape in ((4, 8, 8), ()):
@@ -291,7 +291,7 @@ def test_the_host_is_timed_between_phases():
             prompt_of(9), assistant_model=draft, max_new_tokens=40, return_dict_in_generate=True, pad_token_id=0
         )
         assert set(out.phase_seconds) == {"prefill", "grow", "verify", "accept", "commit"}
-        assert all(seconds >= 0 for seconds in out.phase_seconds.values())
+        assert all(second >= 0 for seconds in out.phase_seconds.values() for second in seconds)
 
 
 def test_two_threads_on_one_target():
