@@ -32,7 +32,7 @@ class LongSpecConfig(PreTrainedConfig):
             nothing to guess: one token a round.
         verify_tokens (`int`, *optional*): rows fed to the target, root included: the tree's best. `None`: all of it.
         attention_backend (`str`): how the target attends while it verifies: one of `ATTENTION_BACKENDS`; "auto" is
-            "torch" where that can run, else "eager".
+            "triton" on a GPU and "torch" elsewhere where these can run, else "eager".
         cuda_graphs (`str` or `bool`): replay a round's phases as CUDA graphs: `"auto"` where that is possible. They
             are kept for the next call, with the memory they work on: see `LongSpecForCausalLM.release`.
         compile_target (`bool`): run the target's decoder layers through torch.compile while they verify. The first
