@@ -42,7 +42,8 @@ def resolve_backend(name: str, device: torch.device, head_dim: int, softcap: flo
     """
     head = head_dim, softcap
     if name == "auto":
-        name = "eager" if torch_misfit(device, *head) else "torch"
+        fastest = ("triton", "torch") if device.type == "cuda" else ("torch",)
+        name = next((name for name in fastest if MISFITS[name](device, *head) is None), "eager")
     elif name != "eager" and (reason := MISFITS[name](device, *head)):
         raise ValueError(f"attention_backend={name!r} cannot run here: {reason}; use 'auto' or 'eager'")
     return load_backend(name)
@@ -56,6 +57,8 @@ def triton_misfit(device: torch.device, head_dim: int, softcap: float | None) ->
 
     if device.type != "cuda" and not triton.knobs.runtime.interpret:
         return f"it needs a CUDA device (or TRITON_INTERPRET=1, to try it slowly), got {device.type}"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "torch finds no CUDA device"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return f"it needs a CUDA device of capability 8.0 or newer, got {torch.cuda.get_device_capability(device)}"
     if head_dim > 256:
