@@ -49,6 +49,7 @@ def report() -> dict[str, Any]:
             "temperature": 0.0,
             "seed": 0,
         },
+        "machine": {"cores": 2, "load_average": 1.9},
         "sources": [],
         "left_out": {},
         "provenance": {

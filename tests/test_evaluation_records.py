@@ -26,6 +26,7 @@ def record(
         "plain": engine(*plain),
         "longspec": engine(*ours) | {"accept_lengths": list(lengths)},
         "draft_state_bytes": 99,
+        "load_average": 2.0,
         "outcome": outcome,
     }
 
@@ -90,6 +91,9 @@ def test_a_page_shows_what_the_report_holds():
     assert "| code | 4,096 | 4 | 3.25 | 3.0 – 4.0 | 10.0 | 15.0 | 1.50× | 3 / 1 / 0 |" in text
     assert "| 1,024 | 90% | 80% |" in text and "- books was left out: no apt-get" in text
     assert "![τ, speed-up" in text and "![" not in page.page(told, picture=False)
+    assert "1.9 on 2 cores.\n" in text
+    busy = told | {"machine": {"cores": 2, "load_average": 6.0}}
+    assert "6.0 on 2 cores; **other programs disturbed the speeds**" in page.page(busy, picture=False)
     gpu = [bucket | {"plain_peak_bytes": 2**30, "peak_bytes": 2**31} for bucket in told["buckets"]]
     assert "| 3 / 1 / 0 | 1.00 | 2.00 |" in page.speed_table(told | {"buckets": gpu})
 

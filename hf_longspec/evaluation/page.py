@@ -75,7 +75,18 @@ def made_by(report: Mapping[str, Any]) -> str:
     made = report["provenance"]
     commit = f" (commit {made['commit'][:12]})" if made["commit"] else ""
     versions = ", ".join(f"{name} {made[name]}" for name in ("torch", "transformers", "python"))
-    return f"```\n{made['command']}\n```\n\nhf-longspec {made['hf-longspec'] or 'from a checkout'}{commit}, {versions}"
+    told = f"hf-longspec {made['hf-longspec'] or 'from a checkout'}{commit}, {versions}. {load_sentence(report)}"
+    return f"```\n{made['command']}\n```\n\n{told.rstrip()}"
+
+
+def load_sentence(report: Mapping[str, Any]) -> str:
+    """How busy the machine was; that says whether speeds can be trusted."""
+    machine = report["machine"]
+    if machine["load_average"] is None:
+        return ""
+    told = f"Load average while it was measured: {machine['load_average']:.1f} on {machine['cores']} cores"
+    busy = "; **other programs disturbed the speeds**" if machine["load_average"] > machine["cores"] + 0.5 else ""
+    return f"{told}{busy}."
 
 
 def page(report: Mapping[str, Any], picture: bool) -> str:

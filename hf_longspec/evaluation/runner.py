@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ def measure(target: PreTrainedModel, draft: Any, sample: Sample, temperature: fl
         "plain": noted(plain, plain_peak),
         "longspec": noted(ours, peak) | {"accept_lengths": ours.accept_lengths},
         "draft_state_bytes": draft.state_bytes,
+        "load_average": load_average(),
         "outcome": "equal" if verdict.equal else "tie" if verdict.tie else "different",
         "parted_at": verdict.position,
         "gap": verdict.gap,
@@ -64,6 +66,11 @@ def run(target: PreTrainedModel, inputs: dict[str, Tensor], draft: Any, **option
         torch.cuda.reset_peak_memory_stats(target.device)
     done = side_by_side.run(target, inputs, draft, **options)
     return done, torch.cuda.max_memory_allocated(target.device) if on_gpu else None
+
+
+def load_average() -> float | None:
+    """How many programs wanted a core in the last minute, this one included; None where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def noted(done: Run, peak: int | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
@@ -110,9 +111,19 @@ def peak(records: Sequence[Record], engine: str) -> int | None:
 def report(
     records: Sequence[Record], settings: dict[str, Any], provenance: dict[str, Any], **more: Any
 ) -> dict[str, Any]:
-    """What `report.json` holds. settings: those of the records, with `target`, `draft` and `setting`."""
+    """What `report.json` holds. settings: those of the records, with `target`, `draft` and `setting`.
+
+    machine: its cores, and how many programs wanted one while it was measured; above the cores, speeds are disturbed.
+    """
     told = {name: settings[name] for name in ("target", "draft", "setting")}
     state = max(record["draft_state_bytes"] for record in records)
     told["draft"] = told["draft"] | {"state_bytes": state}
-    figures = {"provenance": provenance, **more, "buckets": buckets(records, len(told["draft"]["tree"]))}
+    loads = [record["load_average"] for record in records if record["load_average"] is not None]
+    machine = {"cores": os.cpu_count(), "load_average": fmean(loads) if loads else None}
+    figures = {
+        "provenance": provenance,
+        "machine": machine,
+        **more,
+        "buckets": buckets(records, len(told["draft"]["tree"])),
+    }
     return {"format": FORMAT, "version": VERSION, **told, **figures}
