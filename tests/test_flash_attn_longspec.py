@@ -367,9 +367,10 @@ def test_a_prefix_alone_on_a_gpu(name):
     prefix = Prefix(key, value, spans_of([(5, 19_990), (0, 70), (4, 4)], CUDA)._replace(host=None), None)
     out, lse = backend.prefix(query, prefix, 0.1, None)
     expected = eager_prefix(query, prefix, 0.1, None)
-    torch.testing.assert_close((out.float(), lse), expected, atol=0.01, rtol=0.01)
+    torch.testing.assert_close(out.float(), expected[0], atol=2e-3, rtol=0.02)
+    torch.testing.assert_close(lse, expected[1], atol=1e-3, rtol=1e-4)
     ours = backend.attention(query, prefix, None, 0.1, None, None)
-    torch.testing.assert_close(ours.float(), expected[0].transpose(1, 2), atol=0.01, rtol=0.01)
+    torch.testing.assert_close(ours.float(), expected[0].transpose(1, 2), atol=2e-3, rtol=0.02)
     assert not ours[2].any()
 
 
@@ -381,7 +382,7 @@ def test_layers_of_a_round_in_a_cuda_graph(name, kv_heads):
     attention = backend_on_gpu(name, torch.bfloat16, 128).attention
     layers = []
     for seed in range(3):
-        tensors = [part * (1 + seed) for part in case(2, 8, kv_heads, 13, 3000, 128, 128, torch.bfloat16, CUDA)]
+        tensors = [part.roll(seed, dims=-1) for part in case(2, 8, kv_heads, 13, 3000, 128, 128, torch.bfloat16, CUDA)]
         layers.append(tensors)
     spans = spans_of([(0, 2000), (7, 900)], CUDA)._replace(host=None)
     tree = random_tree(2, 13).to(CUDA)
@@ -407,5 +408,5 @@ def test_layers_of_a_round_in_a_cuda_graph(name, kv_heads):
                 merged_attention(eager_prefix, query, Prefix(key, value, spans, None), nodes, 0.1, None, None)
             )
         graph.replay()
-        torch.testing.assert_close(outs, expected, atol=0.02, rtol=0.02, msg=lambda text, step=step: f"{step}: {text}")
+        torch.testing.assert_close(outs, expected, atol=5e-3, rtol=0.02, msg=lambda text, step=step: f"{step}: {text}")
         spans.ends.add_(5)
