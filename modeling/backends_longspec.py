@@ -14,6 +14,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from .attention_longspec import Nodes, Prefix, PrefixAttention, eager_prefix, merged_attention
+from .slots_longspec import Move, move_slots
 from .torch_flash_longspec import torch_prefix
 
 Attention = Callable[[Tensor, Prefix, Nodes | None, float, float | None, Tensor | None], Tensor]
@@ -30,7 +31,7 @@ class Demand(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """A way to attend: `prefix` as `eager_prefix`, `attention` as `merged_attention`.
+    """A way to attend: `prefix` as `eager_prefix`, `attention` as `merged_attention`; `move` as `move_slots`.
 
     fused: whether Triton runs here, so that the draft's choice of a tree's nodes may be a kernel of ours too.
     """
@@ -38,6 +39,7 @@ class Backend(NamedTuple):
     name: str
     prefix: PrefixAttention
     attention: Attention
+    move: Move = move_slots
     fused: bool = False
 
 
@@ -49,16 +51,18 @@ def load_backend(name: str) -> Backend:
         return Backend(name, torch_prefix, functools.partial(merged_attention, torch_prefix))
     if name == "triton":
         from .triton_longspec import triton_attention, triton_prefix
+        from .triton_move_longspec import triton_move
 
-        return Backend(name, triton_prefix, triton_attention, fused=True)
+        return Backend(name, triton_prefix, triton_attention, triton_move, fused=True)
     from .flash_attn_longspec import flash_attention, flash_prefix, load_flash_2, load_flash_3
+    from .triton_move_longspec import triton_move
 
     try:
         flash = load_flash_2() if name == "flash_attn_2" else load_flash_3(installed_flash_3() or FLASH_3[0])
     except (ImportError, OSError) as error:  # also of a wheel that was built for another torch
         raise ImportError(f"attention_backend={name!r}: its package cannot be imported: {error}") from error
     attention = functools.partial(flash_attention, flash)
-    return Backend(name, functools.partial(flash_prefix, flash), attention, fused=True)
+    return Backend(name, functools.partial(flash_prefix, flash), attention, triton_move, fused=True)
 
 
 def resolve_backend(name: str, demand: Demand) -> Backend:
