@@ -226,7 +226,8 @@ def rope_frequencies(config: LongSpecConfig) -> tuple[Tensor, float]:
     parameters = config.rope_parameters or {}
     rope_type = parameters.get("rope_type", "default")
     if rope_type != "default":
-        frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
+        with torch.device("cpu"):  # transformers builds models on the meta device, where these would have no numbers
+            frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
     else:
         dims = int(config.head_dim * parameters.get("partial_rotary_factor", 1.0))
         exponents = torch.arange(0, dims, 2, dtype=torch.float32, device="cpu") / dims
