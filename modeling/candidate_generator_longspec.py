@@ -41,7 +41,7 @@ class LongSpecCandidateGenerator:
         config, device = draft.config, target.device
         self.draft, self.target, self.backend = draft, target, backend
         self.shape = tuple(config.tree_shape)
-        self.logits = draft.guessing_head(target) if self.shape else target.logits
+        self.head_rows = draft.head_rows(target) if self.shape else None
         self.vocab = draft.draft_vocab
         self.verify_tokens = config.verify_tokens
         # the levels that have children, as slices of the tree's nodes
@@ -137,7 +137,9 @@ class LongSpecCandidateGenerator:
             return self.backend.attention(query, prefix, None, self.scaling, None, None).transpose(1, 2)
 
         hidden = self.draft.layer(self.target.embed(tokens), angles, self_attend, cross_attend)
-        return self.logits(hidden)
+        if self.head_rows is None:
+            return self.target.logits(hidden)
+        return self.target.scaled(self.head_rows(hidden))
 
 
 def attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
