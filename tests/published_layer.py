@@ -5,8 +5,8 @@
     x = x + O · cross_attention(x)   queries with bias, over the target's cached keys and values
     x = x + down(silu(gate(x)) · up(x))
 
-Each branch reads x through its own RMSNorm; nothing follows but the target's LM head. `text` goes over a whole text, as
-training does; `prefill` and `level` as decoding does: keys and values of the text first, then a tree, level by level.
+Each branch reads x through its own RMSNorm; nothing follows but the target's LM head. `text` goes over a whole text,
+as training does; `prefill` and `level` as decoding does: first the text's keys and values, then a tree, level by level.
 Shapes: a row a token; keys and values (S, key/value heads, dimension).
 """
 
@@ -20,7 +20,7 @@ WINDOW = 512
 
 class PublishedLayer:
     def __init__(self, weights: dict[str, Tensor], target: dict, dtype: torch.dtype, angles: torch.dtype):
-        """weights: of a checkpoint; target: the target's config.json; angles: the format that RoPE is worked out in."""
+        """weights: of a checkpoint; target: the target's config.json; angles: the format of RoPE's angles."""
         self.weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
         self.eps, self.dim = target["rms_norm_eps"], target["hidden_size"] // target["num_attention_heads"]
         self.theta = target.get("rope_theta", 10000.0)

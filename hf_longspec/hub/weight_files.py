@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import struct
 from pathlib import Path
 
 import torch
@@ -19,6 +20,19 @@ from torch import Tensor
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# What torch.load raises for a damaged file, by thousands of cuts and flipped bits; it checks little of what it reads.
+DAMAGE = (
+    pickle.UnpicklingError,
+    struct.error,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -68,16 +82,12 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if asked := re.search(r"GLOBAL (\S+)", str(error)):
+    except DAMAGE as error:
+        if isinstance(error, pickle.UnpicklingError) and (asked := re.search(r"GLOBAL (\S+)", str(error))):
             raise ValueError(
                 f"{path} is refused: it holds more than tensors and would run code ({asked[1]}) to be read; "
                 "ask for the checkpoint as safetensors"
             ) from error
-        raise ValueError(
-            f"{path} is damaged, or no file of torch.save that can be read without running code"
-        ) from error
-    except (RuntimeError, EOFError) as error:  # what torch raises for an archive that is cut off
         raise ValueError(f"{path} is damaged or no file of torch.save") from error
     if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise ValueError(f"{path} is no checkpoint: expected a dict of tensors, got {type(weights).__name__}")
