@@ -6,7 +6,7 @@
     x = x + down(silu(gate(x)) · up(x))
 
 Each branch reads x through its own RMSNorm; nothing follows but the target's LM head. `text` goes over a whole text,
-as training does; `prefill` and `level` as decoding does: first the text's keys and values, then a tree, level by level.
+as training does; `prefill` and `level` as decoding does: first the keys and values of the text, then a tree by levels.
 Shapes: a row a token; keys and values (S, key/value heads, dimension).
 """
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig
@@ -91,11 +91,14 @@ def read_config(role: str, name: str) -> Any:
         raise ValueError(f"{role} {name}: no such folder")
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        lines = [line.strip() for line in str(error).strip().splitlines()]
-        # a field's own error is told in the second line
-        reason = " ".join(lines[:2]) if isinstance(error, StrictDataclassError) else lines[0]
-        raise ValueError(f"{role} {name} has no config that can be read: {reason}") from error
+    except (OSError, ValueError, StrictDataclassError, HTTPError) as error:
+        raise ValueError(f"{role} {name} has no config that can be read: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # what is wrong with a field of a config is told in the second line
+    return " ".join(lines[: 2 if isinstance(error, StrictDataclassError) else 1])
 
 
 def check_config(source: str, target: str, ours: LongSpecConfig) -> None:
@@ -116,7 +119,10 @@ def local_folder(source: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
     for patterns in (["model*.safetensors*"], ["pytorch_model*.bin*"]):
-        folder = Path(snapshot_download(source, allow_patterns=["config.json", *patterns]))
+        try:
+            folder = Path(snapshot_download(source, allow_patterns=["config.json", *patterns]))
+        except (HTTPError, OSError) as error:
+            raise OSError(f"cannot download {source}: {one_line(error)}; what has arrived is kept, try again") from error
         if any(path for pattern in patterns for path in folder.glob(pattern)):
             break
     return folder
