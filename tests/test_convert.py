@@ -82,7 +82,11 @@ def test_all_published_drafts(name, pickled, shards, tmp_path):
 
     files = sorted(path for path in source.iterdir() if path.suffix in (".bin", ".safetensors"))
     assert record.files == {path.name: sha256(path) for path in files} and len(files) == shards
-    assert set(record.unused) == UNUSED and record.source_dtypes == ["float16"] and record.revision is None
+    assert (
+        set(record.unused) == UNUSED
+        and record.source_dtypes == ["float16"]
+        and (record.source_revision, record.target_revision) == (None, None)
+    )
     written = json.loads((tmp_path / "draft" / conversion.RECORD).read_text())
     assert written["files"] == record.files and written["target"] == str(tmp_path / "target")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["draft", "published", "target"]
@@ -190,12 +194,16 @@ def test_wrong_target(folders, other, mismatch):
 def test_target_of_another_family(folders):
     other = {name: value for name, value in CONFIG.items() if name != "rope_scaling"} | {"model_type": "mistral"}
     write_config(folders / "target", other)
-    assert_refused(folders, "there are published drafts for llama and qwen2 targets, got 'mistral'")
+    assert_refused(
+        folders, "target .*target: published drafts are for llama and qwen2 models, got model type 'mistral'"
+    )
 
 
 def test_sources_that_are_no_published_draft(folders):
     write_config(folders / "published", {"model_type": "gpt2"})
-    assert_refused(folders, "published is no published LongSpec draft: .*got 'gpt2'")
+    assert_refused(
+        folders, "draft .*published: published drafts are for llama and qwen2 models, got model type 'gpt2'"
+    )
     LongSpecConfig().save_pretrained(folders / "published")
     assert_refused(folders, "is in our format already")
 
@@ -289,6 +297,7 @@ def test_folders_that_are_not_there(folders):
     (folders / "empty").mkdir()
     assert_refused(folders, "draft .*missing: no such folder", source="missing")
     assert_refused(folders, "target .*missing: no such folder", target="missing")
+    assert_refused(folders, "draft .*config.json is a file; expected its folder", source="published/config.json")
     assert_refused(folders, "draft .*empty has no config that can be read: ", source="empty")
     assert_refused(folders, "target .*empty has no config that can be read: ", target="empty")
     assert_refused(folders, "holds no weights: expected one of", source="target")
@@ -319,7 +328,8 @@ def test_hub_while_offline(folders, monkeypatch):
     names = ["convert", "sail/longspec-vicuna-7b-v1.5-16k", "--target", "lmsys/vicuna-7b-v1.5-16k"]
     result = CliRunner().invoke(cli.app, [*names, "--out", str(folders / "draft")])
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
-    assert "target lmsys/vicuna-7b-v1.5-16k has no config that can be read: We couldn't connect" in result.stderr
+    assert "target lmsys/vicuna-7b-v1.5-16k is no folder here, nor a repository on the Hub" in result.stderr
+    assert "We couldn't connect to" in result.stderr
 
 
 def test_mistakes_are_told_without_a_traceback(folders):

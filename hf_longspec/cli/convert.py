@@ -27,15 +27,22 @@ def convert(
         WeightFormat, typer.Option(help="Number format of the weights; they are published in float16.")
     ] = WeightFormat.float16,
 ) -> None:
-    """A published LongSpec draft (safetensors or .bin) becomes one of ours, checked against its target."""
+    """Makes a published LongSpec draft into a folder that `generate` takes.
+
+    Six are published, for example: hf-longspec convert sail/longspec-QwQ-32B-Preview --target Qwen/QwQ-32B-Preview
+    --out draft. Files may be safetensors or .bin, whole or in shards; all is checked against the target first.
+    """
+    from transformers.utils import logging
+
     from ..hub import convert as conversion
     from ..hub.published import published_draft
 
+    logging.disable_progress_bar()
     try:
         record = conversion.convert(source, target, out, dtype.value)
     except (ValueError, OSError) as error:
         fail(str(error))
-    origin = source if record.revision is None else f"{source} at {record.revision}"
+    origin = source if record.source_revision is None else f"{source} at {record.source_revision}"
     typer.echo(
         f"{origin}: {', '.join(record.files)}, {record.parameters:,} parameters, {', '.join(record.source_dtypes)}"
     )

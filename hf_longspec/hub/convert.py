@@ -34,14 +34,15 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 class Conversion:
     """What was converted, as `conversion.json` in the folder tells it.
 
-    source, target: as they were named. revision: the commit of a source on the Hub. files: SHA-256 of each file read.
+    source, target: as they were named, with their commits where they are on the Hub. files: SHA-256 of each file read.
     dtype: of the written weights; source_dtypes: of the read ones. unused: names that were left out.
     """
 
     source: str
-    revision: str | None
+    source_revision: str | None
     files: dict[str, str]
     target: str
+    target_revision: str | None
     dtype: str
     source_dtypes: list[str]
     unused: list[str]
@@ -56,7 +57,8 @@ def convert(source: str, target: str, out: Path, dtype: str = "float16") -> Conv
     mismatch listed; `OSError` for what cannot be read or written. Either way `out` is left as it was.
     """
     check_out(out)
-    ours = draft_config(read_config("target", target))
+    its_config = read_config("target", target)
+    ours = config_for("target", target, its_config)
     check_config(source, target, ours)
     folder = local_folder(source)
     files = weight_files(folder)
@@ -64,9 +66,10 @@ def convert(source: str, target: str, out: Path, dtype: str = "float16") -> Conv
     draft = build(ours, weights, DTYPES[dtype], f"{source} is no published draft for {target}")
     record = Conversion(
         source=source,
-        revision=None if Path(source).is_dir() else folder.name,
+        source_revision=None if Path(source).is_dir() else folder.name,
         files={path.name: sha256(path) for path in files},
         target=target,
+        target_revision=getattr(its_config, "_commit_hash", None),  # transformers notes it of the Hub's only
         dtype=dtype,
         source_dtypes=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}),
         unused=sorted(weights.keys() & UNUSED),
@@ -87,18 +90,30 @@ def check_out(out: Path) -> None:
 
 def read_config(role: str, name: str) -> Any:
     """The config of a folder or Hub id. Raises `ValueError` that says in one line why there is none."""
-    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+    folder = Path(name)
+    if folder.is_file():
+        raise ValueError(f"{role} {name} is a file; expected its folder")
+    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ValueError(f"{role} {name}: no such folder")
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, StrictDataclassError, HTTPError) as error:
-        raise ValueError(f"{role} {name} has no config that can be read: {one_line(error)}") from error
+        place = "has no config" if folder.is_dir() else "is no folder here, nor a repository on the Hub with a config"
+        raise ValueError(f"{role} {name} {place} that can be read: {one_line(error)}") from error
 
 
 def one_line(error: Exception) -> str:
+    """The first two lines of a message: transformers tells in the second what is wrong with a field, or what to do."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    # what is wrong with a field of a config is told in the second line
-    return " ".join(lines[: 2 if isinstance(error, StrictDataclassError) else 1])
+    return " ".join(lines[:2])
+
+
+def config_for(role: str, name: str, config: Any) -> LongSpecConfig:
+    """`draft_config`, whose error then names the folder or Hub id."""
+    try:
+        return draft_config(config)
+    except ValueError as error:
+        raise ValueError(f"{role} {name}: {error}") from error
 
 
 def check_config(source: str, target: str, ours: LongSpecConfig) -> None:
@@ -106,10 +121,7 @@ def check_config(source: str, target: str, ours: LongSpecConfig) -> None:
     published = read_config("draft", source)
     if published.model_type == "longspec":
         raise ValueError(f"draft {source} is in our format already, there is nothing to convert")
-    try:
-        theirs = draft_config(published)
-    except ValueError as error:
-        raise ValueError(f"draft {source} is no published LongSpec draft: {error}") from error
+    theirs = config_for("draft", source, published)
     if mismatches := config_mismatches(theirs, ours):
         raise ValueError(f"{source} is no draft for {target}:\n  " + "\n  ".join(mismatches))
 
@@ -122,7 +134,7 @@ def local_folder(source: str) -> Path:
         try:
             folder = Path(snapshot_download(source, allow_patterns=["config.json", *patterns]))
         except (HTTPError, OSError) as error:
-            raise OSError(f"cannot download {source}: {one_line(error)}; what has arrived is kept, try again") from error
+            raise OSError(f"cannot download {source}: {one_line(error)}; try again") from error
         if any(path for pattern in patterns for path in folder.glob(pattern)):
             break
     return folder

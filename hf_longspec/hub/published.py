@@ -72,7 +72,9 @@ def draft_config(target_config: Any) -> LongSpecConfig:
     """
     text = target_config.get_text_config(decoder=True)
     if text.model_type not in FAMILIES:
-        raise ValueError(f"there are published drafts for {' and '.join(FAMILIES)} targets, got {text.model_type!r}")
+        raise ValueError(
+            f"published drafts are for {' and '.join(FAMILIES)} models, got model type {text.model_type!r}"
+        )
     return LongSpecConfig.from_target(
         target_config,
         target_layer=text.num_hidden_layers - 1,
