@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
@@ -57,8 +57,7 @@ def convert(source: str, target: str, out: Path, dtype: str = "float16") -> Conv
     mismatch listed; `OSError` for what cannot be read or written. Either way `out` is left as it was.
     """
     check_out(out)
-    its_config = read_config("target", target)
-    ours = config_for("target", target, its_config)
+    ours = config_for("target", target, read_config("target", target))
     check_config(source, target, ours)
     folder = local_folder(source)
     files = weight_files(folder)
@@ -66,10 +65,10 @@ def convert(source: str, target: str, out: Path, dtype: str = "float16") -> Conv
     draft = build(ours, weights, DTYPES[dtype], f"{source} is no published draft for {target}")
     record = Conversion(
         source=source,
-        source_revision=None if Path(source).is_dir() else folder.name,
+        source_revision=revision(source),
         files={path.name: sha256(path) for path in files},
         target=target,
-        target_revision=getattr(its_config, "_commit_hash", None),  # transformers notes it of the Hub's only
+        target_revision=revision(target),
         dtype=dtype,
         source_dtypes=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}),
         unused=sorted(weights.keys() & UNUSED),
@@ -126,13 +125,20 @@ def check_config(source: str, target: str, ours: LongSpecConfig) -> None:
         raise ValueError(f"{source} is no draft for {target}:\n  " + "\n  ".join(mismatches))
 
 
+def revision(name: str) -> str | None:
+    """The commit that the config of a Hub id was read from; None for a folder."""
+    cached = None if Path(name).is_dir() else try_to_load_from_cache(name, "config.json")
+    return Path(cached).parent.name if isinstance(cached, str) else None
+
+
 def local_folder(source: str) -> Path:
     """The folder of a source: itself, or the Hub's, downloaded. Of two formats there only safetensors are fetched."""
     if Path(source).is_dir():
         return Path(source)
+    commit = revision(source)
     for patterns in (["model*.safetensors*"], ["pytorch_model*.bin*"]):
         try:
-            folder = Path(snapshot_download(source, allow_patterns=["config.json", *patterns]))
+            folder = Path(snapshot_download(source, revision=commit, allow_patterns=["config.json", *patterns]))
         except (HTTPError, OSError) as error:
             raise OSError(f"cannot download {source}: {one_line(error)}; try again") from error
         if any(path for pattern in patterns for path in folder.glob(pattern)):
