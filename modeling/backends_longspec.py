@@ -19,6 +19,8 @@ from .slots_longspec import Move, move_slots
 from .torch_flash_longspec import torch_prefix
 
 Attention = Callable[[Tensor, Prefix, Nodes | None, float, float | None, Tensor | None], Tensor]
+# Our kernel is faster than FlashAttention-3 up to 64 queries a key/value head, and slower with 256 (H200, heads of 128).
+FEW = 64
 FLASH_3 = ("flash_attn_interface", "fa3_fwd_interface")  # the package's own module, and that of the wheel fa3-fwd
 
 
@@ -74,11 +76,28 @@ def resolve_backend(name: str, demand: Demand) -> Backend:
     Raises `ValueError` with the reason where a backend asked for by name cannot run.
     """
     if name == "auto":
-        fastest = ("triton", "torch") if demand.device.type == "cuda" else ("torch",)
+        fastest = ("flash_attn_3", "triton", "torch") if demand.device.type == "cuda" else ("torch",)
         name = next((name for name in fastest if MISFITS[name](demand) is None), "eager")
+        if name == "flash_attn_3":
+            return by_size(load_backend("triton"), load_backend(name))
     elif name != "eager" and (reason := MISFITS[name](demand)):
         raise ValueError(f"attention_backend={name!r} cannot run here: {reason}; use 'auto' or 'eager'")
     return load_backend(name)
+
+
+def by_size(small: Backend, large: Backend) -> Backend:
+    """`small` where a key/value head has at most `FEW` queries, else `large`."""
+
+    def prefix(query: Tensor, states: Prefix, *options: Any) -> tuple[Tensor, Tensor]:
+        return (small if few(query, states) else large).prefix(query, states, *options)
+
+    def attention(query: Tensor, states: Prefix, *options: Any) -> Tensor:
+        return (small if few(query, states) else large).attention(query, states, *options)
+
+    def few(query: Tensor, states: Prefix) -> bool:
+        return query.shape[1] // states.key.shape[1] * query.shape[2] <= FEW
+
+    return small._replace(name=f"{small.name} and {large.name}", prefix=prefix, attention=attention)
 
 
 def torch_misfit(demand: Demand) -> str | None:
