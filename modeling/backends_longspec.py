@@ -19,7 +19,7 @@ from .slots_longspec import Move, move_slots
 from .torch_flash_longspec import torch_prefix
 
 Attention = Callable[[Tensor, Prefix, Nodes | None, float, float | None, Tensor | None], Tensor]
-# Our kernel is faster than FlashAttention-3 up to 64 queries a key/value head, and slower with 256 (H200, heads of 128).
+# Up to 64 queries a key/value head our kernel is faster than FlashAttention-3, with 256 slower (H200, heads of 128).
 FEW = 64
 FLASH_3 = ("flash_attn_interface", "fa3_fwd_interface")  # the package's own module, and that of the wheel fa3-fwd
 
