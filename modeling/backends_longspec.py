@@ -15,9 +15,12 @@ from torch import Tensor
 
 from .attention_longspec import Nodes, Prefix, PrefixAttention, eager_prefix, merged_attention
 from .children_longspec import Children, best_children
+from .slots_longspec import Move, move_slots
 from .torch_flash_longspec import torch_prefix
 
 Attention = Callable[[Tensor, Prefix, Nodes | None, float, float | None, Tensor | None], Tensor]
+# Up to 64 queries a key/value head our kernel is faster than FlashAttention-3, with 256 slower (H200, heads of 128).
+FEW = 64
 FLASH_3 = ("flash_attn_interface", "fa3_fwd_interface")  # the package's own module, and that of the wheel fa3-fwd
 
 
@@ -31,7 +34,7 @@ class Demand(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """A way to attend: `prefix` as `eager_prefix`, `attention` as `merged_attention`.
+    """A way to attend: `prefix` as `eager_prefix`, `attention` as `merged_attention`; `move` as `move_slots`.
 
     children: how the draft chooses a level of the tree, as `best_children`; in Triton, where attention needs it too.
     """
@@ -39,6 +42,7 @@ class Backend(NamedTuple):
     name: str
     prefix: PrefixAttention
     attention: Attention
+    move: Move = move_slots
     children: Children = best_children
 
 
@@ -50,10 +54,12 @@ def load_backend(name: str) -> Backend:
         return Backend(name, torch_prefix, functools.partial(merged_attention, torch_prefix))
     if name == "triton":
         from .triton_longspec import triton_attention, triton_prefix
+        from .triton_move_longspec import triton_move
         from .triton_topk_longspec import fused_best_children
 
-        return Backend(name, triton_prefix, triton_attention, fused_best_children)
+        return Backend(name, triton_prefix, triton_attention, triton_move, fused_best_children)
     from .flash_attn_longspec import flash_attention, flash_prefix, load_flash_2, load_flash_3
+    from .triton_move_longspec import triton_move
     from .triton_topk_longspec import fused_best_children
 
     try:
@@ -61,7 +67,7 @@ def load_backend(name: str) -> Backend:
     except (ImportError, OSError) as error:  # also of a wheel that was built for another torch
         raise ImportError(f"attention_backend={name!r}: its package cannot be imported: {error}") from error
     attention = functools.partial(flash_attention, flash)
-    return Backend(name, functools.partial(flash_prefix, flash), attention, fused_best_children)
+    return Backend(name, functools.partial(flash_prefix, flash), attention, triton_move, fused_best_children)
 
 
 def resolve_backend(name: str, demand: Demand) -> Backend:
@@ -70,10 +76,28 @@ def resolve_backend(name: str, demand: Demand) -> Backend:
     Raises `ValueError` with the reason where a backend asked for by name cannot run.
     """
     if name == "auto":
-        name = "eager" if torch_misfit(demand) else "torch"
+        fastest = ("flash_attn_3", "triton", "torch") if demand.device.type == "cuda" else ("torch",)
+        name = next((name for name in fastest if MISFITS[name](demand) is None), "eager")
+        if name == "flash_attn_3":
+            return by_size(load_backend("triton"), load_backend(name))
     elif name != "eager" and (reason := MISFITS[name](demand)):
         raise ValueError(f"attention_backend={name!r} cannot run here: {reason}; use 'auto' or 'eager'")
     return load_backend(name)
+
+
+def by_size(small: Backend, large: Backend) -> Backend:
+    """`small` where a key/value head has at most `FEW` queries, else `large`."""
+
+    def prefix(query: Tensor, states: Prefix, *options: Any) -> tuple[Tensor, Tensor]:
+        return (small if few(query, states) else large).prefix(query, states, *options)
+
+    def attention(query: Tensor, states: Prefix, *options: Any) -> Tensor:
+        return (small if few(query, states) else large).attention(query, states, *options)
+
+    def few(query: Tensor, states: Prefix) -> bool:
+        return query.shape[1] // states.key.shape[1] * query.shape[2] <= FEW
+
+    return small._replace(name=f"{small.name} and {large.name}", prefix=prefix, attention=attention)
 
 
 def torch_misfit(demand: Demand) -> str | None:
@@ -97,6 +121,8 @@ def triton_misfit(demand: Demand) -> str | None:
     triton = importlib.import_module("triton")
     if device.type != "cuda" and not triton.knobs.runtime.interpret:
         return f"it needs a CUDA device (or TRITON_INTERPRET=1, to try it slowly), got {device.type}"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "torch finds no CUDA device"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return f"it needs a CUDA device of capability 8.0 or newer, got {torch.cuda.get_device_capability(device)}"
     if head_dim > 256:

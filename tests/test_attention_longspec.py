@@ -8,7 +8,7 @@ from reference_attention import INF, assert_as_good_as_plain, spans_of
 
 from hf_longspec.modeling import torch_flash_longspec
 from hf_longspec.modeling.attention_longspec import Nodes, Prefix, apply_sinks, attend, merge
-from hf_longspec.modeling.backends_longspec import Demand, load_backend, resolve_backend
+from hf_longspec.modeling.backends_longspec import Backend, Demand, by_size, load_backend, resolve_backend
 
 BACKENDS = ("eager", "torch")
 CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
@@ -391,3 +391,17 @@ def test_backend_asked_for_by_name_says_why_it_cannot(device, head_dim, softcap,
         ValueError, match=rf"attention_backend='torch' cannot run here: .*{reason}.*use 'auto' or 'eager'"
     ):
         resolve_backend("torch", Demand(device, torch.float32, head_dim, softcap))
+
+
+def test_the_number_of_queries_chooses_between_two_backends():
+    small, large = (
+        Backend(name, lambda *given, name=name: (name, len(given)), lambda *given, name=name: (name, len(given)))
+        for name in ("small", "large")
+    )
+    both = by_size(small, large)
+    prefix = Prefix(torch.empty(1, 2, 9, 4), torch.empty(1, 2, 9, 4), spans_of([(0, 9)], CPU), None)
+    for nodes, name in ((1, "small"), (16, "small"), (17, "large"), (64, "large")):  # four heads a key/value head
+        query = torch.empty(1, 8, nodes, 4)
+        assert both.attention(query, prefix, None, 0.5, None, None) == (name, 6)
+        assert both.prefix(query, prefix, 0.5, None) == (name, 4)
+    assert both.name == "small and large"
