@@ -37,7 +37,7 @@ def load(folder: str) -> tuple[Any, Any, list[str]]:
             faults.append(f"weights and config: {kind.replace('_', ' ')}: {', '.join(sorted(map(str, told[kind])))}")
     if broken := [name for name, weight in draft.named_parameters() if not torch.isfinite(weight).all()]:
         faults.append(f"weights that are not finite: {', '.join(broken)}")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     if (highest := max(tokenizer.get_vocab().values())) >= draft.config.vocab_size:
         faults.append(f"tokenizer: the draft has {draft.config.vocab_size} tokens, the tokenizer gives {highest}")
     return draft, tokenizer, faults
@@ -67,13 +67,14 @@ def fit(draft: Any, tokenizer: Any, name: str) -> list[str]:
 
 
 def main() -> None:
+    answer, sys.stdout = sys.stdout, sys.stderr  # whatever others print
     sys.meta_path.insert(0, Hidden())
     sys.path[:] = json.loads(sys.argv[1])  # -I leaves out what PYTHONPATH brought to the calling process
     folder, *target = sys.argv[2:]
     draft, tokenizer, faults = load(folder)
     for name in target:
         faults += fit(draft, tokenizer, name)
-    print(json.dumps(faults))
+    print(json.dumps(faults), file=answer)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import ModelCard
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import get_relative_imports
 
 from .card import card_faults
 
@@ -60,26 +60,28 @@ def file_faults(folder: Path, text: str) -> list[str]:
 
     text: of the card; a picture is asked for by being shown there.
     """
-    code, missing = imported(folder)
+    code = imported(folder)
     known = {*_NEEDED, *_LICENSES, *_TOKENIZER, *code, ".gitattributes"}
     found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     strange = [name for name in found if name not in known and not name.startswith("additional_chat_templates/")]
-    return [f"{name} is missing: the draft's code imports it" for name in missing] + [
+    return [f"{name} is missing: the draft's code imports it" for name in sorted(code) if name not in found] + [
         f"{name}: nothing of a draft; take it out of the folder"
         for name in strange
         if not (name.endswith((".png", ".svg")) and name in text)
     ]
 
 
-def imported(folder: Path) -> tuple[set[str], list[str]]:
-    """Names of the code files that the draft needs, and those of them that are not there."""
-    needed, missing = {_CODE, "configuration_longspec.py"}, []
-    try:
-        needed |= {Path(path).name for path in get_relative_import_files(str(folder / _CODE))}
-    except FileNotFoundError as error:
-        missing.append(Path(error.filename).name)
-    missing += sorted(name for name in needed if not (folder / name).is_file() and name not in missing)
-    return needed, missing
+def imported(folder: Path) -> set[str]:
+    """Names of the code files that the draft needs, there or not."""
+    needed = {_CODE, "configuration_longspec.py"}
+    waiting = set(needed)
+    while waiting:
+        path = folder / waiting.pop()
+        if path.is_file():
+            new = {f"{name}.py" for name in get_relative_imports(path)} - needed
+            needed |= new
+            waiting |= new
+    return needed
 
 
 def load_faults(folder: Path, target: str | None) -> list[str]:
@@ -88,6 +90,7 @@ def load_faults(folder: Path, target: str | None) -> list[str]:
     with tempfile.TemporaryDirectory() as modules:
         done = subprocess.run(
             [sys.executable, "-I", str(_SCRIPT), *arguments],
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             env=os.environ | {"HF_MODULES_CACHE": modules},
@@ -95,4 +98,4 @@ def load_faults(folder: Path, target: str | None) -> list[str]:
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
         return [f"does not load as remote code: {lines[-1].strip()}"]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout)
