@@ -1,12 +1,13 @@
 """The folder for the Hub: what is in it, that it is checked as a stranger would, and what it is refused for."""
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_draft, tiny_target
+from helpers import tiny_target
 from hub_folders import ABOUT, contents, hub_folders
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
@@ -174,12 +175,20 @@ def test_mistakes_end_in_one_line(folders, tmp_path, monkeypatch, changes, messa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_is_full(folders, tmp_path, monkeypatch):
-    def full(*arguments, **options):
-        raise OSError(28, "No space left on device", "model.safetensors")
-
-    draft = tiny_draft(tiny_target("llama", vocab_size=256))
-    monkeypatch.setattr(draft, "save_pretrained", full)
-    with pytest.raises(OSError, match="No space left on device"):
-        write(folders, tmp_path / "hub", draft=draft)
+def test_a_disk_that_is_full(folders, tmp_path):
+    """The same error comes from a limit on the size of files, which a process may set for itself."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    draft = load_draft(str(folders / "draft"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        with pytest.raises(OSError, match=f"{tmp_path / 'hub'} cannot be written: .*I/O error"):
+            write(folders, tmp_path / "hub", draft=draft)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_no_safetensors(broken):
+    (broken / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(OSError, match="draft .* cannot be loaded: "):
+        load_draft(str(broken))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..modeling.modeling_longspec import LongSpecForCausalLM
@@ -49,7 +50,7 @@ def loading(role: str, name: str) -> Iterator[None]:
     """Says in one line whose files could not be had."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise OSError(f"{role} {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
@@ -80,7 +81,10 @@ def export(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
         whole = Path(place) / folder.name
-        draft.save_pretrained(whole)
+        try:
+            draft.save_pretrained(whole)
+        except SafetensorError as error:  # no OSError, also where the disk is full
+            raise OSError(f"{folder} cannot be written: {error}") from error
         tokenizer.save_pretrained(whole)
         card.save(whole / "README.md")
         shutil.copyfile(_LICENSE_TEXT, whole / license_name(about.license))
