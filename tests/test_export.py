@@ -117,6 +117,7 @@ def test_weights_and_tokenizers_that_do_not_fit(folders, broken):
     faults = hub_faults(broken, target=str(broken.parent / "other"))
     for part in (
         "README.md: metadata: tags lack longspec",
+        "README.md: it tells another vocabulary than that of the folder's tokenizer",
         "README.md: the lines of use name no repository; export with --repo-id",
         "missing keys: mlp.up_proj.weight",
         "unexpected keys: extra",
@@ -126,7 +127,7 @@ def test_weights_and_tokenizers_that_do_not_fit(folders, broken):
         "target_num_hidden_layers: draft has 4, target has 2",
     ):
         assert sum(part in fault for fault in faults) == 1, (part, faults)
-    assert len(faults) == 8
+    assert len(faults) == 9
 
 
 def test_code_that_does_not_load(broken):

@@ -145,6 +145,15 @@ def test_no_network(folders, monkeypatch, tmp_path):
         push(folders / "hub", REPO)
 
 
+def test_the_protocol_that_the_client_prefers(hub, folders, monkeypatch):
+    """Xet, which this server does not speak: what hf_xet raises is told in one line too."""
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    with pytest.raises(HubError, match=r"cannot be reached \(Network error.*404 Not Found.*xet-write-token") as raised:
+        push(folders / "hub", REPO)
+    assert "\n" not in str(raised.value) and hub.store.repos[REPO].files() == {}
+
+
 def test_the_command(hub, folders):
     arguments = ["push", str(folders / "hub"), REPO, "--revision", "v1", "--target", str(folders / "target")]
     result = runner.invoke(cli.app, [*arguments, "--dry-run"])

@@ -10,9 +10,11 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import ModelCard
+from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_imports
 
 from .card import card_faults
+from .vocabulary import vocabulary_sha256
 
 _SCRIPT = Path(__file__).with_name("clean_process.py")
 _CODE = "modeling_longspec.py"
@@ -35,10 +37,11 @@ _TOKENIZER = (
 _NO_REPOSITORY = "path/of/this/repository"
 
 
-def hub_faults(folder: str | Path, *, target: str | None = None) -> list[str]:
+def hub_faults(folder: str | Path, *, target: str | None = None, generate: bool = True) -> list[str]:
     """What is wrong with a draft's folder, a line each; empty if it may go to the Hub.
 
-    target: Hub id or folder of the target, to try the draft with. Raises `ValueError` if there is no such folder.
+    target: Hub id or folder of the target, which the draft must fit. generate: write a few tokens with it too, if it
+    is a folder with weights; they are loaded whole. Raises `ValueError` if there is no such folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -50,9 +53,11 @@ def hub_faults(folder: str | Path, *, target: str | None = None) -> list[str]:
         return missing
     card = ModelCard.load(folder / "README.md")
     faults = [f"README.md: {fault}" for fault in card_faults(card)]
+    if vocabulary_sha256(AutoTokenizer.from_pretrained(folder)) not in card.text:
+        faults.append("README.md: it tells another vocabulary than that of the folder's tokenizer")
     if _NO_REPOSITORY in card.text:
         faults.append("README.md: the lines of use name no repository; export with --repo-id")
-    return faults + file_faults(folder, card.text) + load_faults(folder, target)
+    return faults + file_faults(folder, card.text) + load_faults(folder, target, generate)
 
 
 def file_faults(folder: Path, text: str) -> list[str]:
@@ -84,12 +89,12 @@ def imported(folder: Path) -> set[str]:
     return needed
 
 
-def load_faults(folder: Path, target: str | None) -> list[str]:
+def load_faults(folder: Path, target: str | None, generate: bool) -> list[str]:
     """What `clean_process.py` finds in a process of its own."""
-    arguments = [json.dumps(sys.path), str(folder.resolve()), *([] if target is None else [target])]
+    asked = {"path": sys.path, "folder": str(folder.resolve()), "target": target, "generate": generate}
     with tempfile.TemporaryDirectory() as modules:
         done = subprocess.run(
-            [sys.executable, "-I", str(_SCRIPT), *arguments],
+            [sys.executable, "-I", str(_SCRIPT), json.dumps(asked)],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
