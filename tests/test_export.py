@@ -101,6 +101,13 @@ def test_what_is_missing_is_named_before_anything_is_loaded(broken):
     ]
 
 
+@pytest.mark.parametrize("metadata", ["a: [", "- a list"])
+def test_a_card_that_cannot_be_read(broken, metadata):
+    (broken / "README.md").write_text(f"---\n{metadata}\n---\n# Draft\n")
+    faults = hub_faults(broken)
+    assert len(faults) == 1 and faults[0].startswith("README.md: its metadata cannot be read: ")
+
+
 def test_weights_and_tokenizers_that_do_not_fit(folders, broken):
     """And a card without results and repository, and a target of another shape."""
     weights = load_file(broken / "model.safetensors")

@@ -1,8 +1,8 @@
 """Loads a draft's folder as a stranger would: as remote code, in a process that cannot import this package.
 
 A script, never imported. Its one argument is JSON: the calling process' path of imports, the draft's folder, the
-target or null, and whether to write with it. What it finds wrong goes to standard output, a list in JSON. What it
-cannot load at all ends in an exception, whose last line tells why.
+target or null, and whether to write with it. To standard output it tells what is wrong and the hash of the vocabulary,
+as JSON. What it cannot load at all ends in an exception, whose last line tells why.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.abc
 import json
 import os
+import runpy
 import sys
 from typing import Any
 
@@ -90,7 +91,8 @@ def main() -> None:
         if not misfits and asked["generate"] and has_weights(target):
             misfits = write(draft, tokenizer, target)
         faults += misfits
-    print(json.dumps(faults), file=answer)
+    vocabulary = runpy.run_path(os.path.join(os.path.dirname(__file__), "vocabulary.py"))["vocabulary_sha256"]
+    print(json.dumps({"faults": faults, "vocabulary": vocabulary(tokenizer)}), file=answer)
 
 
 if __name__ == "__main__":

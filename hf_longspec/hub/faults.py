@@ -10,11 +10,10 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import ModelCard
-from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_imports
+from yaml import YAMLError
 
 from .card import card_faults
-from .vocabulary import vocabulary_sha256
 
 _SCRIPT = Path(__file__).with_name("clean_process.py")
 _CODE = "modeling_longspec.py"
@@ -51,13 +50,14 @@ def hub_faults(folder: str | Path, *, target: str | None = None, generate: bool 
         missing.append(f"a license is missing: one of {', '.join(_LICENSES)}")
     if missing:
         return missing
-    card = ModelCard.load(folder / "README.md")
+    try:
+        card = ModelCard.load(folder / "README.md")
+    except (ValueError, YAMLError) as error:
+        return [f"README.md: its metadata cannot be read: {' '.join(str(error).split())}"]
     faults = [f"README.md: {fault}" for fault in card_faults(card)]
-    if vocabulary_sha256(AutoTokenizer.from_pretrained(folder)) not in card.text:
-        faults.append("README.md: it tells another vocabulary than that of the folder's tokenizer")
     if _NO_REPOSITORY in card.text:
         faults.append("README.md: the lines of use name no repository; export with --repo-id")
-    return faults + file_faults(folder, card.text) + load_faults(folder, target, generate)
+    return faults + file_faults(folder, card.text) + load_faults(folder, card.text, target, generate)
 
 
 def file_faults(folder: Path, text: str) -> list[str]:
@@ -89,8 +89,8 @@ def imported(folder: Path) -> set[str]:
     return needed
 
 
-def load_faults(folder: Path, target: str | None, generate: bool) -> list[str]:
-    """What `clean_process.py` finds in a process of its own."""
+def load_faults(folder: Path, text: str, target: str | None, generate: bool) -> list[str]:
+    """What `clean_process.py` finds in a process of its own; text: of the card."""
     asked = {"path": sys.path, "folder": str(folder.resolve()), "target": target, "generate": generate}
     with tempfile.TemporaryDirectory() as modules:
         done = subprocess.run(
@@ -103,4 +103,7 @@ def load_faults(folder: Path, target: str | None, generate: bool) -> list[str]:
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
         return [f"does not load as remote code: {lines[-1].strip()}"]
-    return json.loads(done.stdout)
+    told = json.loads(done.stdout)
+    if told["vocabulary"] not in text:
+        told["faults"].append("README.md: it tells another vocabulary than that of the folder's tokenizer")
+    return told["faults"]
