@@ -168,6 +168,7 @@ def test_a_source_whose_weights_are_not_those_of_its_config(broken):
     [
         ({"draft": "nowhere/none"}, "draft nowhere/none cannot be loaded:"),
         ({"target": "nowhere/none"}, "target nowhere/none cannot be loaded:"),
+        ({"card": None}, "expected a card.json beside the draft draft, or one named by --card"),
         ({"card": "missing.json"}, "No such file or directory: 'missing.json'"),
         ({"results": "card.json"}, "expected reports of the format"),
         ({"recipe": "prompt.txt"}, "expected an object with keys, got str"),
@@ -177,7 +178,7 @@ def test_mistakes_end_in_one_line(folders, tmp_path, monkeypatch, changes, messa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(folders)
     given = {"draft": "draft", "target": "target", "out": tmp_path / "hub", "card": "card.json"} | changes
-    arguments = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    arguments = [text for name, value in given.items() if value for text in (f"--{name}", str(value))]
     result = runner.invoke(cli.app, ["export", *arguments])
     assert result.exit_code == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
     assert list(tmp_path.iterdir()) == []

@@ -46,7 +46,7 @@ def export(
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        about = About.load(card or Path(draft) / "card.json")
+        about = About.load(card or _beside(draft))
         model = exporting.load_draft(draft)
         files = exporting.export(
             model,
@@ -61,6 +61,13 @@ def export(
         fail(" ".join(str(error).split()))
     show(out, files)
     report(hub_faults(out, target=target, generate=generate))
+
+
+def _beside(draft: str) -> Path:
+    path = Path(draft) / "card.json"
+    if not path.is_file():
+        raise ValueError(f"expected a card.json beside the draft {draft}, or one named by --card")
+    return path
 
 
 def _mapping(path: Path) -> Any:
