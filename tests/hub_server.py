@@ -3,6 +3,7 @@
     with HubServer(users={"hf_me": "me"}) as hub:
         hub.fault("POST", "/commit/", Status(500, "try later"))   # the next such request fails, the one after does not
 
+Another process asks for a fault by `POST /faults` with `["GET", "/cdn/", "Status", 500, "try later"]`.
 Repositories are those of hub_store.py, answers those of hub_routes.py. Large files go by git-LFS: clients must be told
 `HF_HUB_DISABLE_XET=1`, since they do not ask the server whether it speaks Xet.
 """
@@ -50,6 +51,7 @@ class Damage(NamedTuple):
 
 
 Fault = Status | Drop | Lose | Cut | Shorten | Damage
+FAULTS = {kind.__name__: kind for kind in (Status, Drop, Lose, Cut, Shorten, Damage)}
 
 
 class HubServer:
@@ -80,10 +82,10 @@ class HubServer:
         self.http.shutdown()
         self.http.server_close()
 
-    def fault(self, method: str, part: str, fault: Fault, times: int = 1) -> None:
+    def fault(self, method: str, part: str, fault: Fault) -> None:
         """What goes wrong with the next request by `method` whose path holds `part`."""
         with self.lock:
-            self.faults += [(method, part, fault)] * times
+            self.faults.append((method, part, fault))
 
     def next_fault(self, method: str, path: str) -> Fault | None:
         with self.lock:
@@ -108,6 +110,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         body = self.body()
+        if path == "/faults":
+            wanted_method, part, kind, *told = json.loads(body)
+            hub.fault(wanted_method, part, FAULTS[kind](*told))
+            return self.reply(Reply(200, b"", {}), None)
         if isinstance(fault, Damage) and body:
             body = damaged(body, fault.position)
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None

@@ -8,6 +8,8 @@ def bucket(task: str, context: int, accept_length: float, speed_up: float) -> di
         "task": task,
         "context": context,
         "prompts": 4,
+        "prompt_tokens": float(context),
+        "cut": 0,
         "accept_length": accept_length,
         "lowest": 3.0,
         "highest": 4.0,
@@ -40,7 +42,13 @@ def report() -> dict[str, Any]:
             "verify_tokens": None,
             "backend": "torch",
         },
-        "setting": {"contexts": [1024, 4096], "prompts": 4, "max_new_tokens": 64, "temperature": 0.0, "seed": 0},
+        "setting": {
+            "contexts": [1024, 4096],
+            "prompts": 4,
+            "max_new_tokens": {"code": 64},
+            "temperature": 0.0,
+            "seed": 0,
+        },
         "sources": [],
         "left_out": {},
         "provenance": {

@@ -73,7 +73,7 @@ def test_the_lines_of_use_are_python(about):
 
 def test_numbers_of_a_card_are_those_of_the_report(about):
     text = draft_card(LongSpecConfig(), about, [report()]).text
-    assert "| code | 1,024 | 4 | 3.50 | 10.0 | 20.0 | 2.00× | 3 / 1 / 0 |" in text
+    assert "| code | 1,024 | 4 | 3.50 | 3.0 – 4.0 | 10.0 | 20.0 | 2.00× | 3 / 1 / 0 |" in text
     assert "| **all** | 4,096 | 4 | 3.25 |" in text
     for told in ("hf-longspec evaluate --target tiny", "CPU, 2 threads", "torch 2.13", "434,688 bytes", "f" * 64):
         assert told in text

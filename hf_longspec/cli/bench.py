@@ -199,7 +199,7 @@ def text(
 
     from ..benchmark import tables
     from ..benchmark import text as whole
-    from ..evaluation.acceptance import read_tokens
+    from ..evaluation.text import read_tokens
 
     logging.disable_progress_bar()
     model, tokenizer, its_draft = load_pair(target, draft, dtype, trust_remote_code)

@@ -10,6 +10,10 @@ import typer
 
 from .options import Draft, Target, fail
 
+Generate = Annotated[
+    bool, typer.Option("--generate/--no-generate", help="Write a few tokens with a target that is a folder.")
+]
+
 
 def export(
     draft: Draft,
@@ -26,11 +30,12 @@ def export(
     repo_id: Annotated[
         str | None, typer.Option(help="Repository it will lie in, for the card's lines of use.")
     ] = None,
+    generate: Generate = True,
 ) -> None:
     """A folder to push: weights, config, code, the target's tokenizer, model card and license. It is checked then.
 
-    The check loads the folder in a process without this package and, where the target is a folder, writes a few tokens
-    with it. Exit code 1 if the folder is written but something keeps it from being pushed.
+    The check loads the folder in a process without this package. Exit code 1 if the folder is written but something
+    keeps it from being pushed.
     """
     from transformers.utils import logging
 
@@ -41,7 +46,7 @@ def export(
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        about = About.load(card or Path(draft) / "card.json")
+        about = About.load(card or _beside(draft))
         model = exporting.load_draft(draft)
         files = exporting.export(
             model,
@@ -55,7 +60,14 @@ def export(
     except (OSError, ValueError) as error:
         fail(" ".join(str(error).split()))
     show(out, files)
-    report(hub_faults(out, target=target))
+    report(hub_faults(out, target=target, generate=generate))
+
+
+def _beside(draft: str) -> Path:
+    path = Path(draft) / "card.json"
+    if not path.is_file():
+        raise ValueError(f"expected a card.json beside the draft {draft}, or one named by --card")
+    return path
 
 
 def _mapping(path: Path) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .export import report, show
+from .export import Generate, report, show
 from .options import fail
 
 
@@ -17,6 +17,7 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch; made if there is none.  [default: main]")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     target: Annotated[str | None, typer.Option(help="Folder or Hub id of the target, to try the draft with.")] = None,
+    generate: Generate = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List and check all files; send nothing.")] = False,
 ) -> None:
     """A draft's folder to the Hub, checked first, in one commit: all files arrive or none does.
@@ -26,11 +27,13 @@ def push(
     from ..hub.faults import hub_faults
 
     try:
-        faults = hub_faults(folder, target=target)
+        faults = hub_faults(folder, target=target, generate=generate)
     except (OSError, ValueError) as error:
         fail(str(error))
     show(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
     report(faults)
+    if target is None:
+        typer.echo("not tried with its target; name it by --target")
     if dry_run:
         typer.echo(f"nothing was sent to {repo_id}")
         return

@@ -16,13 +16,14 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..evaluation import page
+from ..evaluation.summary import ALL, FORMAT, VERSION
+
 TAGS = ("longspec", "speculative-decoding", "draft-model", "long-context")
 # What the Hub knows as `base_model_relation`. A draft is none of these: its weights do not come from its target's, and
 # it writes no text of its own. So the field is left out, and the card says in words what the relation is.
 RELATIONS = ("adapter", "finetune", "merge", "quantized")
 SECTIONS = ("Use", "Targets", "How fast", "Training", "Limits", "Citation")
-REPORT = ("hf-longspec evaluation", 1)  # format and version of the reports that are understood here
-ALL_TASKS = "all"
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,9 @@ def draft_card(
     and for those that were made with another vocabulary.
     """
     for report in results:
-        if (report.get("format"), report.get("version")) != REPORT:
+        if (report.get("format"), report.get("version")) != (FORMAT, VERSION):
             raise ValueError(
-                f"expected reports of the format {REPORT[0]!r}, version {REPORT[1]}, "
+                f"expected reports of the format {FORMAT!r}, version {VERSION}, "
                 f"got {report.get('format')!r}, version {report.get('version')!r}"
             )
     vocabulary = _vocabulary(about, results)
@@ -137,11 +138,19 @@ def draft_card(
         config=config,
         about=asdict(about),
         vocabulary=vocabulary,
-        results=results,
+        results=[
+            {
+                "setting": page.setting_sentence(report),
+                "table": page.speed_table(report),
+                "made_by": page.made_by(report),
+                "draft": report["draft"],
+            }
+            for report in results
+        ],
+        explanation=page.EXPLANATION,
         recipe=None if recipe is None else yaml.safe_dump(dict(recipe), sort_keys=False, width=100).strip(),
         place=repo_id or "path/of/this/repository",
         relations=" · ".join(RELATIONS),
-        all_tasks=ALL_TASKS,
     )
 
 
@@ -157,7 +166,7 @@ def _eval_results(report: Mapping[str, Any]) -> list[EvalResult]:
     """For the Hub's `model-index`: of each task and context, τ and the speed-up."""
     found = []
     for bucket in report["buckets"]:
-        if bucket["task"] == ALL_TASKS:
+        if bucket["task"] == ALL:
             continue
         where = {
             "task_type": "text-generation",

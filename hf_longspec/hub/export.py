@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..modeling.modeling_longspec import LongSpecForCausalLM
@@ -28,17 +30,28 @@ def load_draft(name: str) -> LongSpecForCausalLM:
 
     Raises `ValueError` if that is none, or its weights are not those of its config; `OSError` if it cannot be had.
     """
-    kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+    with loading("draft", name):
+        kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
     if kind != "longspec":
         raise ValueError(f"{name} is no LongSpec draft, its model type is {kind!r}")
-    draft, told = LongSpecForCausalLM.from_pretrained(
-        name, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
-    )
+    with loading("draft", name):
+        draft, told = LongSpecForCausalLM.from_pretrained(
+            name, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )
     wrong = {kind: sorted(map(str, told[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(wrong.values()):
         listed = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys)}" for kind, keys in wrong.items() if keys)
         raise ValueError(f"the weights of {name} are not those that its config.json tells: {listed}")
     return draft
+
+
+@contextmanager
+def loading(role: str, name: str) -> Iterator[None]:
+    """Says in one line whose files could not be had."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise OSError(f"{role} {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
 def export(
@@ -60,14 +73,18 @@ def export(
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"expected a new or empty folder to write to, got {folder}")
-    draft.bind(target_shape(target_folder_or_id))
-    tokenizer = AutoTokenizer.from_pretrained(target_folder_or_id)
+    with loading("target", target_folder_or_id):
+        target, tokenizer = target_shape(target_folder_or_id), AutoTokenizer.from_pretrained(target_folder_or_id)
+    draft.bind(target)
     about = with_vocabulary(about, tokenizer, target_folder_or_id)
     card = draft_card(draft.config, about, results, recipe=recipe, repo_id=repo_id)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
         whole = Path(place) / folder.name
-        draft.save_pretrained(whole)
+        try:
+            draft.save_pretrained(whole)
+        except SafetensorError as error:  # no OSError, also where the disk is full
+            raise OSError(f"{folder} cannot be written: {error}") from error
         tokenizer.save_pretrained(whole)
         card.save(whole / "README.md")
         shutil.copyfile(_LICENSE_TEXT, whole / license_name(about.license))
