@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_longspec.training.data import (
+from hf_longspec.training.data.packed import (
     Document,
     PackedTokens,
     TokenWindows,
