@@ -59,7 +59,7 @@ def convert(value: Any, kind: Any, where: str) -> Any:
             raise ValueError(f"{where}: expected a list, got {value!r}")
         return tuple(convert(item, arguments[0], f"{where}[{index}]") for index, item in enumerate(value))
     if dataclasses.is_dataclass(kind):
-        return value if isinstance(value, kind) else from_mapping(kind, value, where)  # type: ignore[arg-type, type-var]
+        return value if isinstance(value, kind) else from_mapping(kind, value, where)  # type: ignore[arg-type]
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
