@@ -9,9 +9,10 @@ from .evaluate import evaluate
 from .options import TYPER
 from .side_by_side import demo, generate
 from .support import support
+from .train import train
 
 app = typer.Typer(**TYPER)
-for command in (demo, generate, evaluate, support):
+for command in (demo, generate, evaluate, support, train):
     app.command()(command)
 app.add_typer(benchmarks, name="bench")
 
