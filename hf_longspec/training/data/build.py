@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from collections import Counter
+from itertools import islice
+from typing import Any
 
-from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from .mix import HeldOutSamples, MixedSamples
+from .report import SHOWN, SourceReport
 from .section import DataSection
-
-
-class Sample(TypedDict):
-    """Whole documents, or pieces of long ones, side by side in a sample of L tokens. All are (L,) on the CPU.
-
-    input_ids: int64.
-    document_ids: int64, 0, 1, … from left to right; tokens see only tokens of the same number. What fills a sample up
-        behind its last document has a number of its own, one more than the last.
-    positions: int64, 0, 1, … within each document (piece), and within the filling.
-    loss_mask: bool; True where token t is one to learn *to predict*, from the tokens before it in its document. So the
-        row t-1 of the logits counts where `loss_mask[t]`. Never True for the first token of a document or the filling.
-    """
-
-    input_ids: Tensor
-    document_ids: Tensor
-    positions: Tensor
-    loss_mask: Tensor
+from .stored import StoredSamples, pack_stores
+from .stream import StreamedSamples, sample_of, streamed
+from .tokenized import stores_of
 
 
 def build_datasets(
     section: DataSection, tokenizer: PreTrainedTokenizerBase, length: int, seed: int
-) -> tuple[Dataset[Sample] | IterableDataset[Sample], Dataset[Sample]]:
+) -> tuple[MixedSamples | StreamedSamples, HeldOutSamples]:
     """Samples of `length` tokens: (train, held_out).
 
-    `train` is a map-style dataset (`len`, `[i]`, reads memory-mapped tokens only), or an `IterableDataset` with
-    `streaming`. It is already shuffled and mixed: run it in order, `train_sampling_strategy="sequential"`. Sample i of
+    `train` is a map-style dataset (`len`, `[i]`, reads memory-mapped tokens only), or an endless
+    `IterableDataset` with `streaming`. It is already shuffled and mixed: run it in order, `train_sampling_strategy="sequential"`. Sample i of
     epoch e is a function of (section, seed, e, i) alone, for any number of workers, so skipping resumes exactly.
     `train.set_epoch(e)` chooses the epoch; accelerate's data loaders call it. An epoch has as many samples as the
     sources hold; sources seen less often by their weight go on in the next epoch where they stopped.
@@ -47,4 +35,49 @@ def build_datasets(
     With several processes, let one go first (`TrainingArguments.main_process_first`): it writes the cache.
     Raises `ValueError`: one line that names the file, row or key at fault.
     """
-    raise NotImplementedError
+    if length < 2:
+        raise ValueError(f"expected samples of at least 2 tokens, got {length}")
+    if section.streaming:
+        return StreamedSamples(section, tokenizer, length, seed), read_held_out(section, tokenizer, length)
+    train, held_out, records = [], [], []
+    for source in section.sources:
+        left_out: Counter[str] = Counter()
+        stores = stores_of(source, section, tokenizer)
+        sides = pack_stores(stores, source, section, length, left_out)
+        record = summarized(source.path, [store.summary for store in stores], left_out, sides)
+        if not len(sides[0]):
+            raise ValueError(f"{source.path}: nothing to train on in samples of {length} tokens: {record}")
+        train.append(sides[0])
+        held_out.append(sides[1])
+        records.append(record)
+    weights = [source.weight or len(side) for source, side in zip(section.sources, train, strict=True)]
+    summary = {"length": length, "sources": records}
+    return MixedSamples(train, weights, seed, summary), HeldOutSamples(held_out, section.held_out.windows, summary)
+
+
+def read_held_out(section: DataSection, tokenizer: PreTrainedTokenizerBase, length: int) -> HeldOutSamples:
+    """The first held-out samples of each source of a stream, read now."""
+    sources, records = [], []
+    held_out = section.held_out
+    each = -(-held_out.windows // len(section.sources)) if held_out.share else 0
+    for number, source in enumerate(section.sources):
+        report = SourceReport(source.path, section.max_bad_share)
+        found = islice(streamed(section, number, tokenizer, length, True, report), each)
+        sources.append([sample_of(pieces, length) for pieces in found])
+        records.append(report.as_dict() | {"held_out_samples": len(sources[-1])})
+    return HeldOutSamples(sources, held_out.windows, {"length": length, "sources": records})
+
+
+def summarized(
+    path: str,
+    stores: list[dict[str, Any]],
+    left_out: Counter[str],
+    sides: tuple[StoredSamples, StoredSamples],
+) -> dict[str, Any]:
+    """What became of a source: the counts of reading (which old packed folders have not), and of packing."""
+    record: dict[str, Any] = {"path": path}
+    record |= {name: sum(store.get(name, 0) for store in stores) for name in ("rows", "documents", "tokens", "bad")}
+    record["bad_rows"] = [row for store in stores for row in store.get("bad_rows", ())][:SHOWN]
+    total = sum((Counter(store.get("left_out", {})) for store in stores), left_out)
+    train, held_out = sides
+    return record | {"left_out": dict(total), "samples": len(train), "held_out_samples": len(held_out)}

@@ -72,7 +72,7 @@ class HeldOut:
 
     share: of the documents, chosen by a hash of their content (of a package: its name), so the choice never moves.
     names: documents with such a folder or file name in their path, wherever it stands.
-    windows: use at most so many samples of what is held out, spread evenly over it.
+    windows: use at most so many samples of what is held out, spread evenly over it (of a stream, the first ones).
     """
 
     share: float = 0.0
@@ -118,6 +118,8 @@ class DataSection:
             raise ValueError("give all sources a `weight`, or none of them")
         if self.streaming and len(self.sources) > 1 and not weighted:
             raise ValueError("`streaming` of several sources needs a `weight` for each: their sizes are not known")
+        if self.streaming and self.held_out.names and not self.held_out.share:
+            raise ValueError("`streaming` holds out by `held_out.share`: give one beside the names")
         if self.min_tokens < 2:
             raise ValueError(f"`min_tokens` must be at least 2, got {self.min_tokens}")
         if not 0 <= self.max_bad_share <= 1:
