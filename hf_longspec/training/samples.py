@@ -56,7 +56,8 @@ class NumberedSamples(Dataset[NumberedSample]):
 
     def __getitem__(self, number: int) -> NumberedSample:
         epoch, index = divmod(number, len(self.dataset))
-        self.dataset.set_epoch(epoch)
+        if epoch != self.dataset.epoch:  # an epoch's order takes time to make
+            self.dataset.set_epoch(epoch)
         return self.move(number, self.dataset[index])
 
 
