@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM
 
-from .documents import LONGEST_MASKED, Span, target_masks
+from .documents import LONGEST_MASKED, Span, spans_of, target_masks
 from .forward import draft_hidden
 from .loss import DistillationSums, LossWeights, chunk_sums, distillation_loss
 from .recipe import Signal
@@ -71,7 +71,8 @@ class Distillation:
         layer = self.bound.layer
         if self.piece is not None:
             by_piece = partial(read_target_in_pieces, self.target, layer, piece=self.piece)
-            every = spans or [(row, 0, ids.shape[1]) for row in range(len(ids))]
+            # where documents are not told apart each row is one
+            every = spans or spans_of(torch.zeros_like(ids) if document_ids is None else document_ids)
             return read_target_by_span(by_piece, ids, positions, every)
         if spans:
             return read_target_by_span(partial(read_target, self.target, layer), ids, positions, spans)

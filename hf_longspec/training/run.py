@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import yaml
 from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
@@ -81,7 +80,7 @@ def train(recipe: Recipe, max_seconds: float | None = None) -> Outcome:
     clock = WallClock(max_seconds if max_seconds is not None else float("inf"))
     trainer.add_callback(clock)
     if trainer.is_world_process_zero():
-        write_recipe(recipe, args)
+        write_recipe(recipe, Path(str(args.output_dir)))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     folder = None if clock.expired else export(trainer)
     state = trainer.state
@@ -114,9 +113,9 @@ def resume_point(recipe: Recipe, args: TrainingArguments) -> Path | None:
     return checkpoint
 
 
-def write_recipe(recipe: Recipe, args: TrainingArguments) -> None:
-    plain = yaml.safe_load(yaml.safe_dump(_lists(recipe.to_dict())))
-    (Path(str(args.output_dir)) / RECIPE).write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+def write_recipe(recipe: Recipe, run: Path) -> None:
+    text = yaml.safe_dump(_lists(recipe.to_dict()), sort_keys=False, allow_unicode=True)
+    (run / RECIPE).write_text(text, encoding="utf-8")
 
 
 def _lists(value: Any) -> Any:

@@ -55,6 +55,8 @@ class NumberedSamples(Dataset[NumberedSample]):
         return self.count
 
     def __getitem__(self, number: int) -> NumberedSample:
+        if not 0 <= number < self.count:
+            raise IndexError(f"sample {number} of {self.count}")
         epoch, index = divmod(number, len(self.dataset))
         if epoch != self.dataset.epoch:  # an epoch's order takes time to make
             self.dataset.set_epoch(epoch)
