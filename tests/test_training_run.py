@@ -121,17 +121,16 @@ def test_bfloat16_keeps_float32_parameters(tmp_path):
     assert LongSpecForCausalLM.from_pretrained(outcome.draft).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(
-    "settings, changed",
-    [({"signal__offset": False}, True), ({"signal__kl_weight": 0.0, "signal__ce_weight": 1.0}, True)],
-)
-def test_ablations_are_settings(tmp_path, settings, changed):
-    _, expected = run(tmp_path, "plain", trainer__max_steps=2)
-    _, found = run(tmp_path, "other", trainer__max_steps=2, **settings)
-    assert (found != expected) == changed
-    record = read_log(last_complete(tmp_path / "other"))[0]
-    if "signal__ce_weight" in settings:
-        assert record["loss"] == pytest.approx(record["cross_entropy"], rel=1e-5)
+def test_ablations_are_settings(tmp_path):
+    _, plain = run(tmp_path, "plain", trainer__max_steps=1)
+    _, without_offset = run(tmp_path, "real positions", trainer__max_steps=1, signal__offset=False)
+    assert without_offset != plain
+    _, only_text = run(tmp_path, "text", trainer__max_steps=1, signal__kl_weight=0.0, signal__ce_weight=1.0)
+    (record,) = (record for record in read_log(last_complete(tmp_path / "text")) if "loss" in record)
+    assert record["loss"] == pytest.approx(record["cross_entropy"], rel=1e-5)
+    (record,) = (record for record in read_log(last_complete(tmp_path / "plain")) if "loss" in record)
+    assert record["loss"] == pytest.approx(record["kl"] + 0.1 * record["cross_entropy"], rel=1e-5)
+    assert only_text[1] == pytest.approx(record["cross_entropy"], rel=1e-5)
 
 
 def test_the_log_says_what_happened(tmp_path):
@@ -141,7 +140,7 @@ def test_the_log_says_what_happened(tmp_path):
     assert [record["step"] for record in training] == [3, 6]
     for record in training:
         expected = record["kl"] + 0.1 * record["cross_entropy"]
-        assert record["loss"] == pytest.approx(expected, rel=0.02)  # a mean over steps and one over tokens
+        assert record["loss"] == pytest.approx(expected, rel=0.01)  # a mean over steps, and one over tokens
         assert {"agreement", "grad_norm", "tokens_per_second", "learning_rate"} <= set(record)
     measured = [record for record in log if "eval_accept_length" in record]
     assert [record["step"] for record in measured] == [3, 6]
@@ -150,7 +149,7 @@ def test_the_log_says_what_happened(tmp_path):
     assert {"eval_loss", "eval_kl", "eval_agreement_lag_3", "eval_accept_level_3"} <= set(measured[0])
     assert (tmp_path / "run" / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     draw({"with": log, "without": log}, tmp_path / "both.svg")
-    assert "without: held out" in (tmp_path / "both.svg").read_text() or (tmp_path / "both.svg").stat().st_size > 0
+    assert "<svg" in (tmp_path / "both.svg").read_text()
 
 
 def test_the_best_draft_is_kept_and_a_run_without_gain_stops(tmp_path):

@@ -61,6 +61,7 @@ class DraftTrainer(Trainer):
         collator = Collator(recipe.signal.max_lag, args.seed)
         super().__init__(model, args, collator, train_dataset, held_out if recipe.evaluates else None)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the learned tokens of all that is accumulated
+        self._loss_shifts_labels = False  # ours stand under the tokens that guess them: all of them count
         self.recent = RecentBatches(recipe.signal.max_lag, args.device)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
