@@ -9,7 +9,7 @@ from recipes import tiny_recipe
 from hf_longspec import LongSpecConfig
 from hf_longspec.training.models import check_lengths
 from hf_longspec.training.recipe import Recipe, override
-from hf_longspec.training.run import write_recipe
+from hf_longspec.training.run import training_arguments, write_recipe
 
 HUB_CONFIGS = Path(__file__).parent.parent / "hub_configs"
 LEAST = {
@@ -107,11 +107,12 @@ RECIPES = sorted(HUB_CONFIGS.glob("*/recipe*.yaml"))
 def test_shipped_recipes_fit_their_drafts(path):
     recipe = Recipe.load(path)
     config = LongSpecConfig.from_pretrained(path.parent)
-    for name, value in recipe.draft.config.items():
-        assert list(value) == list(getattr(config, name)) if name == "tree_shape" else value == getattr(config, name)
+    assert all(getattr(LongSpecConfig(**recipe.draft.config), key) == getattr(config, key) for key in recipe.draft.config)
     check_lengths(recipe, config)
     assert recipe.signal.max_lag >= len(config.tree_shape) - 1, "levels of the tree that training never showed"
     assert recipe.evaluates
+    training_arguments(Recipe.load(path, ["trainer.use_cpu=true", "trainer.bf16=false"]))
+    assert path.read_text().startswith("# ")
     if path.stem != "recipe":
         assert recipe.draft.init and not recipe.signal.offset and recipe.signal.length > 4096
 

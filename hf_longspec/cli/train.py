@@ -27,6 +27,8 @@ def train(
 
     Several GPUs: accelerate launch -m hf_longspec.cli train RECIPE.
     """
+    from accelerate import PartialState
+
     from ..training.checkpoints import CheckpointError
     from ..training.recipe import Recipe
     from ..training.run import train as run
@@ -39,4 +41,5 @@ def train(
         fail(str(error).strip())
     except CheckpointError as error:
         fail(str(error), code=1)
-    typer.echo(json.dumps(outcome._asdict()))
+    if PartialState().is_main_process:
+        typer.echo(json.dumps(outcome._asdict()))

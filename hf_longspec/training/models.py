@@ -82,9 +82,16 @@ def with_lora(draft: LongSpecForCausalLM, fields: dict[str, Any]) -> Any:
     return get_peft_model(draft, LoraConfig(**fields))
 
 
+def positions_of(config: LongSpecConfig) -> int:
+    """How far the target's positions reach: models with linear scaling state the unscaled number."""
+    rope = config.rope_parameters or {}
+    scale = rope.get("factor", 1.0) if rope.get("rope_type") == "linear" else 1.0
+    return int(config.max_position_embeddings * scale)
+
+
 def check_lengths(recipe: Recipe, config: LongSpecConfig) -> None:
     """Raises `ValueError` where a recipe wants more positions than the target has."""
-    most = config.max_position_embeddings
+    most = positions_of(config)
     wanted = {"signal.length": recipe.signal.length, "signal.max_position": recipe.signal.max_position or 0}
     if recipe.evaluates:
         wanted["evaluation.contexts"] = recipe.evaluation.length + recipe.evaluation.max_new_tokens

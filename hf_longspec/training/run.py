@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from .checkpoints import last_complete
 from .data import build_datasets
 from .learning_curve import LearningCurve
-from .models import check_lengths, load_target, load_tokenizer, make_draft, whole_on_every_process
+from .models import check_lengths, load_target, load_tokenizer, make_draft, positions_of, whole_on_every_process
 from .recipe import OURS, Recipe
 from .samples import AnchorOffset, NumberedSamples, NumberedStream
 from .trainer import DraftTrainer
@@ -29,6 +29,7 @@ DEFAULTS = {
     "logging_nan_inf_filter": False,  # it waits for the device at every step
     "metric_for_best_model": "accept_length",
     "greater_is_better": True,
+    "ddp_find_unused_parameters": False,
     # each process reads streams itself: lags and spans cannot be cut in slices
     "accelerator_config": {"dispatch_batches": False},
 }
@@ -72,7 +73,7 @@ def train(recipe: Recipe, max_seconds: float | None = None) -> Outcome:
         draft = make_draft(recipe.draft, target, args.device)
     check_lengths(recipe, draft.config)
     with args.main_process_first():
-        samples, held_out = datasets(recipe, args, tokenizer, draft.config.max_position_embeddings)
+        samples, held_out = datasets(recipe, args, tokenizer, positions_of(draft.config))
     trainer = DraftTrainer(target, draft, recipe, args, samples, held_out)
     trainer.add_callback(LearningCurve())
     if recipe.evaluation.patience is not None:
