@@ -5,14 +5,17 @@ from __future__ import annotations
 import typer
 
 from .bench import app as benchmarks
+from .convert import convert
 from .evaluate import evaluate
+from .export import export
 from .options import TYPER
+from .push import push
 from .side_by_side import demo, generate
 from .support import support
 from .train import train
 
 app = typer.Typer(**TYPER)
-for command in (demo, generate, evaluate, support, train):
+for command in (demo, generate, train, evaluate, convert, export, push, support):
     app.command()(command)
 app.add_typer(benchmarks, name="bench")
 
