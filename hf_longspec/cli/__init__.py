@@ -5,13 +5,15 @@ from __future__ import annotations
 import typer
 
 from .bench import app as benchmarks
+from .distill_data import distill_data
 from .evaluate import evaluate
 from .options import TYPER
+from .pack import pack
 from .side_by_side import demo, generate
 from .support import support
 
 app = typer.Typer(**TYPER)
-for command in (demo, generate, evaluate, support):
+for command in (demo, generate, evaluate, support, pack, distill_data):
     app.command()(command)
 app.add_typer(benchmarks, name="bench")
 

@@ -1,8 +1,8 @@
 """Tokenized documents on disk: one memory-mapped array, so that a dataset costs no memory and starts at once.
 
 A folder holds `tokens.npy` (N,) of the smallest unsigned type that holds the vocabulary, `offsets.npy`
-(documents + 1,) and `names.json`; `loss_mask.npy` (N,) where not all tokens are learned; `summary.json` says where they are from.
-`tokens.npy.xz` does in place of `tokens.npy`: it is unpacked when it is first opened.
+(documents + 1,) and `names.json`; `loss_mask.npy` (N,) where not all tokens are learned; `summary.json` says where
+they are from. `tokens.npy.xz` does in place of `tokens.npy`: it is unpacked when it is first opened.
 """
 
 from __future__ import annotations
