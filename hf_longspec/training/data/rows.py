@@ -42,7 +42,7 @@ def json_rows(file: Path, name: str, source: Source, report: SourceReport) -> It
                     continue
                 report.rows += 1
                 try:
-                    value = json.loads(line.decode("utf-8"))
+                    value = json.loads(line.decode("utf-8").strip())
                 except json.JSONDecodeError as error:
                     report.bad_row(f"{name}:{number}", f"no JSON: {error.msg} at column {error.colno}")
                     continue
