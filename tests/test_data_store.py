@@ -3,6 +3,7 @@
 import json
 import lzma
 import pickle
+import resource
 
 import numpy as np
 import pytest
@@ -122,3 +123,16 @@ def test_tokens_of_another_tokenizer(tmp_path):
     (tmp_path / "store/summary.json").write_text(json.dumps(summary))
     with pytest.raises(ValueError, match="holds tokens of theirs, whose vocabulary is not that of the target"):
         open_stores(source, byte_tokenizer())
+
+
+@pytest.mark.parametrize("tokens", [1_000_000, 100])
+def test_a_disk_that_takes_no_more(tmp_path, tokens):
+    """A limit on the size of files stands for it; the fewer tokens are noticed only when the file is closed."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+    try:
+        with pytest.raises(ValueError, match="tokens.npy: cannot be written: File too large"):
+            write(tmp_path / "store", documents=[("a", [1] * tokens, None)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())

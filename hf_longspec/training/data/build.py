@@ -13,7 +13,7 @@ from .report import SHOWN, SourceReport
 from .section import DataSection
 from .store import TokenStore
 from .stored import StoredSamples, pack_stores
-from .stream import StreamedSamples, sample_of, streamed
+from .stream import StreamedSamples, nothing_to_train_on, sample_of, streamed
 from .tokenized import stores_of
 
 
@@ -47,7 +47,7 @@ def build_datasets(
         sides = pack_stores(stores, source, section, length, left_out)
         record = summarized(source.path, stores, left_out, sides)
         if not len(sides[0]):
-            raise ValueError(f"{source.path}: nothing to train on in samples of {length} tokens: {record}")
+            raise ValueError(nothing_to_train_on(length, record))
         train.append(sides[0])
         held_out.append(sides[1])
         records.append(record)

@@ -54,14 +54,15 @@ class StreamedSamples(IterableDataset[Sample]):
     def _endless(self, number: int) -> Iterator[Sample]:
         turn = 0
         while True:
-            self.reports[number] = SourceReport(self.section.sources[number].path, self.section.max_bad_share)
+            report = SourceReport(self.section.sources[number].path, self.section.max_bad_share)
             random, any_sample = np.random.RandomState([self.seed, number, turn]), False
-            samples = streamed(self.section, number, self.tokenizer, self.length, False, self.reports[number])
+            samples = streamed(self.section, number, self.tokenizer, self.length, False, report)
+            self.reports[number] = report
             for pieces in shuffled(samples, self.section.shuffle_buffer, random):
                 any_sample = True
                 yield sample_of(pieces, self.length)
             if not any_sample:
-                raise ValueError(f"{self.section.sources[number].path}: nothing to train on: {self.summary}")
+                raise ValueError(nothing_to_train_on(self.length, report.as_dict()))
             turn += 1
 
 
@@ -91,6 +92,10 @@ def one_side(
         files = [document for _, document in group]
         if held == held_out:
             yield files[0] if len(files) == 1 else joined(files)
+
+
+def nothing_to_train_on(length: int, record: dict[str, Any]) -> str:
+    return f"{record['path']}: nothing to train on in samples of {length} tokens: {record}"
 
 
 def joined(files: list[Document]) -> Document:
