@@ -65,6 +65,8 @@ def distill_data(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """The target answers prompts; token ids are kept, to be a recipe's source of `format: tokens`. Resumable."""
+    from transformers.utils import logging
+
     from ..provenance import provenance
     from ..training.data.report import SourceReport
     from ..training.data.tokenized import origin
@@ -72,6 +74,7 @@ def distill_data(
     from ..training.distill_prompts import prompts_sha256, read_prompts
 
     part = parse_shard(shard)
+    logging.disable_progress_bar()
     answering = Answering(max_new_tokens, temperature, top_p, top_k, seed, batch_size, shard_rows)
     tokenizer = load_tokenizer("target", target, trust_remote_code)
     model = load_model("target", target, dtype, trust_remote_code)
