@@ -89,7 +89,7 @@ def test_a_folder_that_looks_like_a_dataset(tmp_path, streaming):
     lines = "".join(json.dumps({"text": f"t{i}", "other": i}) + "\n" for i in range(3))
     (tmp_path / "hub/data/train-00000.jsonl").write_text(lines)
     source = Source(str(tmp_path / "hub"), "hub")
-    expected = [Row(f"{source.path}[train]:{i}", {"text": f"t{i}"}) for i in range(3)]
+    expected = [Row(f"train:{i}", {"text": f"t{i}"}) for i in range(3)]
     assert list(hub_rows(source, report(), streaming)) == expected
     with pytest.raises(ValueError, match="hub: expected a column 'body', got text, other"):
         list(hub_rows(Source(source.path, "hub", field="body"), report(), streaming))
