@@ -11,9 +11,10 @@ from .options import TYPER
 from .pack import pack
 from .side_by_side import demo, generate
 from .support import support
+from .train import train
 
 app = typer.Typer(**TYPER)
-for command in (demo, generate, evaluate, support, pack, distill_data):
+for command in (demo, generate, evaluate, support, train, pack, distill_data):
     app.command()(command)
 app.add_typer(benchmarks, name="bench")
 

@@ -89,7 +89,10 @@ def hub_rows(source: Source, report: SourceReport, streaming: bool) -> Iterator[
 
 
 def load_hub(source: Source, streaming: bool) -> Any:
-    """The split of a dataset; `datasets` itself logs which of its files is broken. Raises `ValueError` for one that does not exist or cannot be reached."""
+    """The split of a dataset; `datasets` logs which of its files is broken.
+
+    Raises `ValueError` for one that does not exist or cannot be reached.
+    """
     options: dict[str, Any] = {"split": source.split, "revision": source.revision, "streaming": streaming}
     try:
         data = load_dataset(source.path, source.config, **options)
