@@ -31,7 +31,7 @@ def test_code_without_held_out_packages_and_copies(folder):
     result = pack(folder, "code", "--held-out", "celery")
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout.splitlines()[-1])
-    assert record["left_out"] == {"held out": 1, "duplicate": 1} and record["tokens_on_disk"] == 6
+    assert record["left_out"] == {"held out": 1, "duplicate": 1} and record["tokens"] == 6
     store = TokenStore.load(folder / "out")
     assert store.names == ("p/a.py", "p/b.py")
     assert store.tokens.tolist() == [*ids("ab"), END, *ids("cd"), END]

@@ -143,8 +143,11 @@ def test_order_depends_on_the_seed_alone_and_workers_change_nothing(folder, stre
     assert all(same(one, two) for one, two in zip(taken[0][20:], resumed, strict=True))
 
 
-def test_streams_refuse_several_workers(folder):
+def test_streams_have_one_epoch_and_one_worker(folder):
     stream, _ = build(folder, ROWS, streaming=True)
+    stream.set_epoch(0)
+    with pytest.raises(ValueError, match="a stream has one endless epoch, got epoch 1"):
+        stream.set_epoch(1)
     with pytest.raises(ValueError, match="streaming needs `dataloader_num_workers` of 0 or 1, got 2"):
         next(iter(DataLoader(stream, batch_size=None, num_workers=2)))
 

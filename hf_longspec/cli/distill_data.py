@@ -14,6 +14,7 @@ from .options import Dtype, RemoteCode, Target, fail, load_draft, load_model, lo
 from .options import Format as NumberFormat
 from .sources import (
     Config,
+    DocumentOption,
     Field,
     Format,
     FormatOption,
@@ -44,7 +45,7 @@ def distill_data(
     config: Config = None,
     split: Split = "train",
     suffix: Suffix = [".py"],  # noqa: B006 (typer copies it)
-    document: Annotated[Unit, typer.Option(help="package: the files of a top-level folder are one text.")] = Unit.row,
+    document: DocumentOption = Unit.row,
     held_out: HeldOutNames = [],  # noqa: B006
     limit: Limit = None,
     max_bad_share: MaxBadShare = 0.01,

@@ -13,6 +13,7 @@ from .options import RemoteCode, fail, load_tokenizer
 from .sources import (
     AnswerField,
     Config,
+    DocumentOption,
     Field,
     Format,
     FormatOption,
@@ -23,6 +24,7 @@ from .sources import (
     MaxBadShare,
     Split,
     Suffix,
+    Unit,
     one_source,
 )
 
@@ -44,6 +46,7 @@ def pack(
     config: Config = None,
     split: Split = "train",
     suffix: Suffix = [".py"],  # noqa: B006 (typer copies it)
+    document: DocumentOption = Unit.row,
     longest_line: Annotated[int, typer.Option(help="Leave out text files with longer lines.")] = 1000,
     held_out: HeldOutNames = [],  # noqa: B006
     limit: Limit = None,
@@ -70,6 +73,7 @@ def pack(
             config=config,
             split=split,
             suffixes=suffix,
+            document=document,
             longest_line=longest_line,
             limit=limit,
         )
@@ -78,4 +82,4 @@ def pack(
         store = write_store(out, source, section, its_tokenizer, with_held_out=False)
     except (ValueError, OSError) as error:
         fail(str(error))
-    typer.echo(json.dumps({"out": str(out), "tokens_on_disk": len(store.tokens)} | store.summary))
+    typer.echo(json.dumps({"out": str(out)} | store.summary))

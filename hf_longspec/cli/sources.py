@@ -38,6 +38,9 @@ FormatOption = Annotated[
 KindOption = Annotated[Kind, typer.Option(help="What a row holds: a text, or a chat.")]
 Field = Annotated[str | None, typer.Option(help='Column of the text or messages.  [default: "text", "messages"]')]
 AnswerField = Annotated[str | None, typer.Option(help="Column of the answer, where --field is the user's turn.")]
+DocumentOption = Annotated[
+    Unit, typer.Option("--document", help="package: the files of a top-level folder are one document.")
+]
 Config = Annotated[str | None, typer.Option(help="Configuration of a dataset on the Hub.")]
 Split = Annotated[str, typer.Option(help="Split of a dataset on the Hub.")]
 Suffix = Annotated[list[str], typer.Option(help="Endings of the text files to read. Repeatable.")]

@@ -40,6 +40,11 @@ class StreamedSamples(IterableDataset[Sample]):
         """Counts of what this process has read in its latest pass over each source."""
         return {"sources": [report.as_dict() for report in self.reports]}
 
+    def set_epoch(self, epoch: int) -> None:
+        """A stream is one epoch without an end; who asks for another has lost its place."""
+        if epoch:
+            raise ValueError(f"a stream has one endless epoch, got epoch {epoch}")
+
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:

@@ -44,7 +44,7 @@ def write_store(
             if with_held_out or not is_held_out(document, source, section.held_out):
                 writer.add(document)
             else:
-                report.left_out["held out"] += 1
+                report.held_out(len(document.ids))
         writer.summary = report.as_dict() | origin(tokenizer)
     return TokenStore.load(folder)
 
