@@ -6,6 +6,7 @@ prefix in `commit`. Writes are in place; lengths come as tensors on the device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,9 +15,11 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from .attention_longspec import Prefix, Spans
+from .memory_longspec import Memory, empty_stores
 from .slots_longspec import move_slots, ring_contents
 
 BUCKET = 256  # tokens; capacities are multiples of this
+SLACK = 4  # memory of another call may be so many times what is needed: an eager attention reads all of it
 
 
 class Placement(NamedTuple):
@@ -62,14 +65,22 @@ class FullLayer(CacheLayerMixin):
         self.reserve = reserve  # tokens to have room for: prompt, first answer tokens, tree
         self.window = window
         self.length = 0
+        self.spare: Memory | None = None
+
+    def takes(self, spare: Memory) -> bool:
+        """Whether the memory of another call has about the size that is needed here."""
+        return _bucket(self.reserve) <= spare[0].shape[2] <= SLACK * _bucket(self.reserve)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         capacity = _bucket(max(self.reserve, key_states.shape[2]))
-        # zeros, not garbage: a masked slot still meets the weights, and 0 · NaN is NaN
-        self.keys = key_states.new_zeros(*key_states.shape[:2], capacity, key_states.shape[3])
-        self.values = value_states.new_zeros(*value_states.shape[:2], capacity, value_states.shape[3])
-        self.is_initialized = True
+        self.keys, self.values = empty_stores(self.spare, key_states, value_states, capacity)
+        self.spare, self.is_initialized = None, True
+
+    @property
+    def capacity(self) -> float:
+        """How many tokens there is room for."""
+        return self.keys.shape[2]
 
     def ensure(self, capacity: int) -> None:
         """Make room for `capacity` tokens. Doubling: a long answer copies the cache a logarithmic number of times."""
@@ -124,11 +135,12 @@ class FullLayer(CacheLayerMixin):
         return (mask & _seen(index, at.visible)).expand(-1, at.depths.shape[1], -1)
 
     def commit(self, path: Tensor, counts: Tensor, at: Placement) -> None:
+        if path.shape[1] == 1:  # a root lies where it is kept
+            return
         # steps beyond `counts` land behind the new prefix, where the next tree overwrites them
-        ends = at.spans.ends[:, None]
-        target = ends + torch.arange(path.shape[1], device=path.device)
-        move_slots(self.keys, ends + path, target)
-        move_slots(self.values, ends + path, target)
+        source, target = at.once("path", lambda: _path_slots(at, path))
+        move_slots(self.keys, source, target)
+        move_slots(self.values, source, target)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -148,20 +160,23 @@ class SlidingLayer(CacheLayerMixin):
     """
 
     is_sliding = True
+    capacity = math.inf  # tokens; the oldest are forgotten
 
     def __init__(self, window: int, tree_size: int, lead: int = 0):
         super().__init__()
         self.window, self.tree_size = window, tree_size
         self.ring = max(window - 1, 1) + lead
         self.length = 0
+        self.spare: Memory | None = None
+
+    def takes(self, spare: Memory) -> bool:
+        """Whether the memory of another call has the size that is needed here."""
+        return spare[0].shape[2] == self.ring + self.tree_size
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        slots = self.ring + self.tree_size
-        # zeros, not garbage: a masked slot still meets the weights, and 0 · NaN is NaN
-        self.keys = key_states.new_zeros(*key_states.shape[:2], slots, key_states.shape[3])
-        self.values = value_states.new_zeros(*value_states.shape[:2], slots, value_states.shape[3])
-        self.is_initialized = True
+        self.keys, self.values = empty_stores(self.spare, key_states, value_states, self.ring + self.tree_size)
+        self.spare, self.is_initialized = None, True
 
     def ensure(self, capacity: int) -> None:
         """A ring never grows."""
@@ -234,6 +249,12 @@ class SharedLayer:
 
     def __init__(self, owner: int):
         self.owner = owner
+
+
+def _path_slots(at: Placement, path: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a full layer has the nodes of `path` (B, P) below the root, and where it is to have them: (B, P − 1)."""
+    ends = at.spans.ends[:, None]
+    return ends + path[:, 1:], ends + torch.arange(1, path.shape[1], device=path.device)
 
 
 def _seen(index: Tensor, visible: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from .attention_longspec import Spans
 from .cache_layers_longspec import FullLayer, Placement, SharedLayer, SlidingLayer
 from .configuration_longspec import layer_kinds
+from .memory_longspec import Memory
 
 # Tokens. A ring takes its memory at once, and some windows (phi3: 262,144) are wider than any text.
 LARGEST_RING = 16_384
@@ -49,7 +50,7 @@ class SpeculativeCache(Cache):
         self.visible: Tensor | None = None
         self.on_device = False  # whether the lengths of rounds shall be read on the device only, as CUDA graphs do
         self._committed: list[int] | None = None
-        self._bounds: Tensor | None = None  # (2, B): where the spans of the rows start and end, on the device
+        self.bounds: Tensor | None = None  # see `bounds_on`
         window = getattr(text_config, "sliding_window", None) or 0
         layers: list = []
         types = getattr(text_config, "layer_types", None) or [None] * text_config.num_hidden_layers
@@ -65,19 +66,30 @@ class SpeculativeCache(Cache):
             else:
                 layers.append(SlidingLayer(past.layers[index].sliding_window, tree_size, lead))
         super().__init__(layers=layers)
+        self.owners: list[FullLayer | SlidingLayer] = [layer for layer in layers if not isinstance(layer, SharedLayer)]
 
     def __bool__(self) -> bool:
         """As the cache it stands for: phi3 asks, and a `DynamicCache()` that nothing was put into is false."""
         return len(self.past) > 0 or self.length > 0
 
-    @property
-    def owners(self) -> list[FullLayer | SlidingLayer]:
-        return [layer for layer in self.layers if not isinstance(layer, SharedLayer)]
-
     def owner(self, layer_idx: int) -> FullLayer | SlidingLayer:
         """The layer whose keys and values layer `layer_idx` of the target attends to."""
         layer = self.layers[layer_idx]
         return self.layers[layer.owner] if isinstance(layer, SharedLayer) else layer
+
+    def borrow(self, memory: list[Memory]) -> None:
+        """Lie in the `memory` of another cache where that fits; else it is given up before anything is allocated."""
+        if len(memory) == len(self.owners) and all(
+            layer.takes(spare) and len(spare[0]) == len(self.starts)
+            for layer, spare in zip(self.owners, memory, strict=True)
+        ):
+            for layer, spare in zip(self.owners, memory, strict=True):
+                layer.spare = spare
+
+    @property
+    def memory(self) -> list[Memory]:
+        """Of the layers that have some."""
+        return [(layer.keys, layer.values) for layer in self.owners if layer.is_initialized]
 
     @property
     def lengths(self) -> list[int]:
@@ -95,21 +107,27 @@ class SpeculativeCache(Cache):
         assert self.placement is not None, "no round has begun"
         return self.placement
 
+    @torch.compiler.disable  # it writes in place at lengths that change with every call
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
         if self.placement is not None:
             return key_states, value_states
         assert len(set(self.lengths)) == 1, "rows of different lengths cannot be appended to"
-        self._committed = self._bounds = None
+        self._committed = self.bounds = None
         return self.layers[layer_idx].update(key_states, value_states)
+
+    def bounds_on(self, device: torch.device) -> Tensor:
+        """(2, B): where the spans of the rows start and end. They cross once a call; `commit` keeps them up there."""
+        if self.bounds is None:
+            self.bounds = torch.tensor([self.starts, self.lengths], device=device)
+        return self.bounds
 
     def place(self, depths: Tensor) -> Placement:
         """The placement of nodes at `depths` (B, T) behind what the cache holds."""
-        if self._bounds is None:  # they cross to the device once a call; `commit` keeps them up there
-            self._bounds = torch.tensor([self.starts, self.lengths], device=depths.device)
+        starts, ends = self.bounds_on(depths.device)
         host = None if self.on_device else tuple(zip(self.starts, self.lengths, strict=True))
-        return Placement(Spans(self._bounds[0], self._bounds[1], host, {}), self.visible, depths, {})
+        return Placement(Spans(starts, ends, host, {}), self.visible, depths, {})
 
     def hide_padding(self, mask: Tensor) -> None:
         """Attend only to indices where `mask` (B, P), an attention mask of the prompt, is one."""
@@ -120,11 +138,11 @@ class SpeculativeCache(Cache):
 
     def make_room(self) -> bool:
         """Room for a tree behind the longest row in all layers. Returns whether any of them had to move its memory."""
-        layers = [layer for layer in self.owners if layer.is_initialized]
-        before = [layer.keys.data_ptr() for layer in layers]
-        for layer in layers:
-            layer.ensure(self.length + self.tree_size)
-        return before != [layer.keys.data_ptr() for layer in layers]
+        needed = self.length + self.tree_size
+        short = [layer for layer in self.owners if layer.is_initialized and needed > layer.capacity]
+        for layer in short:
+            layer.ensure(needed)
+        return bool(short)
 
     def begin_round(self, depths: Tensor) -> None:
         """Until `committed` or `abandon`, what comes is a tree whose nodes have these depths (B, T)."""
@@ -146,8 +164,9 @@ class SpeculativeCache(Cache):
     def committed(self, emitted: list[int]) -> None:
         """`emitted`: the counts of the `commit` before."""
         self._committed = [length + count for length, count in zip(self.lengths, emitted, strict=True)]
+        longest = max(self._committed)
         for layer in self.owners:
-            layer.length = max(self._committed)
+            layer.length = longest
         self.placement = None
 
     def abandon(self) -> None:
@@ -158,7 +177,7 @@ class SpeculativeCache(Cache):
         """Where plain `generate` drops its cache and starts another: `past` keeps what it has, `successor` follows."""
         self.hand_back(self.past)
         self.past = successor
-        self._committed = self._bounds = None
+        self._committed = self.bounds = None
         for layer in self.owners:
             layer.length, layer.is_initialized = 0, False  # the memory is the old cache's now
 

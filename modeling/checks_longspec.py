@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.generation import GenerationMode
 
+from .compiled_longspec import check_compilable
+
 
 @contextmanager
 def ended_on_error(streamer: Any) -> Iterator[None]:
@@ -75,6 +77,8 @@ def check_generation(
         check_target(target)
         check_options(mode, generation_config, mode_kwargs)
         draft.bind(target)
+        if draft.config.compile_target:
+            check_compilable(target)
 
 
 def check_target(target: PreTrainedModel) -> None:

@@ -1,8 +1,8 @@
 """LongSpecConfig: the shape of a draft, the shape of its tree, and which target it belongs to.
 
 Knows the target only by its config. Architecture fields are fixed once a draft is trained; decoding options
-(`tree_shape`, `verify_tokens`, `attention_backend`, `cuda_graphs`, `profile`) may be changed on a loaded draft at any
-time.
+(`tree_shape`, `verify_tokens`, `attention_backend`, `cuda_graphs`, `compile_target`, `profile`) may be changed on a
+loaded draft at any time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import DynamicCache, PreTrainedConfig
 
-ATTENTION_BACKENDS = ("auto", "eager", "torch", "triton")
+ATTENTION_BACKENDS = ("auto", "eager", "torch", "triton", "flash_attn_2", "flash_attn_3")
 
 
 class LongSpecConfig(PreTrainedConfig):
@@ -32,8 +32,12 @@ class LongSpecConfig(PreTrainedConfig):
             nothing to guess: one token a round.
         verify_tokens (`int`, *optional*): rows fed to the target, root included: the tree's best. `None`: all of it.
         attention_backend (`str`): how the target attends while it verifies: one of `ATTENTION_BACKENDS`; "auto" is
-            "torch" where that can run, else "eager".
-        cuda_graphs (`str` or `bool`): replay a round's phases as CUDA graphs: `"auto"` where that is possible.
+            "triton" on a GPU and "torch" elsewhere where these can run, else "eager". Beside "triton" and the two of
+            flash_attn, other small work of a round is done by Triton kernels too.
+        cuda_graphs (`str` or `bool`): replay a round's phases as CUDA graphs: `"auto"` where that is possible. They
+            are kept for the next call, with the memory they work on: see `LongSpecForCausalLM.release`.
+        compile_target (`bool`): run the target's decoder layers through torch.compile while they verify. The first
+            call waits for the compiler, later ones only where trees or batches have sizes it has not met.
         profile (`bool`): time each phase of each round.
     """
 
@@ -66,6 +70,7 @@ class LongSpecConfig(PreTrainedConfig):
     verify_tokens: int | None = None
     attention_backend: str = "auto"
     cuda_graphs: str | bool = "auto"
+    compile_target: bool = False
     profile: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -95,6 +100,8 @@ class LongSpecConfig(PreTrainedConfig):
             )
         if self.cuda_graphs not in ("auto", True, False):
             raise ValueError(f"`cuda_graphs` must be 'auto', True or False, got {self.cuda_graphs!r}")
+        if not isinstance(self.compile_target, bool):
+            raise ValueError(f"`compile_target` must be True or False, got {self.compile_target!r}")
         if self.verify_tokens is not None and (not _is_int(self.verify_tokens) or self.verify_tokens < 1):
             raise ValueError(f"`verify_tokens` must be None or a positive integer, got {self.verify_tokens!r}")
         size = self.draft_vocab_size

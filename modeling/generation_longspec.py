@@ -5,65 +5,32 @@ A round: grow a tree, verify it in one target forward, accept a path, commit it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
-from .backends_longspec import Backend, resolve_backend
-from .cache_longspec import SpeculativeCache
+from .backends_longspec import Backend, Demand, resolve_backend
+from .call_longspec import Call, Roots, settle
 from .candidate_generator_longspec import LongSpecCandidateGenerator
 from .checks_longspec import check_inputs, ended_on_error
 from .clock_longspec import PhaseClock
-from .graphs_longspec import Graphs, Phase, resolve_graphs
+from .compiled_longspec import compiled_layers
+from .graphs_longspec import Graphs, may_capture
 from .interface_longspec import Round, attending, switched
-from .prefill_longspec import PER_TOKEN, Start, make_cache, prefill
+from .prefill_longspec import PER_TOKEN, make_cache, prefill
+from .records_longspec import LongSpecOutput
 from .rope_switch_longspec import RopeSwitch
+from .sampling_longspec import IMPOSSIBLE
 from .target_longspec import BoundTarget
 from .text_longspec import Text
 from .tree_longspec import TokenTree, ancestor_mask, node_depths
-from .verification_longspec import Verified, accept
+from .verification_longspec import Steps, Verified, Walk, accept, accept_step_by_step, walk
+from .workspace_longspec import Workspace
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class LongSpecOutput(GenerateDecoderOnlyOutput):
-    """What `generate` returns with `return_dict_in_generate`, and besides:
-
-    accept_lengths: for each row, the number of tokens each round emitted; the prefill's own token is in none of them.
-    phase_seconds: the seconds of prefill, and of each round's grow, verify, accept and commit, one list a phase, if
-        `draft.config.profile` is set.
-    """
-
-    accept_lengths: list[list[int]] | None = None
-    phase_seconds: dict[str, list[float]] | None = None
-
-
-class Call(NamedTuple):
-    """What all rounds of a call have in common."""
-
-    target: PreTrainedModel
-    text: Text
-    cache: SpeculativeCache
-    generator: LongSpecCandidateGenerator
-    backend: Backend
-    rope_switch: RopeSwitch
-    clock: PhaseClock
-    start: Start
-
-
-class Phases(NamedTuple):
-    """The phases of a round that are work of the device alone: `grow`, `verify` and `commit` below, for one call."""
-
-    grow: Phase
-    verify: Phase
-    commit: Phase
 
 
 @torch.no_grad()
@@ -94,7 +61,7 @@ def assisted_decoding(
         check_inputs(input_ids, generation_config, model_kwargs)
         bound = draft.bind(target)
         backend = choose_backend(draft, target, bound)
-        graphs = resolve_graphs(draft.config.cuda_graphs, target, bound.device, synced_gpus)
+        captures = may_capture(draft.config.cuda_graphs, target, bound.device, synced_gpus)
         with torch.inference_mode(False):  # or a caller's inference mode would leave the draft unfit for training
             draft.to(device=bound.device, dtype=bound.dtype)
         clock = PhaseClock(draft.config.profile, bound.device)
@@ -102,6 +69,7 @@ def assisted_decoding(
         if synced_gpus and rope_switch.last_short is not None:
             raise ValueError("LongSpec needs ranks that read alike, got synced_gpus with a target of longrope")
         past = model_kwargs["past_key_values"]
+        cache_is_returned = generation_config.return_dict_in_generate or getattr(past, "_is_user_defined", False)
         text = Text(
             input_ids,
             logits_processor,
@@ -110,23 +78,30 @@ def assisted_decoding(
             streamer,
             nodes=1 + sum(draft.config.tree_shape),
             vocab=target.config.get_text_config(decoder=True).vocab_size,
-            keeps_cache=generation_config.return_dict_in_generate or getattr(past, "_is_user_defined", False),
+            keeps_cache=cache_is_returned,
             together=rope_switch.last_short is not None,
         )
+        workspace = draft.workspaces.take(bound.device)
+        workspace.graphs.captures = captures
         cache = make_cache(target, draft, past, text, generation_config, model_kwargs, bound.device)
+        cache.borrow(workspace.lend())
         generator = LongSpecCandidateGenerator(draft, bound, backend, text.batch)
         try:
             with clock("prefill"):
                 cache.adopt(past)
                 start = prefill(target, text, cache, generator, generation_config, model_kwargs)
-            call = Call(target, text, cache, generator, backend, rope_switch, clock, start)
+            roots, extras = settle(workspace, Roots.of(text, start), start.extras, cache, generator)
+            call = Call(target, text, cache, generator, backend, rope_switch, clock, roots, extras)
             with switched(target), target._optimize_model_for_decode():
-                accept_lengths = decode(call, graphs, synced_gpus)
+                accept_lengths = decode(call, workspace, synced_gpus)
         finally:
-            graphs.free()
             text.rewind_noise()
             cache.abandon()
-            cache.hand_back(cache.past)
+            if cache_is_returned:
+                cache.hand_back(cache.past)
+        if not cache_is_returned:  # nor has anything failed
+            workspace.memory = cache.memory
+            draft.workspaces.keep(workspace)
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:
@@ -140,75 +115,90 @@ def assisted_decoding(
     )
 
 
-def decode(call: Call, graphs: Graphs, synced_gpus: bool) -> list[list[int]]:
+def decode(call: Call, workspace: Workspace, synced_gpus: bool) -> list[list[int]]:
     """Rounds until every row is finished. Returns the number of tokens that each round wrote of each row's text."""
-    target, text, cache, root_positions = call.target, call.text, call.cache, call.start.root_positions
+    target, text, cache, graphs = call.target, call.text, call.cache, workspace.graphs
     cache.on_device = graphs.captures
-    phases = Phases(*(graphs.phase(partial(run, call)) for run in (grow, verify, commit)))
     accept_lengths: list[list[int]] = [[] for _ in range(text.batch)]
+    workspace.expect(call.mark if graphs.captures else None)
     # under synced_gpus a rank that has finished goes on with rounds that write nothing
     while target._has_unfinished_sequences(text.finished, synced_gpus, device=text.device):
-        if cache.make_room():
-            graphs.forget()
+        if cache.make_room() and graphs.captures:
+            workspace.expect(call.mark)
         stopped = text.stopped
-        counts = decode_round(call, phases, root_positions)
-        root_positions = root_positions + torch.tensor(counts, device=root_positions.device)
+        counts = rebuild(call) if call.rope_switch.drops_cache(text, cache) else decode_round(call, graphs)
+        if text.stopped != stopped:
+            call.roots.update(text)
         for lengths, count, padding in zip(accept_lengths, counts, stopped, strict=True):
             if count and not padding:
                 lengths.append(count)
     return accept_lengths
 
 
-def decode_round(call: Call, phases: Phases, root_positions: Tensor) -> list[int]:
-    """Grow, verify, accept, commit. Returns the number of tokens that each row wrote; a row may rest.
-
-    root_positions: (B,), where the newest token of each row stands.
-    """
+def decode_round(call: Call, graphs: Graphs) -> list[int]:
+    """Grow, verify, accept, commit. Returns the number of tokens that each row wrote; a row may rest."""
     text, cache, clock = call.text, call.cache, call.clock
-    if call.rope_switch.drops_cache(text, cache):
-        outputs = call.rope_switch.rebuild(text, cache)
-        read = text.sequences[:, -1:]
-        text.emit(list(range(text.batch)), outputs.logits[:, -1], outputs.hidden_states)
-        call.generator.advance(read, root_positions[:, None])
-        return [1] * text.batch
-    device = root_positions.device
     with clock("grow"):
-        roots, stopped = torch.tensor(text.newest, device=device), torch.tensor(text.stopped, device=device)
-        tree = phases.grow(roots, root_positions, stopped)
+        tree = graphs.run(grow, call) if call.generator.shape else call.roots.stump
     with clock("verify"):
-        checked = phases.verify(tree, root_positions)
+        verified = graphs.run(verify, call, tree)
     paths = [[0] if room else [] for room in text.room()]
+    found, known = None, None
     try:
-        with clock("accept"):
-            accept(tree, checked, text, paths)
+        if text.by_tree:
+            with clock("accept"):
+                picks = None if text.by_argmax else text.pick_tree(verified.logits, verified.depths, tree.levels)
+                chosen = () if picks is None else (picks.tokens,)
+                found = graphs.run(find_paths if chosen else find_greedy_paths, call, tree, verified, *chosen)
+                known = found.on_host()
+            accept(known, verified, picks, text, paths)
+        else:
+            with clock("accept"):
+                accept_step_by_step(tree, verified, text, paths)
     finally:  # also when a user's processor, criterion or streamer raises: the cache keeps up with the text
+        counts = [len(path) for path in paths]
+        if found is not None and known is not None and counts == [row[-1] for row in known]:
+            steps = found.steps  # as the device has them
+        else:
+            steps = Steps.of(paths, text.newest, tree.levels, tree.parents.device)
         with clock("commit"):
-            counts = [len(path) for path in paths]
-            steps = torch.tensor([path + [0] * (tree.levels + 1 - len(path)) for path in paths], device=device)
-            phases.commit(tree, steps, torch.tensor(counts, device=device), root_positions)
+            graphs.run(commit, call, tree, steps)
             cache.committed(counts)
     return counts
 
 
-def grow(call: Call, roots: Tensor, root_positions: Tensor, stopped: Tensor) -> TokenTree:
-    """A tree below each of `roots` (B,); of padding in the rows that have `stopped` (B,), if padding follows there."""
-    levels = call.rope_switch.levels(root_positions, call.cache)
-    tree = call.generator.grow(roots, root_positions, call.cache, levels)
-    return tree if call.text.pad is None else tree.forced(stopped, call.text.pad)
+def rebuild(call: Call) -> list[int]:
+    """A step of plain `generate` that reads all of the text anew; see `RopeSwitch`."""
+    text, roots = call.text, call.roots
+    outputs = call.rope_switch.rebuild(text, call.cache)
+    read = text.sequences[:, -1:]
+    text.emit(list(range(text.batch)), outputs.logits[:, -1], outputs.hidden_states)
+    call.generator.advance(read, roots.positions[:, None])
+    roots.positions.add_(1)
+    roots.update(text)
+    return [1] * text.batch
 
 
-def verify(call: Call, tree: TokenTree, root_positions: Tensor) -> Verified:
+def grow(call: Call) -> TokenTree:
+    """A tree below each root; of padding in the rows that have stopped, if padding follows there."""
+    roots = call.roots
+    levels = call.rope_switch.levels(roots.positions, call.cache)
+    tree = call.generator.grow(roots.tokens, roots.positions, call.cache, levels)
+    return tree if call.text.padding is None else tree.forced(roots.stopped, call.text.padding)
+
+
+def verify(call: Call, tree: TokenTree) -> Verified:
     """One target forward over the trees. The cache is left inside the round."""
     target, cache = call.target, call.cache
     ancestors = ancestor_mask(tree.parents, tree.levels)
     depths = node_depths(ancestors)
     nodes = tree.tokens.shape[1]
-    axes, extras = call.start.axes, call.start.extras
-    extras = {name: value.expand(-1, nodes) if name in PER_TOKEN else value for name, value in extras.items()}
-    positions = root_positions[:, None] + depths
+    axes = call.roots.axes
+    extras = {name: value.expand(-1, nodes) if name in PER_TOKEN else value for name, value in call.extras.items()}
+    positions = call.roots.positions[:, None] + depths
     cache.begin_round(depths)
     state = Round(cache, ancestors, call.backend, seen=set())
-    with attending(state):
+    with attending(state), compiled_layers(target, call.generator.draft.config.compile_target):
         outputs = target(
             input_ids=tree.tokens,
             position_ids=positions if axes is None else positions + axes[:, :, None],
@@ -223,18 +213,36 @@ def verify(call: Call, tree: TokenTree, root_positions: Tensor) -> Verified:
             f"{type(target).__name__} does not follow transformers' attention interface: expected it to attend "
             f"through it in layers {sorted(expected)}, it did in {sorted(state.seen)}"
         )
-    return Verified(depths, outputs.logits, outputs.hidden_states)
+    return Verified(ancestors, depths, outputs.logits, outputs.hidden_states)
 
 
-def commit(call: Call, tree: TokenTree, path: Tensor, counts: Tensor, root_positions: Tensor) -> None:
-    """Keep the first `counts` (B,) nodes of each accepted `path` (B, levels + 1) in both caches."""
-    step = torch.arange(path.shape[1], device=path.device)
-    call.generator.advance(tree.tokens.gather(1, path), root_positions[:, None] + step, step < counts[:, None])
+def find_greedy_paths(call: Call, tree: TokenTree, verified: Verified) -> Walk:
+    return find_paths(call, tree, verified, verified.logits.argmax(dim=-1))
+
+
+def find_paths(call: Call, tree: TokenTree, verified: Verified, picks: Tensor) -> Walk:
+    """How far each tree agrees with what is picked (B, T) behind its nodes."""
+    picks = picks.to(tree.parents.device)
+    if call.text.padding is not None:
+        picks = picks.masked_fill(call.roots.stopped[:, None] & (picks != IMPOSSIBLE), call.text.padding)
+    return walk(tree, verified.ancestors, verified.depths, picks)
+
+
+def commit(call: Call, tree: TokenTree, steps: Steps) -> None:
+    """Keep what a round accepted in both caches, and move the roots on."""
+    path, counts, newest = steps
+    roots = call.roots
+    if call.generator.shape:
+        step = torch.arange(path.shape[1], device=path.device)
+        call.generator.advance(tree.tokens.gather(1, path), roots.positions[:, None] + step, step < counts[:, None])
+    roots.tokens.copy_(newest)
+    roots.positions.add_(counts)
     call.cache.commit(path, counts)  # last: once a ring has moved on, nothing may fail before it is `committed`
 
 
 def choose_backend(draft: Any, target: PreTrainedModel, bound: BoundTarget) -> Backend:
     softcap = getattr(target.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
-    backend = resolve_backend(draft.config.attention_backend, bound.device, draft.config.head_dim, softcap)
+    demand = Demand(bound.device, bound.dtype, draft.config.head_dim, softcap)
+    backend = resolve_backend(draft.config.attention_backend, demand)
     logger.info(f"LongSpec verifies with the {backend.name!r} attention backend")
     return backend

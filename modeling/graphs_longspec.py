@@ -10,11 +10,10 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -23,73 +22,69 @@ from .rope_switch_longspec import last_short_length
 logger = logging.get_logger(__name__)
 
 
+class Captured(NamedTuple):
+    """A phase as a graph, the inputs it works on and the result it leaves."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Any, ...]
+    result: Any
+
+
 class Graphs:
-    """The graphs of one call: all of its phases are captured, or none."""
+    """The phases of a round as CUDA graphs: all of them are captured, or none.
 
-    def __init__(self, captures: bool):
-        self.captures = captures
-        self.phases: list[Phase] = []
-
-    def phase(self, run: Callable[..., Any]) -> Phase:
-        self.phases.append(Phase(run, self))
-        return self.phases[-1]
-
-    def forget(self) -> None:
-        """Capture anew: memory that the phases work on has moved."""
-        for phase in self.phases:
-            phase.forget()
-
-    def free(self) -> None:
-        """The end of the call: whatever its phases hold is given back, and not only when Python looks for cycles."""
-        self.forget()
-        self.phases.clear()
-
-
-class Phase:
-    """A function of tensors whose work is all on the device; from its second call on it is replayed as a CUDA graph.
-
-    What a replay returns is overwritten by the next one. The function must not ask the host for anything that changes
-    between calls.
+    A phase is a function whose work is all on the device. Its first argument is what all rounds of a call have in
+    common, its other ones are tensors and tuples of them. Those it was captured on are its graph's from then on: a
+    replay copies others into them. What a replay returns is overwritten by the next one. The function must not ask the
+    host for anything that changes between rounds.
     """
 
-    def __init__(self, run: Callable[..., Any], graphs: Graphs):
-        self.run, self.graphs = run, graphs
+    def __init__(self) -> None:
+        self.captures = False
         self.forget()
 
     def forget(self) -> None:
-        self.called = False
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.inputs: list[Any] = []
-        self.result: Any = None
+        """Capture anew: something that the graphs work on has moved or changed."""
+        self.warm: set[Callable[..., Any]] = set()
+        self.captured: dict[Callable[..., Any], Captured] = {}
 
-    def __call__(self, *inputs: Any) -> Any:
-        if not self.graphs.captures or not self.called:  # libraries set themselves up in a first call
-            self.called = True
-            return self.run(*inputs)
-        leaves, form = pytree.tree_flatten(inputs)
-        if self.graph is None and not self._capture(leaves, form):
-            return self.run(*inputs)
-        assert self.graph is not None
-        for ours, theirs in zip(self.inputs, leaves, strict=True):
-            if isinstance(ours, Tensor):
-                ours.copy_(theirs)
-        self.graph.replay()
-        return self.result
+    def run(self, phase: Callable[..., Any], call: Any, *inputs: Any) -> Any:
+        if not self.captures or phase not in self.warm:  # libraries set themselves up in a first run
+            self.warm.add(phase)
+            return phase(call, *inputs)
+        if phase not in self.captured and not self._capture(phase, call, inputs):
+            return phase(call, *inputs)
+        graph, own, result = self.captured[phase]
+        overwrite(own, inputs)
+        graph.replay()
+        return result
 
-    def _capture(self, leaves: list[Any], form: Any) -> bool:
-        """Record the function on copies of its inputs. Whether that was possible."""
-        self.inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    def _capture(self, phase: Callable[..., Any], call: Any, inputs: tuple[Any, ...]) -> bool:
+        """Record a phase. Whether that was possible."""
         graph = torch.cuda.CUDAGraph()
         try:
             with capturing(graph):
-                self.result = self.run(*pytree.tree_unflatten(self.inputs, form))
+                result = phase(call, *inputs)
         except RuntimeError as error:  # torch's way to say that something in it cannot be captured
-            self.graphs.captures = False
+            self.captures = False
             reason = str(error).strip().splitlines()[0]
             logger.warning_once(f"LongSpec goes on without CUDA graphs, a round cannot be captured: {reason}")
             return False
-        self.graph = graph
+        self.captured[phase] = Captured(graph, inputs, result)
         return True
+
+
+def overwrite(ours: Any, theirs: Any) -> None:
+    """Copy tensors into tensors, or tuples of them into such; most are the same ones and need no copy."""
+    if ours is theirs:
+        return
+    if isinstance(ours, Tensor):
+        ours.copy_(theirs, non_blocking=True)
+    elif isinstance(ours, tuple):
+        for mine, other in zip(ours, theirs, strict=True):
+            overwrite(mine, other)
+    else:
+        assert ours == theirs, "a graph is replayed with what it was captured with"
 
 
 _LOCK = threading.Lock()
@@ -125,16 +120,14 @@ def capturing(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
         torch.cuda.synchronize(device)
 
 
-def resolve_graphs(
-    wanted: str | bool, target: PreTrainedModel, device: torch.device, synced_gpus: bool = False
-) -> Graphs:
+def may_capture(wanted: str | bool, target: PreTrainedModel, device: torch.device, synced_gpus: bool = False) -> bool:
     """`config.cuda_graphs` for a call: "auto" captures where it can. Raises `ValueError` where True cannot be had."""
     reason = "ranks wait for each other in every forward" if synced_gpus else misfit(target, device)
     if wanted is True and reason:
         raise ValueError(f"cuda_graphs=True cannot be had here: {reason}; use 'auto' or False")
     if wanted == "auto" and reason and device.type == "cuda":
         logger.warning_once(f"LongSpec runs without CUDA graphs: {reason}")
-    return Graphs(wanted is not False and reason is None)
+    return wanted is not False and reason is None
 
 
 def misfit(target: PreTrainedModel, device: torch.device) -> str | None:

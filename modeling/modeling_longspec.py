@@ -24,9 +24,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from .checks_longspec import check_generation
 from .configuration_longspec import LongSpecConfig
 from .door_longspec import install
-from .draft_head_longspec import HeadRows, vocabulary
+from .draft_head_longspec import HeadRows, Rows, vocabulary
 from .generation_longspec import assisted_decoding
 from .target_longspec import BoundTarget, bind
+from .workspace_longspec import Workspaces
 
 SelfAttend = Callable[[Tensor, Tensor, Tensor], Tensor]
 CrossAttend = Callable[[Tensor], Tensor]
@@ -105,6 +106,7 @@ class LongSpecForCausalLM(PreTrainedModel):
         self._head_rows = HeadRows()
         # not a buffer: it must stay float32 when the draft is cast, and exist when it is built on the meta device
         self._frequencies = {torch.device("cpu"): rope_frequencies(config)}
+        self.workspaces = Workspaces()
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -125,8 +127,8 @@ class LongSpecForCausalLM(PreTrainedModel):
         self.draft_vocab = vocabulary(ids, self.config.vocab_size).to(self.device)
         self.config.draft_vocab_size = len(self.draft_vocab)
 
-    def guessing_head(self, bound: BoundTarget) -> Callable[[Tensor], Tensor]:
-        """Hidden states (B, T, hidden) -> logits (B, T, N) of the tokens of `draft_vocab`, or of all.
+    def head_rows(self, bound: BoundTarget) -> Rows | None:
+        """The rows of the target's LM head that guesses are made with, or None for all of it.
 
         Raises `ValueError` where some of the target's LM head is not to be had alone.
         """
@@ -135,10 +137,7 @@ class LongSpecForCausalLM(PreTrainedModel):
             raise ValueError(
                 f"`draft_vocab_size` is {size}, as draft.set_draft_vocab has it, got {self.config.draft_vocab_size}"
             )
-        if self.draft_vocab is None:
-            return bound.logits
-        rows = self._head_rows.of(bound.head, self.draft_vocab, bound.device)
-        return lambda hidden: bound.scaled(rows(hidden))
+        return None if self.draft_vocab is None else self._head_rows.of(bound.head, self.draft_vocab, bound.device)
 
     def layer(
         self,
@@ -205,6 +204,10 @@ class LongSpecForCausalLM(PreTrainedModel):
         config = self.config
         slots = config.window + 1 + 1 + sum(tuple(config.tree_shape)[:-1])
         return 2 * config.num_key_value_heads * slots * config.head_dim * self.dtype.itemsize
+
+    def release(self) -> None:
+        """Give back the memory that the last call has left for the next one: one cache of the target, and graphs."""
+        self.workspaces.keep(None)
 
     # `target.generate(assistant_model=draft)` arrives here: see generation_longspec.py
     assisted_decoding = assisted_decoding

@@ -1,11 +1,26 @@
-"""Records: what a call returns about each of its steps, shaped as plain `generate` returns it."""
+"""Records: what a call returns besides its text, shaped as plain `generate` returns it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.generation import GenerateDecoderOnlyOutput
+
+
+@dataclass
+class LongSpecOutput(GenerateDecoderOnlyOutput):
+    """What `generate` returns with `return_dict_in_generate`, and besides:
+
+    accept_lengths: for each row, the number of tokens each round emitted; the prefill's own token is in none of them.
+    phase_seconds: the seconds of prefill, and of each round's grow, verify, accept and commit, one list a phase, if
+        `draft.config.profile` is set.
+    """
+
+    accept_lengths: list[list[int]] | None = None
+    phase_seconds: dict[str, list[float]] | None = None
 
 
 class Steps:

@@ -38,18 +38,19 @@ _BY_ROW = _WITHOUT_HISTORY | {
     "SuppressTokensAtBeginLogitsProcessor",
     "WatermarkLogitsProcessor",
 }
+IMPOSSIBLE = -1  # no token: what is picked from scores that are no distribution
 # Elements. The logits of a whole batch of trees in float32 are processed at once up to here (256 MB).
 LARGEST_TREE_LOGITS = 2**26
 
 
 def are_without_history(processors: list) -> bool:
-    return all(_is_of(processor, "logits_process", _WITHOUT_HISTORY) for processor in processors)
+    return all(is_of(processor, "logits_process", _WITHOUT_HISTORY) for processor in processors)
 
 
 def are_by_row(processors: list) -> bool:
     """Whether the processors treat each row of a batch by itself and keep nothing between calls; unknown: no."""
     return all(
-        _is_of(processor, "logits_process", _BY_ROW)
+        is_of(processor, "logits_process", _BY_ROW)
         # given as a tensor, one length a row
         and not isinstance(getattr(processor, "prompt_ignore_length", None), Tensor)
         for processor in processors
@@ -59,7 +60,7 @@ def are_by_row(processors: list) -> bool:
 def are_criteria_by_row(criteria: list) -> bool:
     """The same for stopping criteria."""
     known = {"EosTokenCriteria", "MaxLengthCriteria", "MaxTimeCriteria", "StopStringCriteria"}
-    return all(_is_of(criterion, "stopping_criteria", known) for criterion in criteria)
+    return all(is_of(criterion, "stopping_criteria", known) for criterion in criteria)
 
 
 def pays_by_tree(device: torch.device, elements: int) -> bool:
@@ -70,7 +71,7 @@ def pays_by_tree(device: torch.device, elements: int) -> bool:
     return device.type != "cpu" and elements <= LARGEST_TREE_LOGITS
 
 
-def _is_of(instance: Any, module: str, names: set[str]) -> bool:
+def is_of(instance: Any, module: str, names: set[str]) -> bool:
     # the very class: a subclass may keep a state
     kind = type(instance)
     return kind.__module__ == f"transformers.generation.{module}" and kind.__name__ in names
@@ -125,14 +126,10 @@ def _generator_state(device: torch.device) -> Tensor:
 
 
 class Picks(NamedTuple):
-    """tokens (…) picked from scores (…, vocab); valid (…): false where the scores are no distribution.
-
-    scores and valid are None where the token is just the largest logit.
-    """
+    """tokens (…) picked from scores (…, vocab); `IMPOSSIBLE` where the scores are no distribution."""
 
     tokens: Tensor
-    scores: Tensor | None
-    valid: Tensor | None
+    scores: Tensor
 
 
 class Sampler:
@@ -149,26 +146,29 @@ class Sampler:
         else:
             scores = torch.cat([self.processors(ids([row]), logits[i : i + 1]) for i, row in enumerate(rows)])
         if not self.do_sample:
-            return Picks(scores.argmax(dim=-1), scores, None)
+            return Picks(scores.argmax(dim=-1), scores)
         probabilities = scores.softmax(dim=-1)
         if self.noise is None:
-            return Picks(torch.multinomial(probabilities, num_samples=1).squeeze(1), scores, None)
-        noise = self.noise.at(rows, steps, logits.shape[-1])
-        return Picks((probabilities / noise).argmax(dim=-1), scores, probabilities.sum(dim=-1).isfinite())
+            return Picks(torch.multinomial(probabilities, num_samples=1).squeeze(1), scores)
+        return Picks(_largest(probabilities, self.noise.at(rows, steps, logits.shape[-1])), scores)
 
     def pick_tree(self, ids: Tensor, steps: list[int], logits: Tensor, depths: Tensor, levels: int) -> Picks:
         """logits: (B, T, vocab) of nodes at depths (B, T) up to `levels`; steps: the one that each row's root is at.
 
         For processors without history only. ids: (1, L), of no use to them.
         """
-        if not self.do_sample and len(self.processors) == 0:
-            return Picks(logits.argmax(dim=-1), None, None)
         flat = logits.float().flatten(0, 1)
         scores = self.processors(ids.expand(len(flat), -1), flat).view(logits.shape)
         if not self.do_sample:
-            return Picks(scores.argmax(dim=-1), scores, None)
+            return Picks(scores.argmax(dim=-1), scores)
         probabilities = scores.softmax(dim=-1)
         assert self.noise is not None, "nodes of one tree need the noise of different steps"
         ahead = self.noise.ahead(steps, levels + 1, logits.shape[-1])
         noise = ahead[torch.arange(len(steps), device=depths.device)[:, None], depths]
-        return Picks((probabilities / noise).argmax(dim=-1), scores, probabilities.sum(dim=-1).isfinite())
+        return Picks(_largest(probabilities, noise), scores)
+
+
+def _largest(probabilities: Tensor, noise: Tensor) -> Tensor:
+    """What `multinomial` draws from probabilities (…, vocab) with that noise; see `Noise`."""
+    possible = probabilities.sum(dim=-1).isfinite()
+    return (probabilities / noise).argmax(dim=-1).masked_fill(~possible, IMPOSSIBLE)

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from .records_longspec import Records
 from .sampling_longspec import (
+    IMPOSSIBLE,
     Noise,
     Picks,
     Sampler,
@@ -23,6 +24,7 @@ from .sampling_longspec import (
     are_without_history,
     pays_by_tree,
 )
+from .stops_longspec import Stops
 
 # Tokens that a row may be ahead of the slowest one: their noise, and in sliding layers their room, is kept.
 LEAD = 64
@@ -34,6 +36,7 @@ class Text:
     together: all rows are written step by step together, because a processor, a stopping criterion, a streamer or the
         target needs them to be.
     by_tree: the tokens behind all nodes of a tree are picked at once; else those of the path, one by one.
+    by_argmax: and they are just the largest logits.
     """
 
     def __init__(
@@ -56,15 +59,15 @@ class Text:
         """
         self.batch, self.prompt = input_ids.shape
         self.device = input_ids.device
-        self.criteria, self.streamer = criteria, streamer
+        self.criteria, self.stops, self.streamer = criteria, Stops.of(criteria), streamer
         do_sample = generation_config.do_sample
         without_history = are_without_history(processors)
         known_criteria = are_criteria_by_row(criteria)
         by_row = are_by_row(processors) and known_criteria and streamer is None and not together
         self.together = self.batch == 1 or not by_row
-        is_argmax = not do_sample and len(processors) == 0
+        self.by_argmax = not do_sample and len(processors) == 0
         alone = without_history and known_criteria  # a user's own criteria may draw random numbers between ours
-        self.by_tree = is_argmax or (alone and pays_by_tree(self.device, self.batch * nodes * vocab))
+        self.by_tree = self.by_argmax or (alone and pays_by_tree(self.device, self.batch * nodes * vocab))
         noise = do_sample and (self.by_tree or not self.together)
         self.sampler = Sampler(processors, do_sample, Noise(self.batch, self.device) if noise else None)
         ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
@@ -74,6 +77,9 @@ class Text:
         # nobody needs the tokens on the device where they are picked on the host
         host = self.by_tree and known_criteria
         self._ids = input_ids.cpu() if host else input_ids  # (B, room)
+        self._fresh: list[list[int]] = [
+            [] for _ in range(self.batch)
+        ]  # the last tokens of each row, not yet in `_ids`
         self.lead = LEAD + nodes
         self.newest = [0] * self.batch  # the last token of each row
         self.lengths = [self.prompt] * self.batch
@@ -88,7 +94,13 @@ class Text:
     @property
     def sequences(self) -> Tensor:
         """(B, L): all rows up to the longest, on the device of the prompt; contiguous, for a user may view it."""
+        self._settle()
         return self._ids[:, : max(self.lengths)].to(self.device).contiguous()
+
+    @property
+    def padding(self) -> int | None:
+        """The token that rows go on with once they have stopped; None if they do not."""
+        return self.pad if self.batch > 1 and (self.keeps_tails or self.together) else None
 
     @property
     def stopped(self) -> list[bool]:
@@ -106,6 +118,7 @@ class Text:
 
     def ids(self, rows: list[int]) -> Tensor:
         """(R, L): rows that are of one length."""
+        self._settle()
         length = self.lengths[rows[0]]
         return self._ids[: self.batch, :length].contiguous() if len(rows) == self.batch else self._ids[rows, :length]
 
@@ -131,10 +144,7 @@ class Text:
     def pick_tree(self, logits: Tensor, depths: Tensor, levels: int) -> Picks:
         """The tokens behind all nodes of a batch of trees: logits (B, T, vocab), depths (B, T) up to `levels`."""
         logits, depths = logits.to(self.device), depths.to(self.device)
-        picks = self.sampler.pick_tree(self._ids[:1, :1], self.steps, logits, depths, levels)
-        if self.records.scores is not None and picks.scores is None:
-            return picks._replace(scores=logits.float())
-        return picks
+        return self.sampler.pick_tree(self._ids[:1, :1], self.steps, logits, depths, levels)
 
     def emit(self, rows: list[int], logits: Tensor, hidden_states: tuple | None = None) -> list[int]:
         """Pick the next token of `rows` from the target's logits (R, vocab) and write it. Returns the tokens.
@@ -143,46 +153,36 @@ class Text:
         """
         logits = logits.to(copy=True, dtype=torch.float32, device=self.device)
         picks = self.sampler.pick(self.ids, rows, [self.steps[row] for row in rows], logits)
-        return self.write(rows, picks, logits, hidden_states)
+        self.record(rows, picks.scores, logits, hidden_states)
+        return self.write(rows, picks.tokens.tolist())
 
-    def write(
-        self, rows: list[int], picks: Picks, logits: Tensor | None = None, hidden_states: tuple | None = None
-    ) -> list[int]:
-        """Write one token (R,) to each of `rows`, as `emit` does once they are picked."""
-        steps = [self.steps[row] for row in rows]
+    def record(self, rows: list[int], scores: Tensor, logits: Tensor, hidden_states: tuple | None) -> None:
+        """Keep, of what was asked for, that of the next token of `rows`: scores and logits (R, vocab)."""
+        steps = [self.lengths[row] - self.prompt for row in rows]
         records = self.records
-        if records.scores is not None and picks.scores is not None:
-            records.scores.put(rows, steps, picks.scores)
-        if records.logits is not None and logits is not None:
-            records.logits.put(rows, steps, logits)
+        for steps_of, values in ((records.scores, scores), (records.logits, logits)):
+            if steps_of is not None:
+                steps_of.put(rows, steps, values.to(self.device, torch.float32))
         if hidden_states is not None:
             records.put_hidden_states(rows, steps, tuple(states.to(self.device) for states in hidden_states))
-        if picks.valid is not None and not bool(picks.valid.all()):
-            raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
-        return self._append(rows, picks.tokens)
 
-    def _append(self, rows: list[int], tokens: Tensor) -> list[int]:
-        """Append `tokens` (R,), padding where a row has stopped: ask the criteria, then stream, as `generate` does."""
-        stopped = [self.ends[row] is not None for row in rows]
-        if self.pad is not None and any(stopped):
-            tokens = tokens.masked_fill(torch.tensor(stopped, device=tokens.device), self.pad)
-        places = [self.lengths[row] for row in rows]
-        self._make_room(max(places) + 1)
-        if len(rows) == self.batch and len(set(places)) == 1:
-            self._ids[:, places[0]] = tokens
-        else:
-            self._ids[rows, places] = tokens.to(self._ids.device)
-        for row in rows:
+    def write(self, rows: list[int], tokens: list[int]) -> list[int]:
+        """Append one token to each of `rows`, padding where a row has stopped: ask the criteria, then stream, as
+        `generate` does. Returns what was appended."""
+        if IMPOSSIBLE in tokens:
+            raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+        if self.pad is not None:
+            tokens = [token if self.ends[row] is None else self.pad for row, token in zip(rows, tokens, strict=True)]
+        for row, token in zip(rows, tokens, strict=True):
+            self._fresh[row].append(token)
+            self.newest[row] = token
             self.lengths[row] += 1
         self._ask(rows)
         if self.streamer is not None:
-            self.streamer.put(tokens.cpu())
-        host = tokens.tolist()
-        for row, token in zip(rows, host, strict=True):
-            self.newest[row] = token
+            self.streamer.put(torch.tensor(tokens))
         if self.sampler.noise is not None:
             self.sampler.noise.forget(self._slowest)
-        return host
+        return tokens
 
     @property
     def _slowest(self) -> int:
@@ -192,17 +192,36 @@ class Text:
 
     def _ask(self, rows: list[int]) -> None:
         """Ask the stopping criteria about the newest tokens; the first length at which they stop a row is its end."""
-        scores = None if self.records.scores is None else self.records.scores.values
-        if len({self.lengths[row] for row in rows}) == 1:
-            done = self.criteria(self.ids(rows), scores).tolist()
+        if self.stops is None:
+            done = self._ask_criteria(rows)
         else:
-            done = [self.criteria(self.ids([row]), scores).item() for row in rows]
+            done = [self.stops.at(self.lengths[row], self.newest[row]) for row in rows]
+            if self.lengths[rows[0]] > self.stops.reminds and not done[0]:
+                self._ask_criteria(rows[:1])
+                self.stops = self.stops._replace(reminds=math.inf)  # once
         for row, stops in zip(rows, done, strict=True):
             if stops and self.ends[row] is None:
                 self.ends[row] = self.lengths[row]
 
-    def _make_room(self, length: int) -> None:
+    def _ask_criteria(self, rows: list[int]) -> list[bool]:
+        scores = None if self.records.scores is None else self.records.scores.values
+        if len({self.lengths[row] for row in rows}) == 1:
+            return self.criteria(self.ids(rows), scores).tolist()
+        return [bool(self.criteria(self.ids([row]), scores)) for row in rows]
+
+    def _settle(self) -> None:
+        """Bring `_ids` up to date."""
+        if not any(self._fresh):
+            return
+        length = max(self.lengths)
         if length > self._ids.shape[1]:
             longer = self._ids.new_full((self.batch, max(length + 64, 2 * length - self.prompt)), self.pad or 0)
             longer[:, : self._ids.shape[1]] = self._ids
             self._ids = longer
+        if len(set(self.lengths)) == len({len(fresh) for fresh in self._fresh}) == 1:
+            self._ids[:, length - len(self._fresh[0]) : length] = torch.tensor(self._fresh)
+        else:
+            for row, (end, fresh) in enumerate(zip(self.lengths, self._fresh, strict=True)):
+                self._ids[row, end - len(fresh) : end] = torch.tensor(fresh, dtype=torch.long)
+        for fresh in self._fresh:
+            fresh.clear()

@@ -8,6 +8,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is first imported
 
+import tapes  # noqa: E402
 from helpers import tiny_draft, tiny_target  # noqa: E402
 
 # these compare for the tests, which show both sides of what fails
@@ -28,6 +29,12 @@ def llama():
 @pytest.fixture
 def draft(llama):
     return tiny_draft(llama, window=8)
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """CUDA graphs without CUDA: the outcome of every attempt to capture a phase."""
+    return tapes.install(monkeypatch)
 
 
 def pytest_collection_modifyitems(items):

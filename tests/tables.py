@@ -9,7 +9,7 @@ from transformers.generation import RepetitionPenaltyLogitsProcessor, Temperatur
 
 from hf_longspec.modeling.text_longspec import Text
 from hf_longspec.modeling.tree_longspec import TokenTree, ancestor_mask, node_depths
-from hf_longspec.modeling.verification_longspec import Verified, accept
+from hf_longspec.modeling.verification_longspec import Verified, accept, accept_step_by_step, walk
 
 VOCAB = 5
 PROMPT = [3, 1]
@@ -17,7 +17,7 @@ PAD = 0
 TABLE = 2.0 * torch.randn(VOCAB, VOCAB, VOCAB, generator=torch.Generator().manual_seed(5))
 
 
-def walk(tree, logits, text):
+def walk_row(tree, logits, text):
     """The nodes `accept` goes through."""
     return walk_rows(tree, logits, text)[0]
 
@@ -25,9 +25,23 @@ def walk(tree, logits, text):
 def walk_rows(tree, logits, text, hidden_states=None):
     """The same for each row of a batch, as the decoding loop asks for it: a row without room rests."""
     paths = [[0] if room else [] for room in text.room()]
-    depths = node_depths(ancestor_mask(tree.parents, tree.levels))
-    accept(tree, Verified(depths, logits, hidden_states), text, paths)
+    extend(tree, logits, text, paths, hidden_states)
     return paths
+
+
+def extend(tree, logits, text, paths, hidden_states=None):
+    """What a round does once the target has seen the tree."""
+    ancestors = ancestor_mask(tree.parents, tree.levels)
+    verified = Verified(ancestors, node_depths(ancestors), logits, hidden_states)
+    if not text.by_tree:
+        accept_step_by_step(tree, verified, text, paths)
+        return
+    picks = None if text.by_argmax else text.pick_tree(logits, verified.depths, tree.levels)
+    tokens = logits.argmax(dim=-1) if picks is None else picks.tokens
+    if text.padding is not None:
+        tokens = tokens.masked_fill(torch.tensor(text.stopped)[:, None], text.padding)
+    known = walk(tree, ancestors, verified.depths, tokens).on_host()
+    accept(known, verified, picks, text, paths)
 
 
 def table_logits(tokens: list[int], table: torch.Tensor = TABLE) -> torch.Tensor:
@@ -80,7 +94,7 @@ def write(text: Text, seed: int, table: torch.Tensor = TABLE) -> list[int]:
     while not text.finished:
         ids = text.sequences[0].tolist()
         tree = random_tree(ids[-1], rng)
-        path = walk(tree, node_logits(tree, ids, table), text)
+        path = walk_row(tree, node_logits(tree, ids, table), text)
         emitted = text.sequences[0, len(ids) :].tolist()
         assert path[0] == 0 and len(path) == len(emitted)
         assert [int(tree.tokens[0, node]) for node in path[1:]] == emitted[:-1]

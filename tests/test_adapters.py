@@ -32,6 +32,42 @@ def test_adapters_switched_disabled_and_merged(llama, draft):
     assert assert_same(merged, draft) == first
 
 
+def test_graphs_follow_adapters(captures, llama, draft):
+    """Switched, disabled, scaled, merged: what was captured before is not played on."""
+    base = texts(llama)
+    wrapped = peft.get_peft_model(llama, lora()).eval()
+    wrapped.add_adapter("second", lora(target_modules=["k_proj", "down_proj"]))
+    wrapped.eval()
+    count = [0]
+
+    def assert_captured(anew):
+        found = assert_same(wrapped, draft)
+        assert len(captures) - count[0] == 4 * anew
+        count[0] = len(captures)
+        return found
+
+    first = assert_captured(True)
+    assert assert_captured(False) == first
+    wrapped.set_adapter("second")
+    second = assert_captured(True)
+    with wrapped.disable_adapter():
+        assert assert_captured(True) == base
+    assert assert_captured(True) == second
+    wrapped.set_adapter("default")
+    assert assert_captured(True) == first
+    layers = [module for module in wrapped.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    for layer in layers:
+        layer.set_scale("default", 9.0)
+    assert assert_captured(True) != first
+    for layer in layers:
+        layer.set_scale("default", 1.0)
+    wrapped.merge_adapter()
+    assert assert_captured(True) == first
+    wrapped.unmerge_adapter()
+    assert assert_captured(True) == first
+    assert all(captures)
+
+
 def test_adapters_of_transformers_own(llama, draft, tmp_path):
     base = texts(llama)
     llama.add_adapter(lora())

@@ -71,6 +71,7 @@ class Probe(BaseStreamer):
 def decode(target, draft, context, batch=1):
     """Bytes held while decoding after `context` tokens, their peak, and the bytes of one cache of that length."""
     ids = torch.randint(2, 13, (batch, context), generator=torch.Generator().manual_seed(0))
+    draft.release()
     with LiveBytes() as live:
         probe = Probe(live)
         target.generate(ids, assistant_model=draft, max_new_tokens=NEW, streamer=probe, pad_token_id=0)

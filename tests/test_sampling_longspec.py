@@ -10,6 +10,7 @@ from transformers.generation import logits_process, stopping_criteria
 
 from hf_longspec.modeling import sampling_longspec, text_longspec
 from hf_longspec.modeling.sampling_longspec import (
+    IMPOSSIBLE,
     Noise,
     Sampler,
     are_by_row,
@@ -251,7 +252,6 @@ def test_pick_of_rows_at_their_own_steps(do_sample):
         assert torch.equal(picks.scores[row : row + 1], scores)
         weights = scores[0] if not do_sample else scores[0].softmax(-1) / noise[step][row]
         assert picks.tokens[row] == weights.argmax()
-    assert picks.valid is None if not do_sample else picks.valid.tolist() == [True] * 3
 
 
 def test_pick_without_noise_is_multinomial():
@@ -288,14 +288,8 @@ def test_all_nodes_at_once_are_picked_as_along_every_path(name, batch, do_sample
             texts = random_inputs(1, 4, seed=node)[0]  # of no use
             at = step + int(depths[row, node])
             picks = by_path.pick(lambda rows, texts=texts: texts, [row], [at], logits[row, node : node + 1].clone())
-            assert both.tokens[row, node] == picks.tokens[0]
-            if both.scores is None:
-                assert not names and not do_sample and torch.equal(picks.scores[0], logits[row, node])
-            else:
-                assert torch.equal(both.scores[row, node], picks.scores[0])
-            assert (both.valid is None) is (picks.valid is None) is (not do_sample)
-            if do_sample:
-                assert bool(both.valid[row, node]) is bool(picks.valid[0]) is True
+            assert both.tokens[row, node] == picks.tokens[0] != IMPOSSIBLE
+            assert torch.equal(both.scores[row, node], picks.scores[0])
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
@@ -307,9 +301,9 @@ def test_scores_that_are_no_distribution_are_found_as_multinomial_finds_them(poi
     depths = torch.tensor([[0, 1, 1], [0, 1, 2]])
     sampler = Sampler(LogitsProcessorList(), True, Noise(2, CPU))
     picks = sampler.pick_tree(torch.zeros(1, 1).long(), [0, 4], logits, depths, 2)
-    assert picks.valid.tolist() == [[True, True, True], [True, True, False]]
+    assert (picks.tokens == IMPOSSIBLE).tolist() == [[False, False, False], [False, False, True]]
     picks = sampler.pick(lambda rows: None, [0, 1], [1, 6], logits[:, 2])
-    assert picks.valid.tolist() == [True, False]
+    assert (picks.tokens == IMPOSSIBLE).tolist() == [False, True]
 
 
 # --- end to end ------------------------------------------------------------------------------------------------------
@@ -360,4 +354,5 @@ def test_generate_with_all_nodes_picked_at_once(monkeypatch, options, batch):
             assert (found is None) is (expected is None) is (not recorded)
             for mine, theirs in zip(found or (), expected or (), strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-    assert asked
+    by_argmax = not options["do_sample"] and not options.keys() & {"suppress_tokens", "remove_invalid_values"}
+    assert bool(asked) is not by_argmax

@@ -1,6 +1,7 @@
 """`accept` on hand-made trees, and its distribution over texts by walking through every outcome of the sampler."""
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tables import (
     make_tree,
     node_logits,
     table_logits,
-    walk,
+    walk_row,
     write,
     write_plainly,
 )
@@ -26,6 +27,10 @@ from transformers.generation import (
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
 )
+
+from hf_longspec.modeling.sampling_longspec import IMPOSSIBLE
+from hf_longspec.modeling.tree_longspec import TokenTree, ancestor_mask, node_depths
+from hf_longspec.modeling.verification_longspec import Steps, walk
 
 # --- by hand -------------------------------------------------------------------------------------------------------
 
@@ -50,7 +55,7 @@ TREE = make_tree([1, 4, 2, 0, 2, 0, 3], [0, 0, 0, 1, 1, 2, 4])
 def test_greedy_walk(choices, path, tokens, recorded):
     text = make_text(10, return_dict_in_generate=recorded, output_scores=recorded)
     assert text.by_tree
-    assert walk(TREE, logits_that_pick(*choices), text) == path
+    assert walk_row(TREE, logits_that_pick(*choices), text) == path
     assert text.sequences.tolist() == [PROMPT + tokens]
     assert not text.finished
 
@@ -61,7 +66,7 @@ def test_first_of_equal_logits_wins_as_in_plain_decoding():
     logits[0, 0, 2:4] = 1.0
     for options in ({}, {"return_dict_in_generate": True, "output_logits": True}):
         text = make_text(10, **options)
-        assert walk(tree, logits, text) == [0, 1]
+        assert walk_row(tree, logits, text) == [0, 1]
         assert text.sequences.tolist() == [PROMPT + [2, 0]]
 
 
@@ -70,14 +75,14 @@ def test_first_of_equal_logits_wins_as_in_plain_decoding():
 )
 def test_walk_ends_where_the_length_does(new_tokens, path):
     text = make_text(new_tokens)
-    assert walk(TREE, logits_that_pick(4, 2, 0, 0, 3, 0, 1), text) == path
+    assert walk_row(TREE, logits_that_pick(4, 2, 0, 0, 3, 0, 1), text) == path
     assert text.sequences[0, len(PROMPT) :].tolist() == [4, 2, 3, 1][:new_tokens]
     assert text.finished is (new_tokens <= 4)
 
 
 def test_walk_ends_at_the_end_of_text():
     text = make_text(10, criteria=[EosTokenCriteria(torch.tensor([2]))])
-    assert walk(TREE, logits_that_pick(4, 2, 0, 0, 3, 0, 1), text) == [0, 1]
+    assert walk_row(TREE, logits_that_pick(4, 2, 0, 0, 3, 0, 1), text) == [0, 1]
     assert text.sequences.tolist() == [PROMPT + [4, 2]]
     assert text.finished
 
@@ -85,7 +90,7 @@ def test_walk_ends_at_the_end_of_text():
 def test_streamer_and_criteria_see_every_token_once():
     recorder = Recorder()
     text = make_text(10, streamer=recorder, criteria=[recorder])
-    walk(TREE, logits_that_pick(4, 2, 0, 0, 3, 0, 1), text)
+    walk_row(TREE, logits_that_pick(4, 2, 0, 0, 3, 0, 1), text)
     assert recorder.streamed == [[4], [2], [3], [1]]
     assert recorder.texts == [PROMPT + [4, 2, 3, 1][:count] for count in (1, 2, 3, 4)]
 
@@ -119,7 +124,7 @@ def test_processor_that_writes_into_its_logits_spoils_nothing():
     tree = make_tree([1, 4], [0, 0])
     logits = node_logits(tree, PROMPT)
     before = logits.clone()
-    walk(tree, logits, make_text(10, [ban_in_place]))
+    walk_row(tree, logits, make_text(10, [ban_in_place]))
     assert torch.equal(logits, before)
 
 
@@ -168,3 +173,45 @@ def test_distribution_of_texts_is_exactly_the_targets(processors, seed, monkeypa
         expected[tokens] = probability
     assert found == expected
     assert sum(found.values()) == pytest.approx(1.0, abs=VOCAB**3 * torch.finfo(torch.float32).eps)
+
+
+# --- the walk of a device --------------------------------------------------------------------------------------------
+
+
+def path_by_hand(tokens, parents, picks):
+    """From the root to the first child that carries what is picked, as long as there is one."""
+    path = [0]
+    while True:
+        heirs = [n for n in range(1, len(tokens)) if parents[n] == path[-1] and tokens[n] == picks[path[-1]]]
+        if not heirs:
+            return path
+        path.append(heirs[0])
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_walk_finds_the_path_of_each_row(seed):
+    """Any trees: siblings with one token, picks that are no token; few tokens, so that paths are long."""
+    rng = random.Random(seed)
+    batch, nodes, vocab = rng.choice([1, 3]), rng.choice([1, 2, 7, 30, 70]), rng.choice([1, 2, 4])
+    parents = [[0] + [rng.randrange(max(0, n - 5), n) for n in range(1, nodes)] for _ in range(batch)]
+    tokens, picks = ([[rng.randrange(vocab) for _ in range(nodes)] for _ in range(batch)] for _ in range(2))
+    for row in picks:
+        if rng.random() < 0.3:
+            row[rng.randrange(nodes)] = IMPOSSIBLE
+    mask = ancestor_mask(torch.tensor(parents), nodes - 1)
+    tree = TokenTree(torch.tensor(tokens), torch.tensor(parents), torch.zeros(batch, nodes), nodes - 1)
+    steps, known = walk(tree, mask, node_depths(mask), torch.tensor(picks))
+    for row in range(batch):
+        path = path_by_hand(tokens[row], parents[row], picks[row])
+        picked = [picks[row][node] for node in path]
+        count = int(steps.counts[row])
+        assert steps.path[row].tolist() == path + [0] * (nodes - len(path)) and count == len(path)
+        assert int(steps.newest[row]) == picked[-1]
+        assert known[row, :nodes].tolist() == steps.path[row].tolist() and int(known[row, -1]) == count
+        assert known[row, nodes : nodes + count].tolist() == picked
+
+
+def test_steps_from_the_host():
+    steps = Steps.of([[0, 2, 5], [], [0]], [7, 8, 9], 3, torch.device("cpu"))
+    assert steps.path.tolist() == [[0, 2, 5, 0], [0] * 4, [0] * 4]
+    assert steps.counts.tolist() == [3, 0, 1] and steps.newest.tolist() == [7, 8, 9]

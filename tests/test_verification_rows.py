@@ -12,6 +12,7 @@ from tables import (
     VOCAB,
     EveryOutcome,
     Recorder,
+    extend,
     logits_that_pick,
     make_text,
     make_tree,
@@ -25,7 +26,6 @@ from transformers.generation import EosTokenCriteria
 from hf_longspec.modeling import text_longspec
 from hf_longspec.modeling.text_longspec import Text
 from hf_longspec.modeling.tree_longspec import TokenTree, ancestor_mask, node_depths
-from hf_longspec.modeling.verification_longspec import Verified, accept
 
 PROMPTS = [[3, 1], [2, 4], [1, 1], [0, 3]]
 
@@ -203,8 +203,7 @@ def test_paths_are_right_even_if_the_text_raises():
     text = make_text(9, criteria=[Interrupt()], prompts=PROMPTS)
     paths = [[0] for _ in PROMPTS]
     with pytest.raises(KeyboardInterrupt, match="here"):
-        depths = node_depths(ancestor_mask(tree.parents, 4))
-        accept(tree, Verified(depths, torch.cat([logits_that_pick(1, 2, 3, 4)] * 4), None), text, paths)
+        extend(tree, torch.cat([logits_that_pick(1, 2, 3, 4)] * 4), text, paths)
     assert paths == [[0, 1, 2]] * 4 and text.lengths == [5] * 4
     assert text.sequences[:, 2:].tolist() == [[1, 2, 3]] * 4
 

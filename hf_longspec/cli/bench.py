@@ -35,6 +35,8 @@ app = typer.Typer(**TYPER, help="What decoding costs: a layer's attention, the s
 
 Contexts = Annotated[Any, numbers("Tokens in the cache.")]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw a picture too; needs matplotlib.")]
+Backend = Annotated[str, typer.Option(help="Attention backend of verification.")]
+Compile = Annotated[bool, typer.Option("--compile-target", help="Compile the target's layers for verification.")]
 RandomFormat = Annotated[Dtype, typer.Option(help="Number format; auto: bfloat16 on a GPU, else float32.")]
 
 
@@ -58,7 +60,7 @@ def attention(
     device, number_format = here(dtype)
     shape = layer.Heads(*heads)
     try:
-        chosen, missing = layer.choose([name for name in backends.split(",") if name], device, shape)
+        chosen, missing = layer.choose([name for name in backends.split(",") if name], device, number_format, shape)
     except (ValueError, ImportError) as error:
         fail(str(error))
     for name, reason in missing.items():
@@ -92,7 +94,8 @@ def latency(
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of each call.")] = 24,
     static: Annotated[bool, typer.Option("--static", help="generate over a compiled static cache too: slow.")] = False,
     prefill: Annotated[bool, typer.Option("--prefill", help="Read prompts too: seconds and peak memory.")] = False,
-    backend: Annotated[str, typer.Option(help="Attention backend of verification.")] = "auto",
+    backend: Backend = "auto",
+    compile_target: Compile = False,
     dtype: RandomFormat = Dtype.auto,
     plot: Plot = None,
 ) -> None:
@@ -109,7 +112,7 @@ def latency(
         fail("expected level widths such as 4,16,16, got an empty --tree")
     device, number_format = here(dtype)
     speed = timing.measure_speed(device, number_format)
-    options: dict[str, Any] = {"tree_shape": tree, "attention_backend": backend}
+    options: dict[str, Any] = {"tree_shape": tree, "attention_backend": backend, "compile_target": compile_target}
     options["verify_tokens"] = max(verify_tokens)  # of the calls that read prompts
     try:
         target, draft = shapes.random_pair(shape, device, number_format, 2 * max(contexts), **options)
@@ -131,7 +134,8 @@ def latency(
         "tree": list(tree),
         "verify_tokens": list(verify_tokens),
     }
-    setting |= {"dtype": str(number_format), "backend": backend, "speed": speed._asdict()}
+    setting |= {"dtype": str(number_format), "backend": backend, "compile_target": compile_target}
+    setting["speed"] = speed._asdict()
     setting |= {"weights_bytes": shapes.read_bytes(target), "contexts": [result.as_dict() for result in results]}
     setting |= {"prefill": [asdict(row) for row in read]}
     show([tables.latency_table(results)] + ([tables.prefill_table(read)] if prefill else []), setting, device)
@@ -148,6 +152,8 @@ def text(
     context: Annotated[int, typer.Option(min=4, help="Tokens of the longest prompt.")] = 1024,
     tree: Tree = None,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to write.")] = 128,
+    backend: Backend = "auto",
+    compile_target: Compile = False,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each engine; their median counts.")] = 3,
     dtype: Format = Dtype.auto,
     profile: Profile = False,
@@ -165,7 +171,8 @@ def text(
     logging.disable_progress_bar()
     model, tokenizer, its_draft = load_pair(target, draft, dtype, trust_remote_code)
     helper = None if assistant is None else load_model("assistant", assistant, dtype, trust_remote_code)
-    its_draft.config.profile = profile
+    its_draft.config.profile, its_draft.config.compile_target = profile, compile_target
+    its_draft.config.attention_backend = backend
     if tree is not None:
         its_draft.config.tree_shape = tree
     options: dict[str, Any] = {
@@ -189,6 +196,8 @@ def text(
         "draft": draft,
         "assistant": assistant,
         "dtype": str(model.dtype),
+        "backend": backend,
+        "compile_target": compile_target,
     }
     setting |= {"tree": list(its_draft.config.tree_shape), "batches": [result.as_dict() for result in results]}
     shown = [tables.text_table(results)] + ([tables.phases_table(results)] if profile else [])
