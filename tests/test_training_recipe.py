@@ -30,7 +30,10 @@ LEAST = {
         ({"signal": {"max_position": 1000}}, "`max_position` must be at least `length`=1024, got 1000"),
         ({"signal": {"sink": -1}}, "`sink` must be at least 0, got -1"),
         ({"target": {}}, "recipe.target: the key 'name' is missing"),
-        ({"target": {"name": "x", "quantization": "int5"}}, "recipe.target.quantization: expected one of bitsandbytes"),
+        (
+            {"target": {"name": "x", "quantization": "int5"}},
+            "recipe.target.quantization: expected one of",
+        ),
         ({"draft": {"lora": {"r": 4}}}, "recipe.draft: `lora` adapts a trained draft: expected `init`, got none"),
         ({"evaluation": {"contexts": []}}, "recipe.evaluation: `contexts` must be lengths of at least 1 token"),
         ({"trainer": {"max_step": 3}}, "recipe.trainer: unknown key 'max_step', did you mean 'max_steps'"),
@@ -107,7 +110,9 @@ RECIPES = sorted(HUB_CONFIGS.glob("*/recipe*.yaml"))
 def test_shipped_recipes_fit_their_drafts(path):
     recipe = Recipe.load(path)
     config = LongSpecConfig.from_pretrained(path.parent)
-    assert all(getattr(LongSpecConfig(**recipe.draft.config), key) == getattr(config, key) for key in recipe.draft.config)
+    assert all(
+        getattr(LongSpecConfig(**recipe.draft.config), key) == getattr(config, key) for key in recipe.draft.config
+    )
     check_lengths(recipe, config)
     assert recipe.signal.max_lag >= len(config.tree_shape) - 1, "levels of the tree that training never showed"
     assert recipe.evaluates

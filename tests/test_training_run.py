@@ -255,8 +255,11 @@ def test_end_to_end(tmp_path):
     settings = {"trainer__max_steps": 60, "trainer__eval_on_start": True, "trainer__logging_steps": 10}
     evaluation = {"trainer__eval_strategy": "steps", "trainer__eval_steps": 30, "evaluation__max_new_tokens": 30}
     outcome, found = run(tmp_path, **settings, **evaluation)
-    lengths = [record["eval_accept_length"] for record in read_log(last_complete(tmp_path / "run"))
-               if "eval_accept_length" in record]
+    lengths = [
+        record["eval_accept_length"]
+        for record in read_log(last_complete(tmp_path / "run"))
+        if "eval_accept_length" in record
+    ]
     assert lengths[0] < 1.4 and lengths[-1] > 1.5, lengths
     assert found[60] < 0.5 * found[10]
     assert path.exists() and json.dumps(outcome._asdict())

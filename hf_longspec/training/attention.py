@@ -112,6 +112,6 @@ def lagged_attention_by_span(
     """The same within each document, one at a time and without any mask; spans: all documents of the batch."""
     rows: list[list[Tensor]] = [[] for _ in range(len(query))]
     for row, start, end in spans:
-        part = [x[row : row + 1, :, start:end] for x in (query, key, value)]
-        rows[row].append(lagged_attention(*part, lag, window))
+        own_query, own_key, own_value = (x[row : row + 1, :, start:end] for x in (query, key, value))
+        rows[row].append(lagged_attention(own_query, own_key, own_value, lag, window))
     return torch.cat([torch.cat(row, dim=2) for row in rows])

@@ -95,9 +95,7 @@ class Distillation:
         arguments = self.draft, self.bound, ids, positions, states, lag, document_ids, spans
         hidden = checkpoint(run, *arguments, use_reentrant=False) if self.recompute else run(*arguments)
         weights = LossWeights(self.signal.kl_weight, self.signal.ce_weight)
-        return distillation_loss(
-            self._sums, hidden, states.hidden, labels, weights, self.signal.loss_chunk, items
-        )
+        return distillation_loss(self._sums, hidden, states.hidden, labels, weights, self.signal.loss_chunk, items)
 
 
 def compiler(graphs: int) -> Callable[..., Any]:

@@ -59,7 +59,11 @@ def measure_acceptance(
         for prompt in prompts:
             ids = prompt[-context:][None].to(target.device)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            options = {"max_new_tokens": evaluation.max_new_tokens, "do_sample": False, "eos_token_id": None}
+            options: dict[str, Any] = {
+                "max_new_tokens": evaluation.max_new_tokens,
+                "do_sample": False,
+                "eos_token_id": None,
+            }
             rounds += side_by_side.run(target, inputs, draft, **options).accept_lengths
         metrics[f"accept_length_{context}"] = sum(rounds) / len(rounds)
         every += rounds
@@ -80,7 +84,9 @@ def measure_loss(distillation: Distillation, samples: Sequence[Any], signal: Sig
     for sample in samples:
         batch = batch_of([sample])
         labels = batch.pop("labels").to(distillation.bound.device)
-        given = {name: x.to(labels.device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+        given: dict[str, Any] = {
+            name: x.to(labels.device) if isinstance(x, Tensor) else x for name, x in batch.items()
+        }
         ids, positions = given.pop("input_ids"), given.pop("positions")
         states = distillation.read(ids, positions, **given)
         for lag in range(1, signal.max_lag + 1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,10 +62,8 @@ def quantization_config(name: str) -> Any:
 
 def make_draft(draft: Draft, target: PreTrainedModel, device: torch.device) -> LongSpecForCausalLM:
     """In float32: loaded from `init`, or of random weights drawn by torch's generator."""
+    check_fields(LongSpecConfig, draft.config, "recipe.draft.config")
     if draft.init is None:
-        known = [item.name for item in dataclasses.fields(LongSpecConfig) if item.init]
-        if unknown := [key for key in draft.config if key not in known]:
-            raise ValueError(f"recipe.draft.config: unknown key {unknown[0]!r}{suggestion(unknown[0], known)}")
         model = LongSpecForCausalLM(LongSpecConfig.from_target(target.config, **draft.config))
     else:
         model = LongSpecForCausalLM.from_pretrained(draft.init, dtype=torch.float32, **draft.config)
@@ -76,10 +74,15 @@ def with_lora(draft: LongSpecForCausalLM, fields: dict[str, Any]) -> Any:
     """The draft with a new adapter, which alone is trained."""
     from peft import LoraConfig, get_peft_model
 
-    known = [item.name for item in dataclasses.fields(LoraConfig) if item.init]
-    if unknown := [key for key in fields if key not in known]:
-        raise ValueError(f"recipe.draft.lora: unknown key {unknown[0]!r}{suggestion(unknown[0], known)}")
+    check_fields(LoraConfig, fields, "recipe.draft.lora")
     return get_peft_model(draft, LoraConfig(**fields))
+
+
+def check_fields(cls: type, values: Mapping[str, Any], where: str) -> None:
+    """Raises `ValueError` for a key that the dataclass `cls` has not."""
+    known = {item.name: item for item in dataclasses.fields(cls) if item.init}
+    if unknown := [key for key in values if key not in known]:
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}{suggestion(unknown[0], known)}")
 
 
 def positions_of(config: LongSpecConfig) -> int:

@@ -26,7 +26,21 @@ from .data.fields import convert, from_mapping, suggestion
 # `Trainer` would apply these to the draft alone; here they are about target, draft and loss (see `Distillation`).
 OURS = {"torch_compile": bool, "gradient_checkpointing": bool}
 # What may change between the parts of one run without changing its losses: fields of TrainingArguments that begin so.
-FREE = ("data", "disable", "eval", "greater", "hub", "load", "log", "metric", "output", "push", "report", "run", "save")
+FREE = (
+    "data",
+    "disable",
+    "eval",
+    "greater",
+    "hub",
+    "load",
+    "log",
+    "metric",
+    "output",
+    "push",
+    "report",
+    "run",
+    "save",
+)
 
 
 def _at_least(section: Any, least: float, *names: str) -> None:
@@ -140,7 +154,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Recipe:
-    """trainer: fields of transformers' `TrainingArguments`, and the two of `OURS`. `max_steps` says when it is done."""
+    """trainer: fields of transformers' `TrainingArguments`, and the two of `OURS`; `max_steps` must be among them."""
 
     target: Target
     data: DataSection
@@ -197,12 +211,12 @@ def check_trainer(values: Mapping[str, Any]) -> None:
     """Raises `ValueError` for a key that `TrainingArguments` has not, and for numbers that are none."""
     from transformers import TrainingArguments
 
-    known = {item.name for item in dataclasses.fields(TrainingArguments) if item.init} | set(OURS)
+    known = {item.name: item for item in dataclasses.fields(TrainingArguments) if item.init} | OURS
     hints = get_type_hints(TrainingArguments) | OURS
     for key, value in values.items():
         where = f"recipe.trainer.{key}"
         if key not in known:
-            raise ValueError(f"recipe.trainer: unknown key {key!r}{suggestion(key, sorted(known))}")
+            raise ValueError(f"recipe.trainer: unknown key {key!r}{suggestion(key, known)}")
         if hints[key] in (bool, int, float, str):
             convert(value, hints[key], where)
     if values.get("max_steps", 0) < 1:

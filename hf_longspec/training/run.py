@@ -94,8 +94,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     args = TrainingArguments(**(DEFAULTS | given | {"remove_unused_columns": False}))
     if args.n_gpu > 1:
         raise ValueError(
-            f"one process trains on one GPU, got {args.n_gpu}: start `accelerate launch -m hf_longspec.cli train ...`, "
-            "or set CUDA_VISIBLE_DEVICES"
+            f"one process trains on one GPU, got {args.n_gpu}: start `accelerate launch -m hf_longspec.cli train "
+            "RECIPE`, or set CUDA_VISIBLE_DEVICES"
         )
     return args
 

@@ -37,9 +37,7 @@ class AnchorOffset:
         moved: dict[str, Any] = {"number": number, **sample}
         if self.signal.offset:
             rng = np.random.default_rng([self.seed, number])
-            moved["positions"] = anchor_offset_positions(
-                sample["positions"], self.max_position, self.signal.sink, rng
-            )
+            moved["positions"] = anchor_offset_positions(sample["positions"], self.max_position, self.signal.sink, rng)
         return moved
 
 
@@ -48,7 +46,9 @@ class NumberedSamples(Dataset[NumberedSample]):
 
     def __init__(self, dataset: Any, count: int, move: AnchorOffset):
         if not len(dataset):
-            raise ValueError("the data hold not one sample of the wished length: expected more text, or shorter samples")
+            raise ValueError(
+                "the data hold not one sample of the wished length: expected more text, or shorter samples"
+            )
         self.dataset, self.count, self.move = dataset, count, move
 
     def __len__(self) -> int:
@@ -86,7 +86,7 @@ class NumberedStream(IterableDataset[NumberedSample]):
 
 @dataclass(frozen=True)
 class Collator:
-    """Samples to a batch, the arguments of `Distillation`. One lag a batch, drawn by the number of its first sample."""
+    """Samples to the arguments of `Distillation`; each batch has one lag, drawn by the number of its first sample."""
 
     max_lag: int
     seed: int

@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM
@@ -34,6 +34,8 @@ class DraftTrainer(Trainer):
 
     Raises `ValueError` if the draft does not fit the target, or if `held_out` is too small for the evaluation.
     """
+
+    control: TrainerControl
 
     def __init__(
         self,
@@ -55,7 +57,7 @@ class DraftTrainer(Trainer):
             recompute=recipe.recompute,
         )
         # Wrappers (DDP, FSDP, ZeRO, autocast, PEFT) act on a model's forward; no method, which autocast would rebind.
-        draft.forward = lambda **batch: distillation(**batch)  # type: ignore[method-assign]
+        draft.forward = lambda **batch: distillation(**batch)  # type: ignore[method-assign, assignment]
         model = draft if recipe.draft.lora is None else with_lora(draft, recipe.draft.lora)
         self.keep_checkpoints, args.save_total_limit = args.save_total_limit, None
         collator = Collator(recipe.signal.max_lag, args.seed)
@@ -131,7 +133,11 @@ class DraftTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if writes:
                 mark_complete(folder)
-        except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors have their own for a full disk
+        except (
+            OSError,
+            SafetensorError,
+            RuntimeError,
+        ) as error:  # a full disk, as torch, safetensors say it
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(
                 f"checkpoint {folder} could not be written ({reason}); the last whole one is {last_complete(run)}"
