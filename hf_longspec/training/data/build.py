@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from .mix import HeldOutSamples, MixedSamples
 from .report import SHOWN, SourceReport
 from .section import DataSection
+from .store import TokenStore
 from .stored import StoredSamples, pack_stores
-from .stream import StreamedSamples, sample_of, streamed
+from .stream import StreamedSamples, nothing_to_train_on, sample_of, streamed
 from .tokenized import stores_of
 
 
@@ -21,11 +22,11 @@ def build_datasets(
 ) -> tuple[MixedSamples | StreamedSamples, HeldOutSamples]:
     """Samples of `length` tokens: (train, held_out).
 
-    `train` is a map-style dataset (`len`, `[i]`, reads memory-mapped tokens only), or an endless
-    `IterableDataset` with `streaming`. It is already shuffled and mixed: run it in order, `train_sampling_strategy="sequential"`. Sample i of
-    epoch e is a function of (section, seed, e, i) alone, for any number of workers, so skipping resumes exactly.
-    `train.set_epoch(e)` chooses the epoch; accelerate's data loaders call it. An epoch has as many samples as the
-    sources hold; sources seen less often by their weight go on in the next epoch where they stopped.
+    `train` is a map-style dataset (`len`, `[i]`, reads memory-mapped tokens only), or an endless `IterableDataset`
+    with `streaming`. It is already shuffled and mixed: run it in order, `train_sampling_strategy="sequential"`.
+    Sample i of epoch e is a function of (section, seed, e, i) alone, for any number of workers, so skipping resumes
+    exactly. `train.set_epoch(e)` chooses the epoch; accelerate's data loaders call it. An epoch has as many samples as
+    the sources hold; sources seen less often by their weight go on in the next epoch where they stopped.
     Streams skip by reading, and are refused with more than one worker.
 
     `held_out` is map-style, in fixed order, the same for any seed; empty where nothing is held out.
@@ -44,9 +45,9 @@ def build_datasets(
         left_out: Counter[str] = Counter()
         stores = stores_of(source, section, tokenizer)
         sides = pack_stores(stores, source, section, length, left_out)
-        record = summarized(source.path, [store.summary for store in stores], left_out, sides)
+        record = summarized(source.path, stores, left_out, sides)
         if not len(sides[0]):
-            raise ValueError(f"{source.path}: nothing to train on in samples of {length} tokens: {record}")
+            raise ValueError(nothing_to_train_on(length, record))
         train.append(sides[0])
         held_out.append(sides[1])
         records.append(record)
@@ -70,14 +71,16 @@ def read_held_out(section: DataSection, tokenizer: PreTrainedTokenizerBase, leng
 
 def summarized(
     path: str,
-    stores: list[dict[str, Any]],
+    stores: list[TokenStore],
     left_out: Counter[str],
     sides: tuple[StoredSamples, StoredSamples],
 ) -> dict[str, Any]:
     """What became of a source: the counts of reading (which old packed folders have not), and of packing."""
-    record: dict[str, Any] = {"path": path}
-    record |= {name: sum(store.get(name, 0) for store in stores) for name in ("rows", "documents", "tokens", "bad")}
-    record["bad_rows"] = [row for store in stores for row in store.get("bad_rows", ())][:SHOWN]
-    total = sum((Counter(store.get("left_out", {})) for store in stores), left_out)
+    read = [store.summary for store in stores]
+    record: dict[str, Any] = {"path": path, "documents": sum(len(store.names) for store in stores)}
+    record["tokens"] = sum(len(store.tokens) for store in stores)
+    record |= {name: sum(store.get(name, 0) for store in read) for name in ("rows", "bad")}
+    record["bad_rows"] = [row for store in read for row in store.get("bad_rows", ())][:SHOWN]
+    total = sum((Counter(store.get("left_out", {})) for store in read), left_out)
     train, held_out = sides
     return record | {"left_out": dict(total), "samples": len(train), "held_out_samples": len(held_out)}

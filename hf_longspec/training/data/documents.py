@@ -21,7 +21,7 @@ from .files import find_files, name_of, text_rows
 from .report import SourceReport
 from .rows import JSON_SUFFIXES, Row, hub_rows, json_rows, parquet_rows
 from .section import DataSection, HeldOut, Source
-from .split import is_held_out_package, is_named
+from .split import is_held_out_package, is_named, package_of
 from .store import Document
 from .stored import numbered_documents, open_stores
 
@@ -62,7 +62,7 @@ def encoded(
     rows = unique(contents(islice(read_rows(source, section, report), source.limit), source, report), report)
     if source.kind == "chat":
         return chats(rows, source, tokenizer, report)
-    return texts(rows, section, tokenizer)
+    return texts(rows, source, section, tokenizer)
 
 
 def read_rows(source: Source, section: DataSection, report: SourceReport) -> Iterator[Row]:
@@ -119,11 +119,17 @@ def unique(rows: Iterable[Row], report: SourceReport) -> Iterator[Row]:
         yield row
 
 
-def texts(rows: Iterator[Row], section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
-    separator = separator_id(section, tokenizer)
+def texts(
+    rows: Iterator[Row], source: Source, section: DataSection, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Document]:
+    separator, package = separator_id(section, tokenizer), None
     while batch := list(islice(rows, BATCH)):
         encoded = tokenizer([row.value for row in batch], verbose=False)["input_ids"]
         for row, ids in zip(batch, encoded, strict=True):
+            if source.document == "package":
+                before, package = package, (comes_first(row.name, source, section.held_out), package_of(row.name))
+                if package == before and ids[0] == tokenizer.bos_token_id:
+                    ids = ids[1:]  # within a document
             ends = ids and ids[-1] == separator  # some tokenizers write it themselves
             yield Document(row.name, np.array(ids if ends else [*ids, separator], dtype=np.uint32))
 

@@ -33,6 +33,12 @@ class SourceReport:
             self.bad_rows.append(f"{name}: {reason}")
         self._judge(max(self.rows, FEWEST_ROWS))
 
+    def held_out(self, tokens: int) -> None:
+        """A document that was counted, and is left out after all."""
+        self.documents -= 1
+        self.tokens -= tokens
+        self.left_out["held out"] += 1
+
     def finish(self) -> None:
         """At the end of the source. Raises `ValueError` if it held too many bad rows, or none at all."""
         if not self.rows:

@@ -24,7 +24,7 @@ from .section import Source
 
 JSON_SUFFIXES = tuple(name + packed for name in (".jsonl", ".json") for packed in ("", ".gz", ".xz", ".bz2"))
 BROKEN = (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException)
-FAILED = (DatasetsError, UnicodeDecodeError)  # the network's failures are of OSError
+FAILED = (DatasetsError, ValueError, *BROKEN)  # the network's failures are of OSError
 
 
 class Row(NamedTuple):
@@ -42,7 +42,7 @@ def json_rows(file: Path, name: str, source: Source, report: SourceReport) -> It
                     continue
                 report.rows += 1
                 try:
-                    value = json.loads(line.decode("utf-8"))
+                    value = json.loads(line.decode("utf-8").strip())
                 except json.JSONDecodeError as error:
                     report.bad_row(f"{name}:{number}", f"no JSON: {error.msg} at column {error.colno}")
                     continue
@@ -53,7 +53,7 @@ def json_rows(file: Path, name: str, source: Source, report: SourceReport) -> It
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: broken file: line {number} is not UTF-8 (byte {error.start})") from None
     except BROKEN as error:
-        raise ValueError(f"{file}: broken file, behind line {number}: {first_line(error)}") from None
+        raise ValueError(f"{file}: broken file, behind line {number}: {one_line(error)}") from None
 
 
 def parquet_rows(file: Path, name: str, source: Source, report: SourceReport) -> Iterator[Row]:
@@ -70,7 +70,7 @@ def parquet_rows(file: Path, name: str, source: Source, report: SourceReport) ->
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: broken file: not UTF-8 behind row {number} (byte {error.start})") from None
     except BROKEN as error:
-        raise ValueError(f"{file}: broken file: {first_line(error)}") from None
+        raise ValueError(f"{file}: broken file: {one_line(error)}") from None
 
 
 def hub_rows(source: Source, report: SourceReport, streaming: bool) -> Iterator[Row]:
@@ -83,18 +83,21 @@ def hub_rows(source: Source, report: SourceReport, streaming: bool) -> Iterator[
     try:
         for number, value in enumerate(data):
             report.rows += 1
-            yield Row(f"{source.path}[{source.split}]:{number}", value)
-    except (*FAILED, *BROKEN) as error:
-        raise ValueError(f"{source.path}: cannot be read behind row {number}: {first_line(root(error))}") from None
+            yield Row(f"{source.split}:{number}", value)
+    except FAILED as error:
+        raise ValueError(f"{source.path}: cannot be read behind row {number}: {one_line(root(error))}") from None
 
 
 def load_hub(source: Source, streaming: bool) -> Any:
-    """The split of a dataset. Raises `ValueError` for one that does not exist or cannot be reached."""
+    """The split of a dataset; `datasets` logs which of its files is broken.
+
+    Raises `ValueError` for one that does not exist or cannot be reached.
+    """
     options: dict[str, Any] = {"split": source.split, "revision": source.revision, "streaming": streaming}
     try:
         data = load_dataset(source.path, source.config, **options)
-    except (ValueError, *FAILED, *BROKEN) as error:
-        raise ValueError(f"{source.path}: cannot be loaded: {first_line(root(error))}") from None
+    except FAILED as error:
+        raise ValueError(f"{source.path}: cannot be loaded: {one_line(root(error))}") from None
     assert not isinstance(data, (DatasetDict, IterableDatasetDict)), "a split was named"
     return data
 
@@ -116,6 +119,5 @@ def root(error: BaseException) -> BaseException:
     return error
 
 
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def one_line(error: BaseException, longest: int = 300) -> str:
+    return " ".join(str(error).split())[:longest] or type(error).__name__

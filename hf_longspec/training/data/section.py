@@ -24,7 +24,8 @@ class Source:
         (`role`/`content`, or `from`/`value`), or a string, the user's turn, answered by the column `answer_field`.
     loss: which tokens are learned: `all`, or the `assistant`'s turns (chats only).
     document: `row` (a row, or file, is a document), or `package`: the files of one top-level folder, in path order,
-        are one document, which is how code gives long contexts. Files end with the separator either way.
+        are one document, which is how code gives long contexts. Files end with the separator either way; a BOS, where
+        the tokenizer writes one, begins a document.
     weight: this source's share of the samples, in proportion to the other weights; `None` for all: by size.
     config, split, revision: of a dataset on the Hub.
     suffixes: names of `text` files end with one of these.

@@ -1,8 +1,8 @@
 """Tokenized documents on disk: one memory-mapped array, so that a dataset costs no memory and starts at once.
 
 A folder holds `tokens.npy` (N,) of the smallest unsigned type that holds the vocabulary, `offsets.npy`
-(documents + 1,) and `names.json`; `loss_mask.npy` (N,) where not all tokens are learned; `summary.json` says where they are from.
-`tokens.npy.xz` does in place of `tokens.npy`: it is unpacked when it is first opened.
+(documents + 1,) and `names.json`; `loss_mask.npy` (N,) where not all tokens are learned; `summary.json` says where
+they are from. `tokens.npy.xz` does in place of `tokens.npy`: it is unpacked when it is first opened.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -130,15 +130,17 @@ class StoreWriter:
         self.names.append(document.name)
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        for array in (self._tokens, self._mask):
-            if array is not None:
-                array.close(whole=error is None)
-        if error is None:
-            np.save(self.unfinished / "offsets.npy", np.cumsum([0, *self.lengths], dtype=np.int64))
-            (self.unfinished / "names.json").write_text(json.dumps(self.names), encoding="utf-8")
-            (self.unfinished / "summary.json").write_text(json.dumps(self.summary, indent=1), encoding="utf-8")
-            publish(self.unfinished, self.folder)
-        shutil.rmtree(self.unfinished, ignore_errors=True)
+        try:
+            for array in (self._tokens, self._mask):
+                if array is not None:
+                    array.close(whole=error is None)
+            if error is None:
+                np.save(self.unfinished / "offsets.npy", np.cumsum([0, *self.lengths], dtype=np.int64))
+                (self.unfinished / "names.json").write_text(json.dumps(self.names), encoding="utf-8")
+                (self.unfinished / "summary.json").write_text(json.dumps(self.summary, indent=1), encoding="utf-8")
+                publish(self.unfinished, self.folder)
+        finally:
+            shutil.rmtree(self.unfinished, ignore_errors=True)
 
 
 def publish(unfinished: Path, folder: Path) -> None:
@@ -158,12 +160,15 @@ class ArrayWriter:
     """A one-dimensional `.npy` that grows: numpy leaves room in the header for the length, which is written last."""
 
     def __init__(self, path: Path, dtype: np.dtype):
-        self.dtype, self.length = dtype, 0
+        self.path, self.dtype, self.length = path, dtype, 0
         self.file: BinaryIO = open(path, "wb")  # noqa: SIM115 (closed by `close`)
         self._header()
 
     def append(self, values: np.ndarray) -> None:
-        self.file.write(np.ascontiguousarray(values, dtype=self.dtype).tobytes())
+        try:
+            self.file.write(np.ascontiguousarray(values, dtype=self.dtype).tobytes())
+        except OSError as error:
+            self._refuse(error)
         self.length += len(values)
 
     def close(self, whole: bool) -> None:
@@ -171,11 +176,17 @@ class ArrayWriter:
             with suppress(OSError):  # what went wrong is known already; a full disk fails here once more
                 self.file.close()
             return
-        start = self.file.tell()
-        self.file.seek(0)
-        self._header()
-        assert self.file.tell() == start - self.length * self.dtype.itemsize, "the header has changed its size"
-        self.file.close()
+        end = self.file.tell()
+        try:
+            self.file.seek(0)
+            self._header()
+            assert self.file.tell() == end - self.length * self.dtype.itemsize, "the header has changed its size"
+            self.file.close()
+        except OSError as error:  # a full disk is often noticed only here
+            self._refuse(error)
+
+    def _refuse(self, error: OSError) -> NoReturn:
+        raise ValueError(f"{self.path}: cannot be written: {error.strerror}") from None
 
     def _header(self) -> None:
         fields = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.length,)}

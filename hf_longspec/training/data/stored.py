@@ -120,9 +120,8 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 def token_folders(root: Path) -> list[Path]:
     """`root` if it holds tokens; else the folders below it that do, in path order. Raises `ValueError` for none."""
     found = {file.parent for file in root.rglob("tokens.npy*") if file.name in ("tokens.npy", "tokens.npy.xz")}
-    finished = sorted(
-        folder for folder in found if not any(part.startswith(".") for part in folder.relative_to(root).parts)
-    )
+    hidden = {folder for folder in found if any(part.startswith(".") for part in folder.relative_to(root).parts)}
+    finished = sorted(found - hidden)  # hidden ones are being written
     if not finished:
         raise ValueError(f"{root}: expected a folder with tokens.npy, or folders of such below it")
     return finished

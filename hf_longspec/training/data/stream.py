@@ -40,6 +40,11 @@ class StreamedSamples(IterableDataset[Sample]):
         """Counts of what this process has read in its latest pass over each source."""
         return {"sources": [report.as_dict() for report in self.reports]}
 
+    def set_epoch(self, epoch: int) -> None:
+        """A stream is one epoch without an end; who asks for another has lost its place."""
+        if epoch:
+            raise ValueError(f"a stream has one endless epoch, got epoch {epoch}")
+
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
@@ -54,14 +59,15 @@ class StreamedSamples(IterableDataset[Sample]):
     def _endless(self, number: int) -> Iterator[Sample]:
         turn = 0
         while True:
-            self.reports[number] = SourceReport(self.section.sources[number].path, self.section.max_bad_share)
+            report = SourceReport(self.section.sources[number].path, self.section.max_bad_share)
             random, any_sample = np.random.RandomState([self.seed, number, turn]), False
-            samples = streamed(self.section, number, self.tokenizer, self.length, False, self.reports[number])
+            samples = streamed(self.section, number, self.tokenizer, self.length, False, report)
+            self.reports[number] = report
             for pieces in shuffled(samples, self.section.shuffle_buffer, random):
                 any_sample = True
                 yield sample_of(pieces, self.length)
             if not any_sample:
-                raise ValueError(f"{self.section.sources[number].path}: nothing to train on: {self.summary}")
+                raise ValueError(nothing_to_train_on(self.length, report.as_dict()))
             turn += 1
 
 
@@ -91,6 +97,10 @@ def one_side(
         files = [document for _, document in group]
         if held == held_out:
             yield files[0] if len(files) == 1 else joined(files)
+
+
+def nothing_to_train_on(length: int, record: dict[str, Any]) -> str:
+    return f"{record['path']}: nothing to train on in samples of {length} tokens: {record}"
 
 
 def joined(files: list[Document]) -> Document:

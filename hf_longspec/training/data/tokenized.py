@@ -19,23 +19,39 @@ from .files import find_files, name_of
 from .report import SourceReport
 from .rows import JSON_SUFFIXES, load_hub
 from .section import DataSection, Source
+from .split import is_held_out
 from .store import StoreWriter, TokenStore
 from .stored import open_stores, vocabulary_size
 
 FORMAT = 1  # to be raised when the same source would give other tokens
 
 
-def write_store(folder: Path, source: Source, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> TokenStore:
-    """Tokenizes a source into `folder`, which appears when it is whole, with a progress bar."""
+def write_store(
+    folder: Path,
+    source: Source,
+    section: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    with_held_out: bool = True,
+) -> TokenStore:
+    """Tokenizes a source into `folder`, which appears when it is whole, with a progress bar.
+
+    `with_held_out=False` leaves out, and counts, what the section holds out.
+    """
     report = SourceReport(source.path, section.max_bad_share)
-    masked = source.loss == "assistant"
-    with StoreWriter(folder, vocabulary_size(tokenizer), masked) as writer:
+    with StoreWriter(folder, vocabulary_size(tokenizer), masked=source.loss == "assistant") as writer:
         documents = read_documents(source, section, tokenizer, report)
         for document in tqdm(documents, unit=" documents", desc=source.path, mininterval=1, dynamic_ncols=True):
-            writer.add(document)
-        origin = {"tokenizer": tokenizer.name_or_path, "vocabulary_sha256": vocabulary_sha256(tokenizer)}
-        writer.summary = report.as_dict() | origin
+            if with_held_out or not is_held_out(document, source, section.held_out):
+                writer.add(document)
+            else:
+                report.held_out(len(document.ids))
+        writer.summary = report.as_dict() | origin(tokenizer)
     return TokenStore.load(folder)
+
+
+def origin(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What a store's summary says of its tokens, so that `open_stores` can refuse another target's."""
+    return {"tokenizer": tokenizer.name_or_path, "vocabulary_sha256": vocabulary_sha256(tokenizer)}
 
 
 def stores_of(source: Source, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> list[TokenStore]:
