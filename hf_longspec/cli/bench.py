@@ -96,6 +96,7 @@ def latency(
     prefill: Annotated[bool, typer.Option("--prefill", help="Read prompts too: seconds and peak memory.")] = False,
     backend: Backend = "auto",
     compile_target: Compile = False,
+    draft_vocab: Annotated[int | None, typer.Option(min=1, help="Tokens the draft guesses among.  [all]")] = None,
     dtype: RandomFormat = Dtype.auto,
     plot: Plot = None,
 ) -> None:
@@ -116,6 +117,7 @@ def latency(
     options["verify_tokens"] = max(verify_tokens)  # of the calls that read prompts
     try:
         target, draft = shapes.random_pair(shape, device, number_format, 2 * max(contexts), **options)
+        draft.set_draft_vocab(None if draft_vocab is None else range(draft_vocab))
         pair = steps.Bench(target, draft, speed, rounds)
         results = []
         for context in contexts:
@@ -135,6 +137,7 @@ def latency(
         "verify_tokens": list(verify_tokens),
     }
     setting |= {"dtype": str(number_format), "backend": backend, "compile_target": compile_target}
+    setting["draft_vocab"] = draft_vocab
     setting["speed"] = speed._asdict()
     setting |= {"weights_bytes": shapes.read_bytes(target), "contexts": [result.as_dict() for result in results]}
     setting |= {"prefill": [asdict(row) for row in read]}
