@@ -155,7 +155,7 @@ def test_latency_on_a_gpu():
     result = bench.measure(1000, (8,), static=False)
     steps = {step.name: step for step in result.steps}
     for name in ("one token", "round"):
-        assert 0 < steps[name].host < steps[name].milliseconds
+        assert steps[name].host < steps[name].milliseconds  # of two calls: below zero where they differ by more
     assert result.peak_bytes > result.cache_bytes
     # the phases are one line of time: they come to a round, but for what the host does between them
     assert sum(steps["round"].phases.values()) < 2 * steps["round"].milliseconds

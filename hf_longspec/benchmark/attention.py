@@ -5,7 +5,8 @@ Knows the backends, and transformers' and FlashAttention's own functions beside 
 
 from __future__ import annotations
 
-import importlib.util
+import functools
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..modeling.attention_longspec import Nodes, Prefix, Spans, attend
-from ..modeling.backends_longspec import Backend, resolve_backend
+from ..modeling.backends_longspec import Backend, Demand, flash_3_misfit, installed_flash_3, resolve_backend
 from ..modeling.cache_layers_longspec import BUCKET
 from ..modeling.configuration_longspec import ATTENTION_BACKENDS
 from ..modeling.tree_longspec import ancestor_mask
@@ -27,7 +28,6 @@ ROTATION = 2**28
 LAYERS = 64  # at most so many of them
 CALLS = 8  # at least so many are timed together
 CHILDREN = 4  # of each node of the trees
-FLASH_3 = ("flash_attn_interface", "fa3_fwd_interface")
 WITHOUT_MASK = "FA3, no mask"
 
 Call = Callable[[], Tensor]
@@ -159,14 +159,15 @@ def with_flash_3(function: Callable[..., Tensor], layers: list[Layer]) -> list[C
     return [prepared(layer) for layer in layers]
 
 
-def flash_3(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+def flash_3(demand: Demand) -> Callable[..., Tensor] | None:
     """`flash_attn_with_kvcache` of FlashAttention-3, if one of its packages is installed and can run."""
-    fits = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    installed = [module for module in FLASH_3 if importlib.util.find_spec(module) is not None]
-    return importlib.import_module(installed[0]).flash_attn_with_kvcache if fits and installed else None
+    module = None if flash_3_misfit(demand) else installed_flash_3()
+    return None if module is None else importlib.import_module(module).flash_attn_with_kvcache
 
 
-def choose(names: Sequence[str], device: torch.device, heads: Heads) -> tuple[list[Backend], dict[str, str]]:
+def choose(
+    names: Sequence[str], device: torch.device, dtype: torch.dtype, heads: Heads
+) -> tuple[list[Backend], dict[str, str]]:
     """The backends of these names; of no names, all that can run here, and of the rest the reason why they cannot.
 
     Raises `ValueError` or `ImportError` where one asked for by name cannot.
@@ -177,12 +178,37 @@ def choose(names: Sequence[str], device: torch.device, heads: Heads) -> tuple[li
     found, missing = [], {}
     for name in names or known:
         try:
-            found.append(resolve_backend(name, device, heads.dim, None))
+            found.append(resolve_backend(name, Demand(device, dtype, heads.dim, None)))
         except (ValueError, ImportError) as error:
             if names:
                 raise
             missing[name] = str(error)
     return found, missing
+
+
+def tuned(sizes: Sequence[Sequence[int]], device: torch.device, dtype: torch.dtype, heads: Heads) -> list[Backend]:
+    """The fused kernel with tiles of these sizes, each the five numbers of `Tiles`.
+
+    Raises `ValueError` for others, and where the device has too little shared memory for them.
+    """
+    demand = Demand(device, dtype, heads.dim, None)
+    backend = resolve_backend("triton", demand)
+    from ..modeling.triton_blocks_longspec import shared_bytes
+    from ..modeling.triton_longspec import Tiles, triton_attention
+
+    found = []
+    for numbers in sizes:
+        if len(numbers) != len(Tiles._fields) or any(number & (number - 1) for number in numbers[:3]):
+            raise ValueError(
+                f"expected tiles as {','.join(Tiles._fields)}, the first three powers of two, got {numbers}"
+            )
+        tiles = Tiles(*numbers)
+        needed = tiles.bytes(1 << (heads.dim - 1).bit_length(), dtype.itemsize)
+        if needed > shared_bytes(device):
+            raise ValueError(f"tiles {numbers} need {needed} bytes of shared memory, got {shared_bytes(device)}")
+        attention = functools.partial(triton_attention, tiles=tiles)
+        found.append(backend._replace(name="x".join(map(str, numbers)), attention=attention))
+    return found
 
 
 def measure(
@@ -207,7 +233,7 @@ def measure(
 
     results = [timed(backend.name, with_backend(backend, layers)) for backend in backends]
     results.append(timed("sdpa, mask", with_sdpa(layers)))
-    if (function := flash_3(device, dtype)) is not None:
+    if (function := flash_3(Demand(device, dtype, heads.dim, None))) is not None:
         results.append(timed(WITHOUT_MASK, with_flash_3(function, layers)))
     operations = 4 * heads.query * nodes * (context + nodes) * heads.dim
     return Case(context, nodes, speed.floor(size), speed.floor(0, operations), results)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
+
+from .engines import attending_by
 
 CHUNK = 8192
 NEW_TOKENS = 8  # so that rounds, and graphs, are in the peak
@@ -25,25 +30,36 @@ class Prefill:
 
 
 def measure(target: PreTrainedModel, draft: Any, context: int) -> Iterator[Prefill]:
-    """Random prompts of `context` tokens, read by plain `generate` and by ours, at once and in chunks."""
+    """Random prompts of `context` tokens, read by plain `generate` and by ours, at once and in chunks.
+
+    By the target's own attention, and by FlashAttention-2 where that is installed: in chunks, others want a mask.
+    """
     ids = torch.randint(1, target.config.vocab_size, (1, context), device=target.device)
+    flash = target.device.type == "cuda" and is_flash_attn_2_available()
+    for attention in (None, "flash_attention_2") if flash else (None,):
+        with attending_by(target, attention) if attention else nullcontext():
+            for name, assistant in (("generate", None), ("LongSpec", draft)):
+                for chunk in (None, CHUNK):
+                    told = [name, attention, f"chunks of {chunk:,}" if chunk else None]
+                    seconds, peak = read(target, assistant, ids, chunk)
+                    yield Prefill(", ".join(part for part in told if part), context, seconds, peak)
+
+
+def read(target: PreTrainedModel, assistant: Any, ids: Tensor, chunk: int | None) -> tuple[float, int]:
+    """Seconds and peak bytes of one call."""
     on_gpu = target.device.type == "cuda"
-    for name, assistant in (("generate", None), ("LongSpec", draft)):
-        for chunk in (None, CHUNK):
-            if on_gpu:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            began = time.perf_counter()
-            target.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                assistant_model=assistant,
-                prefill_chunk_size=chunk,
-                max_new_tokens=NEW_TOKENS,
-                do_sample=False,
-            )
-            if on_gpu:
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - began
-            peak = torch.cuda.max_memory_allocated() if on_gpu else 0
-            yield Prefill(name + (f", chunks of {chunk:,}" if chunk else ""), context, seconds, peak)
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    target.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        assistant_model=assistant,
+        prefill_chunk_size=chunk,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+    )
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began, torch.cuda.max_memory_allocated() if on_gpu else 0
