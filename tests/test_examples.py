@@ -13,7 +13,8 @@ from hf_longspec.demo.weights import smollm2_folder
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
-EXAMPLES = sorted(file.stem for file in (ROOT / "examples").glob("*.py") if file.stem != "pair")
+PARTS = ("pair", "tiny_target")  # of examples
+EXAMPLES = sorted(file.stem for file in (ROOT / "examples").glob("*.py") if file.stem not in PARTS)
 
 
 def run(name, *arguments):
@@ -63,9 +64,13 @@ def test_summaries_in_a_batch_are_those_of_plain_generate(tmp_path):
     assert "3 of 3 texts are the same" in printed
 
 
-def test_a_draft_without_its_target_is_refused():
-    with pytest.raises(AssertionError, match="expected --target and --draft together"):
-        run("quickstart", "--draft", "some/draft")
+def test_a_draft_that_is_trained(tmp_path):
+    """On the default target and text, for a few steps only."""
+    printed = run("train_your_own", "--out", tmp_path, "--target-seconds", 4, "--steps", 12, "--batch", 4)
+    found = re.findall(r"^(\w+) draft: ([\d.]+) tokens a forward, the same text", printed, re.M)
+    assert [name for name, _ in found] == ["untrained", "trained"], printed
+    assert float(found[1][1]) > float(found[0][1])
+    assert (tmp_path / "run" / "draft" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -75,4 +80,11 @@ def test_help(name, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="^0$"):
         runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
     printed = capsys.readouterr().out
-    assert f"python examples/{name}.py" in printed and "--target" in printed and "--draft" in printed
+    assert f"python examples/{name}.py" in printed and "--target" in printed
+
+
+def test_a_draft_without_its_target_is_refused(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--draft", "some/draft"])
+    with pytest.raises(SystemExit, match="expected --target and --draft together"):
+        runpy.run_path(str(ROOT / "examples" / "quickstart.py"), run_name="__main__")
