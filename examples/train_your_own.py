@@ -64,9 +64,10 @@ def main() -> None:
             "per_device_train_batch_size": given.batch,
             "learning_rate": 3e-3,
             "lr_scheduler_type": "cosine",
+            "logging_steps": max(given.steps // 40, 1),
             "eval_strategy": "steps",
-            "eval_steps": max(given.steps // 2, 1),
-            "save_steps": max(given.steps // 2, 1),
+            "eval_steps": max(given.steps // 4, 1),
+            "save_steps": max(given.steps // 4, 1),
         },
     }
     file = given.out / "recipe.yaml"
