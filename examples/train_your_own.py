@@ -29,6 +29,32 @@ PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "unittest")  # o
 PROMPT = "def read(self, size=-1):\n    "
 
 
+def recipe_for(target: str, texts: list[Path], out: Path, steps: int, batch: int) -> dict[str, Any]:
+    """What a YAML file of `hf-longspec train` holds."""
+    return {
+        "target": {"name": target},
+        "draft": {"config": {"window": 64, "tree_shape": [4, 4, 4, 4]}},
+        "data": {
+            "sources": [{"path": str(text), "format": "text", "suffixes": [".py"]} for text in texts],
+            "held_out": {"share": 0.1},
+            "cache": str(out / "tokens"),
+        },
+        "signal": {"length": 256, "max_lag": 4},
+        "evaluation": {"contexts": [256, 1024], "prompts": 4, "max_new_tokens": 64},
+        "trainer": {
+            "output_dir": str(out / "run"),
+            "max_steps": steps,
+            "per_device_train_batch_size": batch,
+            "learning_rate": 3e-3,
+            "lr_scheduler_type": "cosine",
+            "logging_steps": max(steps // 40, 1),
+            "eval_strategy": "steps",
+            "eval_steps": max(steps // 4, 1),
+            "save_steps": max(steps // 4, 1),
+        },
+    }
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--out", type=Path, required=True, help="folder of the run; a second call goes on with it")
@@ -48,28 +74,7 @@ def main() -> None:
         code = "".join(file.read_text(encoding="utf-8") for file in files)
         make_target(Path(target_name), code, given.target_seconds)
 
-    recipe = {
-        "target": {"name": target_name},
-        "draft": {"config": {"window": 64, "tree_shape": [4, 4, 4, 4]}},
-        "data": {
-            "sources": [{"path": str(text), "format": "text", "suffixes": [".py"]} for text in texts],
-            "held_out": {"share": 0.1},
-            "cache": str(given.out / "tokens"),
-        },
-        "signal": {"length": 256, "max_lag": 4},
-        "evaluation": {"contexts": [256, 1024], "prompts": 4, "max_new_tokens": 64},
-        "trainer": {
-            "output_dir": str(given.out / "run"),
-            "max_steps": given.steps,
-            "per_device_train_batch_size": given.batch,
-            "learning_rate": 3e-3,
-            "lr_scheduler_type": "cosine",
-            "logging_steps": max(given.steps // 40, 1),
-            "eval_strategy": "steps",
-            "eval_steps": max(given.steps // 4, 1),
-            "save_steps": max(given.steps // 4, 1),
-        },
-    }
+    recipe = recipe_for(target_name, texts, given.out, given.steps, given.batch)
     file = given.out / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     subprocess.run([sys.executable, "-m", "hf_longspec.cli", "train", str(file)], check=True)

@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+import yaml
 from helpers import tiny_draft, tiny_target
 from tiny_folders import tiny_folders
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 from typer.testing import CliRunner
 
 from hf_longspec import LongSpecConfig, LongSpecForCausalLM, cli
+from hf_longspec.hub.card import About
 from hf_longspec.modeling.target_longspec import check_fit
+from hf_longspec.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -29,6 +32,10 @@ QWEN = {  # what tells the shape of Qwen2.5-Coder-0.5B from SmolLM2's
     "num_key_value_heads": 2,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
 }
+
+
+def guide(name: str) -> str:
+    return (DOCS / f"{name}.md").read_text(encoding="utf-8")
 
 
 def words(text: str) -> str:
@@ -100,7 +107,7 @@ ON_A_CPU = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_quoted_errors_are_what_is_said(mistake):
-    assert words(MISTAKES[mistake]()) in words((DOCS / "TROUBLESHOOTING.md").read_text(encoding="utf-8"))
+    assert words(MISTAKES[mistake]()) in words(guide("TROUBLESHOOTING"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -108,7 +115,7 @@ def test_quoted_errors_are_what_is_said(mistake):
 def test_quoted_errors_of_a_cpu(mistake, monkeypatch):
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    assert words(ON_A_CPU[mistake]()) in words((DOCS / "TROUBLESHOOTING.md").read_text(encoding="utf-8"))
+    assert words(ON_A_CPU[mistake]()) in words(guide("TROUBLESHOOTING"))
 
 
 def test_quoted_errors_of_the_command(tmp_path):
@@ -119,19 +126,20 @@ def test_quoted_errors_of_the_command(tmp_path):
         {"tree": "4,x"},
         {"prompt_file": "missing.txt"},
     ]
-    guide = words((DOCS / "TROUBLESHOOTING.md").read_text(encoding="utf-8"))
     for mistake in mistakes:
         given = {"target": folders / "target", "draft": folders / "draft", "prompt_file": folders / "prompt.txt"}
         flags = [[f"--{name.replace('_', '-')}", str(value)] for name, value in (given | mistake).items()]
         result = CliRunner().invoke(cli.app, ["generate", *sum(flags, [])])
         line = [line for line in result.stderr.splitlines() if line.strip()][-1]
-        assert result.exit_code == 2 and words(line.replace(f"{folders}/target", "DRAFT")) in guide, line
+        assert result.exit_code == 2 and words(line.replace(f"{folders}/target", "DRAFT")) in words(
+            guide("TROUBLESHOOTING")
+        ), line
 
 
 def test_quoted_error_of_a_draft_without_tokenizer(tmp_path):
     folders = tiny_folders(tmp_path)
     error = said(pipeline, "text-generation", model=str(folders / "target"), assistant_model=str(folders / "draft"))
-    assert error.splitlines()[0].strip() in (DOCS / "TROUBLESHOOTING.md").read_text(encoding="utf-8")
+    assert error.splitlines()[0].strip() in guide("TROUBLESHOOTING")
 
 
 def test_quoted_error_of_the_demo(tmp_path, monkeypatch):
@@ -140,7 +148,77 @@ def test_quoted_error_of_the_demo(tmp_path, monkeypatch):
     result = CliRunner().invoke(cli.app, ["demo"])
     assert result.exit_code == 1
     line = result.stderr.strip().splitlines()[-1]
-    assert line.split(": ERROR")[0] in (DOCS / "TROUBLESHOOTING.md").read_text(encoding="utf-8"), line
+    assert line.split(": ERROR")[0] in guide("TROUBLESHOOTING"), line
+
+
+def code_block(page: str, language: str) -> str:
+    """The first block of a guide in this language."""
+    return re.search(rf"^```{language}\n(.*?)^```", guide(page), re.M | re.S)[1]
+
+
+def test_the_card_in_the_guide_is_complete(tmp_path):
+    (tmp_path / "card.json").write_text(code_block("PUBLISH", "json"), encoding="utf-8")
+    assert About.load(tmp_path / "card.json").base_model == "me/my-model"
+
+
+def test_the_recipe_in_the_guide_is_one():
+    recipe = Recipe.from_dict(yaml.safe_load(code_block("TRAIN", "yaml")))
+    assert recipe.evaluates and len(recipe.draft.config["tree_shape"]) <= recipe.signal.max_lag
+
+
+def command_says(*arguments: str) -> list[str]:
+    """What the command is refused with, in lines."""
+    result = CliRunner().invoke(cli.app, list(map(str, arguments)))
+    assert result.exit_code in (1, 2), result.output
+    return [words(line) for line in result.stderr.splitlines() if line.startswith("hf-longspec: ")]
+
+
+def test_quoted_errors_of_training(tmp_path, monkeypatch):
+    """On the recipe that examples/train_your_own.py writes, and its target."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from tiny_target import make_target
+    from train_your_own import recipe_for
+
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(20):
+        (text / f"{number}.py").write_text(f"def f{number}(x):\n    return x + {number}\n" * 12)
+    run = Path("my_run")
+    make_target(run / "target", (text / "0.py").read_text(), seconds=0)
+    asked = recipe_for(str(run / "target"), [text], run, steps=1, batch=1)
+
+    def trained(*options, **changes):
+        recipe = asked | {"trainer": asked["trainer"] | changes}
+        (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        return ["train", str(run / "recipe.yaml"), *options]
+
+    said = [
+        *command_says(*trained(max_step=5)),
+        *command_says(*trained()),
+        *command_says(*trained("--set", "signal.length=4096")),
+    ]
+    off = ["--set", "trainer.eval_strategy=no"]
+    assert CliRunner().invoke(cli.app, trained(*off)).exit_code == 0
+    said += command_says(*trained(*off, learning_rate=0.1))
+    assert len(said) == 4
+    for line in said:
+        assert line in words(guide("TRAIN")), line
+
+
+def test_quoted_errors_of_publishing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.HfApi.token", None, raising=False)
+    folders, draft = tiny_folders(tmp_path), Path("runs/mine/draft")
+    LongSpecForCausalLM.from_pretrained(folders / "draft").save_pretrained(draft)
+    said = command_says("push", draft, "me/mine", "--dry-run")
+    said += command_says("export", "--draft", draft, "--target", folders / "target", "--out", "ready")
+    assert len(said) == 4
+    card = tmp_path / "card.json"
+    card.write_text(code_block("PUBLISH", "json"), encoding="utf-8")
+    said += command_says("export", "--draft", draft, "--target", folders / "target", "--out", "ready", "--card", card)
+    for line in said:
+        assert line in words(guide("PUBLISH")), line
 
 
 def commands() -> list[tuple[str, str]]:
