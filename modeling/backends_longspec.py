@@ -3,70 +3,82 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from .attention_longspec import Nodes, Prefix, PrefixAttention, eager_prefix, merged_attention
 from .torch_flash_longspec import torch_prefix
 
 Attention = Callable[[Tensor, Prefix, Nodes | None, float, float | None, Tensor | None], Tensor]
+FLASH_3 = ("flash_attn_interface", "fa3_fwd_interface")  # the package's own module, and that of the wheel fa3-fwd
+
+
+class Demand(NamedTuple):
+    """What a call asks of a backend: where and in which format, the layers' head dimension and soft-cap."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    softcap: float | None
 
 
 class Backend(NamedTuple):
-    """A way to attend: `prefix` as `eager_prefix`, `attention` as `merged_attention`."""
+    """A way to attend: `prefix` as `eager_prefix`, `attention` as `merged_attention`.
+
+    fused: whether Triton runs here, so that the draft's choice of a tree's nodes may be a kernel of ours too.
+    """
 
     name: str
     prefix: PrefixAttention
     attention: Attention
+    fused: bool = False
 
 
 def load_backend(name: str) -> Backend:
-    """The backend of this name. Raises `ImportError` where its package is missing."""
+    """The backend of this name. Raises `ImportError` where its package is missing or cannot be loaded."""
     if name == "eager":
         return Backend(name, eager_prefix, functools.partial(merged_attention, eager_prefix))
     if name == "torch":
         return Backend(name, torch_prefix, functools.partial(merged_attention, torch_prefix))
-    from .triton_longspec import triton_attention, triton_prefix
+    if name == "triton":
+        from .triton_longspec import triton_attention, triton_prefix
 
-    return Backend(name, triton_prefix, triton_attention)
+        return Backend(name, triton_prefix, triton_attention, fused=True)
+    from .flash_attn_longspec import flash_attention, flash_prefix, load_flash_2, load_flash_3
+
+    try:
+        flash = load_flash_2() if name == "flash_attn_2" else load_flash_3(installed_flash_3() or FLASH_3[0])
+    except (ImportError, OSError) as error:  # also of a wheel that was built for another torch
+        raise ImportError(f"attention_backend={name!r}: its package cannot be imported: {error}") from error
+    attention = functools.partial(flash_attention, flash)
+    return Backend(name, functools.partial(flash_prefix, flash), attention, fused=True)
 
 
-def resolve_backend(name: str, device: torch.device, head_dim: int, softcap: float | None) -> Backend:
+def resolve_backend(name: str, demand: Demand) -> Backend:
     """The backend for a call: `name`, or the fastest that fits for `"auto"`.
 
     Raises `ValueError` with the reason where a backend asked for by name cannot run.
     """
-    head = head_dim, softcap
     if name == "auto":
-        name = "eager" if torch_misfit(device, *head) else "torch"
-    elif name != "eager" and (reason := MISFITS[name](device, *head)):
+        fastest = ("triton", "torch") if demand.device.type == "cuda" else ("torch",)
+        name = next((name for name in fastest if MISFITS[name](demand) is None), "eager")
+    elif name != "eager" and (reason := MISFITS[name](demand)):
         raise ValueError(f"attention_backend={name!r} cannot run here: {reason}; use 'auto' or 'eager'")
     return load_backend(name)
 
 
-def triton_misfit(device: torch.device, head_dim: int, softcap: float | None) -> str | None:
-    """Why our own kernel cannot serve a target, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    import triton
-
-    if device.type != "cuda" and not triton.knobs.runtime.interpret:
-        return f"it needs a CUDA device (or TRITON_INTERPRET=1, to try it slowly), got {device.type}"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"it needs a CUDA device of capability 8.0 or newer, got {torch.cuda.get_device_capability(device)}"
-    if head_dim > 256:
-        return f"it needs a head dimension of at most 256, got {head_dim}"
-    return None
-
-
-def torch_misfit(device: torch.device, head_dim: int, softcap: float | None) -> str | None:
+def torch_misfit(demand: Demand) -> str | None:
     """Why torch's built-in kernels cannot serve a target, or None."""
-    if softcap is not None:
-        return f"the target caps its attention scores (softcap={softcap}), torch's flash kernels cannot"
+    device, head_dim = demand.device, demand.head_dim
+    if demand.softcap is not None:
+        return f"the target caps its attention scores (softcap={demand.softcap}), torch's flash kernels cannot"
     if device.type not in ("cpu", "cuda"):
         return f"no flash kernel with log-sum-exp on {device.type}"
     if device.type == "cuda" and (head_dim % 8 or head_dim > 256):
@@ -74,4 +86,83 @@ def torch_misfit(device: torch.device, head_dim: int, softcap: float | None) -> 
     return None
 
 
-MISFITS = {"torch": torch_misfit, "triton": triton_misfit}
+def triton_misfit(demand: Demand) -> str | None:
+    """Why our own kernel cannot serve a target, or None."""
+    device, head_dim = demand.device, demand.head_dim
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    # not an import statement: transformers would ask all who load a draft's code for the package
+    triton = importlib.import_module("triton")
+    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+        return f"it needs a CUDA device (or TRITON_INTERPRET=1, to try it slowly), got {device.type}"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"it needs a CUDA device of capability 8.0 or newer, got {torch.cuda.get_device_capability(device)}"
+    if head_dim > 256:
+        return f"it needs a head dimension of at most 256, got {head_dim}"
+    return None
+
+
+def flash_2_misfit(demand: Demand) -> str | None:
+    """Why FlashAttention-2 cannot serve a target, or None."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return "the package flash_attn is not installed"
+    version = importlib.metadata.version("flash_attn")
+    if Version(version) < Version("2.7"):
+        return f"it needs the package flash_attn 2.7 or newer, got {version}"
+    return flash_misfit(demand)
+
+
+def flash_3_misfit(demand: Demand) -> str | None:
+    """Why FlashAttention-3 cannot serve a target, or None."""
+    module = installed_flash_3()
+    if module is None:
+        return "no package with FlashAttention-3 is installed (flash_attn_interface, or the wheel fa3-fwd)"
+    if reason := flash_misfit(demand):
+        return reason
+    if torch.cuda.get_device_capability(demand.device)[0] != 9:
+        return f"it needs a Hopper GPU, got one of capability {torch.cuda.get_device_capability(demand.device)}"
+    return build_misfit(module, build_flags(module), demand)
+
+
+def build_misfit(module: str, left_out: dict[str, Any], demand: Demand) -> str | None:
+    """What a build of FlashAttention-3 with these flags cannot."""
+    sizes = [size for size in (64, 96, 128, 192, 256) if not left_out.get(f"FLASHATTENTION_DISABLE_HDIM{size}")]
+    if demand.dtype == torch.float16 and left_out.get("FLASHATTENTION_DISABLE_FP16"):
+        return f"{module} is built without float16"
+    if demand.softcap is not None and left_out.get("FLASHATTENTION_DISABLE_SOFTCAP"):
+        return f"{module} is built without soft-capping, the target has softcap={demand.softcap}"
+    if demand.head_dim > max(sizes):
+        return f"{module} is built for head dimensions of at most {max(sizes)}, got {demand.head_dim}"
+    return None
+
+
+def flash_misfit(demand: Demand) -> str | None:
+    """What both packages, and the kernel for the tree behind them, cannot."""
+    if demand.device.type != "cuda":
+        return f"it needs a CUDA device, got {demand.device.type}"
+    if demand.dtype not in (torch.float16, torch.bfloat16):
+        return f"it needs a target in float16 or bfloat16, got {demand.dtype}"
+    if demand.head_dim % 8 or demand.head_dim > 256:
+        return f"it needs a head dimension that is a multiple of 8 and at most 256, got {demand.head_dim}"
+    return triton_misfit(demand)
+
+
+def installed_flash_3() -> str | None:
+    """The module of FlashAttention-3 that is installed."""
+    return next((module for module in FLASH_3 if importlib.util.find_spec(module) is not None), None)
+
+
+def build_flags(module: str) -> dict[str, Any]:
+    """What a build of FlashAttention-3 says that it left out; nothing, where it does not say."""
+    config = module.replace("interface", "config")
+    return importlib.import_module(config).CONFIG["build_flags"] if importlib.util.find_spec(config) else {}
+
+
+MISFITS = {
+    "torch": torch_misfit,
+    "triton": triton_misfit,
+    "flash_attn_2": flash_2_misfit,
+    "flash_attn_3": flash_3_misfit,
+}

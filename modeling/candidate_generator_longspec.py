@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from .attention_longspec import Prefix, attend
+from .attention_longspec import Prefix
 from .backends_longspec import Backend
 from .cache_longspec import SpeculativeCache
 from .draft_window_longspec import DraftWindow
@@ -130,21 +130,19 @@ class LongSpecCandidateGenerator:
 
         def self_attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             window.place(key, value, nodes.start)
-            return attend_masked(query, window.keys, window.values, inputs.mask[:, nodes], self.scaling)
+            return self._attend(query, window.prefix(inputs.mask[:, nodes]))
 
         def cross_attend(query: Tensor) -> Tensor:
-            query = self.target.rotate(query, query_angles)
-            return self.backend.attention(query, prefix, None, self.scaling, None, None).transpose(1, 2)
+            return self._attend(self.target.rotate(query, query_angles), prefix)
 
         hidden = self.draft.layer(self.target.embed(tokens), angles, self_attend, cross_attend)
         if self.head_rows is None:
             return self.target.logits(hidden)
         return self.target.scaled(self.head_rows(hidden))
 
-
-def attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """Attention of (B, H, T, D) to keys and values (B, K, S, D) where mask (B, T, S) says, in the query's dtype."""
-    return attend(query, key, value, mask, scaling)[0].to(query.dtype)
+    def _attend(self, query: Tensor, prefix: Prefix) -> Tensor:
+        """Attention of (B, H, T, D) to a prefix, by the backend that verifies."""
+        return self.backend.attention(query, prefix, None, self.scaling, None, None).transpose(1, 2)
 
 
 def best_children(logits: Tensor, scores: Tensor, width: int, vocab: Tensor | None = None) -> Level:

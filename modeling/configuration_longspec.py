@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import DynamicCache, PreTrainedConfig
 
-ATTENTION_BACKENDS = ("auto", "eager", "torch", "triton")
+ATTENTION_BACKENDS = ("auto", "eager", "torch", "triton", "flash_attn_2", "flash_attn_3")
 
 
 class LongSpecConfig(PreTrainedConfig):
@@ -32,7 +32,8 @@ class LongSpecConfig(PreTrainedConfig):
             nothing to guess: one token a round.
         verify_tokens (`int`, *optional*): rows fed to the target, root included: the tree's best. `None`: all of it.
         attention_backend (`str`): how the target attends while it verifies: one of `ATTENTION_BACKENDS`; "auto" is
-            "torch" where that can run, else "eager".
+            "triton" on a GPU and "torch" elsewhere where these can run, else "eager". Beside "triton" and the two of
+            flash_attn, other small work of a round is done by Triton kernels too.
         cuda_graphs (`str` or `bool`): replay a round's phases as CUDA graphs: `"auto"` where that is possible. They
             are kept for the next call, with the memory they work on: see `LongSpecForCausalLM.release`.
         compile_target (`bool`): run the target's decoder layers through torch.compile while they verify. The first

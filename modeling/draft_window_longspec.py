@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .attention_longspec import Prefix, Spans
 from .slots_longspec import ring_contents, write_slots
 
 
@@ -25,6 +26,7 @@ class DraftWindow:
         self.keys = torch.zeros(batch, heads, self.tree_start + tree_size, dim, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
         self.first = torch.zeros(batch, dtype=torch.long, device=device)  # position of each row's earliest token
+        self.starts, self.ends = torch.zeros_like(self.first), torch.full_like(self.first, self.keys.shape[2])
 
     def write(self, key: Tensor, value: Tensor, positions: Tensor, real: Tensor | None = None) -> None:
         """Store keys and values (B, K, T, D) of tokens at `positions` (B, T): of more than the window holds, the last.
@@ -54,6 +56,12 @@ class DraftWindow:
         ring = (held >= self.first[:, None, None]) & (held > positions[:, :, None] - self.window)
         padding = torch.zeros_like(ring[:, :, :1])
         return torch.cat([ring, padding, ancestry], dim=-1)
+
+    def prefix(self, mask: Tensor) -> Prefix:
+        """All slots, as a prefix of which nodes see what `mask` (B, T, slots) says."""
+        batch, _, slots, _ = self.keys.shape
+        spans = Spans(self.starts, self.ends, ((0, slots),) * batch, {})
+        return Prefix(self.keys, self.values, spans, mask)
 
     @property
     def nbytes(self) -> int:

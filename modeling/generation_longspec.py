@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .backends_longspec import Backend, resolve_backend
+from .backends_longspec import Backend, Demand, resolve_backend
 from .call_longspec import Call, Roots, settle
 from .candidate_generator_longspec import LongSpecCandidateGenerator
 from .checks_longspec import check_inputs, ended_on_error
@@ -242,6 +242,7 @@ def commit(call: Call, tree: TokenTree, steps: Steps) -> None:
 
 def choose_backend(draft: Any, target: PreTrainedModel, bound: BoundTarget) -> Backend:
     softcap = getattr(target.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
-    backend = resolve_backend(draft.config.attention_backend, bound.device, draft.config.head_dim, softcap)
+    demand = Demand(bound.device, bound.dtype, draft.config.head_dim, softcap)
+    backend = resolve_backend(draft.config.attention_backend, demand)
     logger.info(f"LongSpec verifies with the {backend.name!r} attention backend")
     return backend

@@ -7,45 +7,24 @@ Lengths are read on the device, so a launch can be captured in a CUDA graph. Nee
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .attention_longspec import Nodes, Prefix
+from .triton_blocks_longspec import (
+    attend_to_tree,
+    exponent_factor,
+    online_softmax,
+    processors,
+    products,
+    shared_bytes,
+    tl,
+    triton,
+)
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError("the attention backends of a GPU need the package triton, which is not installed") from error
-
-LOG2_E = 1.4426950408889634
 MOST_SPLITS = 128
-
-
-@triton.jit
-def _online_softmax(scores, accumulated, top, total, value):
-    """One block of keys more: scores (M, N) in powers of two, value (N, DV), the running maximum and sum (M,)."""
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # rows that have seen nothing yet
-    weights = tl.math.exp2(scores - shift[:, None])
-    fade = tl.math.exp2(top - shift)
-    total = total * fade + tl.sum(weights, 1)
-    accumulated = tl.dot(
-        weights.to(value.dtype), value, accumulated * fade[:, None], input_precision="ieee", out_dtype=tl.float32
-    )
-    return accumulated, new_top, total
-
-
-@triton.jit
-def _scores(query, key, scale, softcap, CAPPED: tl.constexpr):
-    """query (M, D) · key (D, N), scaled, as exponents of two."""
-    scores = tl.dot(query, key, input_precision="ieee", out_dtype=tl.float32) * scale
-    if CAPPED:  # scale divides by the cap here; tanh(x) = 2 sigmoid(2x) - 1
-        scores = (2.0 * tl.sigmoid(2.0 * scores) - 1.0) * softcap
-    return scores
 
 
 @triton.jit
@@ -116,6 +95,7 @@ def split_kernel(
     top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
 
+    factor = exponent_factor(scale, softcap, CAPPED)
     start, end = tl.load(starts + batch).to(tl.int32), tl.load(ends + batch).to(tl.int32)
     held = tl.maximum(end - start, 0)
     whole = held // BLOCK_N
@@ -136,7 +116,7 @@ def split_kernel(
             k = tl.load(key_row + slot[None, :] * key_s + d[:, None])
         else:
             k = tl.load(key_row + slot[None, :] * key_s + d[:, None], mask=real_d[:, None], other=0.0)
-        scores = _scores(q, k.to(q.dtype), scale, softcap, CAPPED)
+        scores = products(q, k.to(q.dtype), scale, CAPPED)
         if MASKED:
             seen = tl.load(mask_row[:, None] + slot[None, :], mask=real_row[:, None], other=0)
             scores = tl.where(seen != 0, scores, float("-inf"))
@@ -144,13 +124,13 @@ def split_kernel(
             v = tl.load(value_row + slot[:, None] * value_s + dv[None, :])
         else:
             v = tl.load(value_row + slot[:, None] * value_s + dv[None, :], mask=real_dv[None, :], other=0.0)
-        accumulated, top, total = _online_softmax(scores, accumulated, top, total, v.to(q.dtype))
+        accumulated, top, total = online_softmax(scores, factor, accumulated, top, total, v.to(q.dtype))
 
     for block in tl.range(tl.maximum(first, whole), tl.minimum(last, prefix_blocks), num_stages=1):  # the last, cut
         slot = start + block * BLOCK_N + n
         inside = slot < end
         k = tl.load(key_row + slot[None, :] * key_s + d[:, None], mask=real_d[:, None] & inside[None, :], other=0.0)
-        scores = _scores(q, k.to(q.dtype), scale, softcap, CAPPED)
+        scores = products(q, k.to(q.dtype), scale, CAPPED)
         seen = inside[None, :]
         if MASKED:
             seen = seen & (tl.load(mask_row[:, None] + slot[None, :], mask=real_row[:, None] & seen, other=0) != 0)
@@ -158,41 +138,42 @@ def split_kernel(
         v = tl.load(
             value_row + slot[:, None] * value_s + dv[None, :], mask=inside[:, None] & real_dv[None, :], other=0.0
         )
-        accumulated, top, total = _online_softmax(scores, accumulated, top, total, v.to(q.dtype))
+        accumulated, top, total = online_softmax(scores, factor, accumulated, top, total, v.to(q.dtype))
 
     if TREE:
-        node_key_row = node_key + wide * node_key_b + head * node_key_h
-        node_value_row = node_value + wide * node_value_b + head * node_value_h
-        for block in tl.range(tl.maximum(first, prefix_blocks), last, num_stages=1):
-            other = (block - prefix_blocks) * BLOCK_N + n
-            inside = other < nodes
-            k = tl.load(
-                node_key_row + other[None, :] * node_key_t + d[:, None],
-                mask=real_d[:, None] & inside[None, :],
-                other=0.0,
-            )
-            v = tl.load(
-                node_value_row + other[:, None] * node_value_t + dv[None, :],
-                mask=inside[:, None] & real_dv[None, :],
-                other=0.0,
-            )
-            if PLACED:  # one tile of each head puts the tree into the cache, where nobody looks in this launch
-                if tile == 0:
-                    slot = tl.load(slots + batch).to(tl.int32) + other
-                    tl.store(key_row + slot[None, :] * key_s + d[:, None], k, mask=real_d[:, None] & inside[None, :])
-                    tl.store(
-                        value_row + slot[:, None] * value_s + dv[None, :],
-                        v,
-                        mask=inside[:, None] & real_dv[None, :],
-                    )
-            scores = _scores(q, k.to(q.dtype), scale, softcap, CAPPED)
-            seen = tl.load(
-                node_mask + wide * nodes * nodes + node[:, None] * nodes + other[None, :],
-                mask=real_row[:, None] & inside[None, :],
-                other=0,
-            )
-            scores = tl.where(seen != 0, scores, float("-inf"))
-            accumulated, top, total = _online_softmax(scores, accumulated, top, total, v.to(q.dtype))
+        first_slot = 0
+        if PLACED:
+            first_slot = tl.load(slots + batch).to(tl.int32)
+        accumulated, top, total = attend_to_tree(
+            q,
+            accumulated,
+            top,
+            total,
+            node_key + wide * node_key_b + head * node_key_h,
+            node_value + wide * node_value_b + head * node_value_h,
+            node_mask + wide * nodes * nodes + node * nodes,
+            key_row,
+            value_row,
+            first_slot,
+            nodes,
+            tl.maximum(first - prefix_blocks, 0),
+            last - prefix_blocks,
+            real_row,
+            tile == 0,  # one tile of each head puts the tree into the cache
+            scale,
+            factor,
+            node_key_t,
+            node_value_t,
+            key_s,
+            value_s,
+            DIM,
+            VALUE_DIM,
+            BLOCK_D,
+            BLOCK_V,
+            BLOCK_N,
+            PLACED,
+            CAPPED,
+        )
 
     place = (split * tl.num_programs(2) + batch).to(tl.int64) * heads * nodes + query_head * nodes + node
     nothing = total == 0.0
@@ -252,20 +233,31 @@ class Tiles(NamedTuple):
     stages: int
     per_processor: int  # programs that a multiprocessor holds at once
 
+    def bytes(self, width: int, itemsize: int) -> int:
+        """Of shared memory: the queries, and the keys and values of each stage."""
+        return width * itemsize * (self.rows + 2 * self.stages * self.keys)
 
-def choose_tiles(rows: int, width: int, itemsize: int) -> Tiles:
-    """rows: queries of a key/value head; width: of a head, a power of two; itemsize: bytes of an element."""
+
+def choose_tiles(rows: int, width: int, itemsize: int, shared: float) -> Tiles:
+    """rows: queries of a key/value head; width: of a head, a power of two; itemsize: bytes of an element.
+
+    shared: bytes of shared memory that a program can have. More rows than these for a warp spill registers on sm_90.
+    With heads of 128 in two bytes, the fastest of 157 that were tried on an H200.
+    """
     block = min(max(16, triton.next_power_of_2(rows)), 128)
-    if itemsize == 4:  # no matrix units: small blocks, or registers spill
-        return Tiles(min(block, 32 if width > 128 else 64), 32, 4, 2, 1)
-    if width > 128:
-        return Tiles(min(block, 64), 32, 4, 2, 1)
-    return Tiles(block, 64, 4, 3 if block < 128 else 2, 2)
-
-
-@functools.lru_cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    if itemsize == 4:  # no matrix units
+        tiles = Tiles(16, 16 if width > 128 else 32, 4, 2, 1)
+    elif width > 128:
+        tiles = Tiles(min(block, 64), 32, 4 if block < 64 else 8, 2, 1)
+    else:
+        tiles = Tiles(block, 64, 4, 4, 1)
+        if block == 16:
+            tiles = Tiles(block, 128, 4, 3, 1)
+        if block == 128:
+            tiles = Tiles(block, 64, 8, 3, 1)
+    while tiles.stages > 1 and tiles.bytes(width, itemsize) > shared:
+        tiles = tiles._replace(stages=tiles.stages - 1)
+    return tiles
 
 
 def choose_splits(programs: int, slots: int, tiles: Tiles, device: torch.device) -> int:
@@ -273,7 +265,7 @@ def choose_splits(programs: int, slots: int, tiles: Tiles, device: torch.device)
 
     From the capacity of the store, not from lengths, which only the device knows.
     """
-    fitting = _processors(device) * tiles.per_processor // programs
+    fitting = processors(device) * tiles.per_processor // programs
     return max(min(fitting, slots // (2 * tiles.keys), MOST_SPLITS), 1)
 
 
@@ -281,7 +273,7 @@ def triton_prefix(query: Tensor, prefix: Prefix, scaling: float, softcap: float 
     """Attention over the prefix alone, with its log-sum-exp, as `attend`."""
     out = torch.empty(*query.shape[:3], prefix.value.shape[-1], dtype=torch.float32, device=query.device)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-    _launch(query, prefix, None, scaling, softcap, None, out, lse)
+    _launch(query, prefix, None, scaling, softcap, None, out, lse, None)
     return out, lse
 
 
@@ -292,11 +284,12 @@ def triton_attention(
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
+    tiles: Tiles | None = None,
 ) -> Tensor:
-    """As `merged_attention`, in two launches."""
+    """As `merged_attention`, in two launches. tiles: others than `choose_tiles` would take, to measure them."""
     batch, heads, length, _ = query.shape
     out = query.new_empty(batch, length, heads, prefix.value.shape[-1])
-    _launch(query, prefix, nodes, scaling, softcap, sinks, out.transpose(1, 2), None)
+    _launch(query, prefix, nodes, scaling, softcap, sinks, out.transpose(1, 2), None, tiles)
     return out
 
 
@@ -309,6 +302,7 @@ def _launch(
     sinks: Tensor | None,
     out: Tensor,
     lse: Tensor | None,
+    tiles: Tiles | None,
 ) -> None:
     """Fills out (B, H, T, DV), of any strides but the last, and lse (B, H, T)."""
     key, value, spans, mask = prefix
@@ -316,14 +310,14 @@ def _launch(
     kv_heads, slots, value_dim = key.shape[1], key.shape[2], value.shape[-1]
     rows = heads // kv_heads * length
     block_d, block_v = (max(triton.next_power_of_2(size), 16) for size in (dim, value_dim))
-    tiles = choose_tiles(rows, max(block_d, block_v), query.element_size())
+    if tiles is None:
+        tiles = choose_tiles(rows, max(block_d, block_v), query.element_size(), shared_bytes(query.device))
     programs = triton.cdiv(rows, tiles.rows) * kv_heads
     splits = choose_splits(programs * batch, slots, tiles, query.device)
     parts = torch.empty(splits, batch, heads, length, value_dim, dtype=torch.float32, device=query.device)
     part_lse = torch.empty(splits, batch, heads, length, dtype=torch.float32, device=query.device)
     unused = query  # a pointer that a variant of the kernel does not look at
     tree = nodes if nodes is not None else Nodes(unused, unused, unused, None)
-    factor = scaling * LOG2_E if softcap is None else scaling / softcap
     split_kernel[(splits, programs, batch)](
         query,
         key,
@@ -337,8 +331,8 @@ def _launch(
         unused if tree.slots is None else tree.slots.contiguous(),
         parts,
         part_lse,
-        factor,
-        0.0 if softcap is None else softcap * LOG2_E,
+        scaling if softcap is None else scaling / softcap,
+        0.0 if softcap is None else softcap,
         heads,
         length,
         rows,

@@ -8,7 +8,7 @@ from reference_attention import INF, assert_as_good_as_plain, spans_of
 
 from hf_longspec.modeling import torch_flash_longspec
 from hf_longspec.modeling.attention_longspec import Prefix, apply_sinks, attend, merge
-from hf_longspec.modeling.backends_longspec import load_backend, resolve_backend
+from hf_longspec.modeling.backends_longspec import Demand, load_backend, resolve_backend
 
 BACKENDS = ("eager", "torch")
 CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
@@ -345,7 +345,7 @@ def test_one_kernel_for_rows_of_different_spans(monkeypatch, host, heads, kv_hea
     ],
 )
 def test_resolve_backend(name, device, head_dim, softcap, expected):
-    assert resolve_backend(name, device, head_dim, softcap).name == expected
+    assert resolve_backend(name, Demand(device, torch.float32, head_dim, softcap)).name == expected
 
 
 @pytest.mark.parametrize(
@@ -361,4 +361,4 @@ def test_backend_asked_for_by_name_says_why_it_cannot(device, head_dim, softcap,
     with pytest.raises(
         ValueError, match=rf"attention_backend='torch' cannot run here: .*{reason}.*use 'auto' or 'eager'"
     ):
-        resolve_backend("torch", device, head_dim, softcap)
+        resolve_backend("torch", Demand(device, torch.float32, head_dim, softcap))

@@ -62,15 +62,15 @@ def test_a_wrong_backend_shows():
 
 
 def test_backends_are_all_that_can_run_or_those_that_are_named():
-    found, missing = attention.choose((), CPU, HEADS)
+    found, missing = attention.choose((), CPU, torch.float32, HEADS)
     names = [backend.name for backend in found]
     assert {"eager", "torch"} <= set(names) and "auto" not in names and not set(names) & set(missing)
-    assert [backend.name for backend in attention.choose(["torch"], CPU, HEADS)[0]] == ["torch"]
+    assert [backend.name for backend in attention.choose(["torch"], CPU, torch.float32, HEADS)[0]] == ["torch"]
     with pytest.raises(ValueError, match="expected backends among .*eager.*, got wrong"):
-        attention.choose(["eager", "wrong"], CPU, HEADS)
+        attention.choose(["eager", "wrong"], CPU, torch.float32, HEADS)
     with pytest.raises(ValueError, match="cannot run here"):
-        attention.choose(["torch"], torch.device("meta"), HEADS)
-    found, missing = attention.choose((), torch.device("meta"), HEADS)
+        attention.choose(["torch"], torch.device("meta"), torch.float32, HEADS)
+    found, missing = attention.choose((), torch.device("meta"), torch.float32, HEADS)
     assert "torch" in missing and "cannot run here" in missing["torch"]
 
 
@@ -83,7 +83,7 @@ def test_milliseconds_are_of_one_call():
 @pytest.mark.gpu
 def test_attention_on_a_gpu():
     device, dtype = torch.device("cuda"), torch.bfloat16
-    found, _ = attention.choose((), device, Heads(8, 2, 64))
+    found, _ = attention.choose((), device, dtype, Heads(8, 2, 64))
     for nodes in (1, 16):
         case = attention.measure(Heads(8, 2, 64), 1000, nodes, found, Speed(4e12, 8e14), device, dtype, repeats=3)
         assert all(timed.milliseconds > 0 for timed in case.timed)

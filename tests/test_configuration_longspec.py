@@ -166,7 +166,7 @@ def test_target_that_cannot_be_served(config, message):
         ("num_key_value_heads", 3, "multiple of `num_key_value_heads`, got 4 and 3"),
         ("target_layer", 4, r"`target_layer` must be in 0\.\.3, got 4"),
         ("target_layer", -1, r"`target_layer` must be in 0\.\.3, got -1"),
-        ("attention_backend", "sdpa", r"must be one of \('auto', 'eager', 'torch', 'triton'\), got 'sdpa'"),
+        ("attention_backend", "sdpa", r"must be one of \('auto', 'eager', 'torch', .*'flash_attn_3'\), got 'sdpa'"),
         ("verify_tokens", 0, "`verify_tokens` must be None or a positive integer, got 0"),
         ("verify_tokens", True, "`verify_tokens` must be None or a positive integer, got True"),
         ("verify_tokens", 1.5, r"`verify_tokens` must be None or a positive integer, got 1\.5"),

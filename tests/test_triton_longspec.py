@@ -6,79 +6,15 @@ The interpreter multiplies no bfloat16, so float16 stands for it on a CPU.
 import pytest
 import torch
 from helpers import interpreted, tiny_draft, tiny_target
-from reference_attention import assert_as_good_as_plain, spans_of
+from reference_attention import spans_of
+from tree_cases import CPU, SPANS, case, check
 
-from hf_longspec.modeling.attention_longspec import Nodes, Prefix, attend, merge, merged_attention
+from hf_longspec.modeling.attention_longspec import Prefix, attend, merge, merged_attention
 from hf_longspec.modeling.backends_longspec import load_backend
-from hf_longspec.modeling.tree_longspec import ancestor_mask
-
-CPU = torch.device("cpu")
-STAGES = 3  # parts of the prefix, the tree, their merge
 
 
-def random_tree(batch, nodes, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    parents = [[0] + [int(torch.randint(node, (1,), generator=generator)) for node in range(1, nodes)]] * batch
-    return ancestor_mask(torch.tensor(parents), nodes)
-
-
-def case(batch, heads, kv_heads, nodes, slots, dim, value_dim, dtype, device=CPU):
-    """Queries, stores and a tree as a target gives them: queries and fresh keys are views, heads behind tokens."""
-    torch.manual_seed(0)
-    query = torch.randn(batch, nodes, heads, dim, dtype=dtype, device=device).transpose(1, 2)
-    key = torch.randn(batch, kv_heads, slots, dim, dtype=dtype, device=device)
-    value = torch.randn(batch, kv_heads, slots, value_dim, dtype=dtype, device=device)
-    fresh_key = torch.randn(batch, nodes, kv_heads, dim, dtype=dtype, device=device).transpose(1, 2)
-    fresh_value = torch.randn(batch, nodes, kv_heads, value_dim, dtype=dtype, device=device).transpose(1, 2)
-    return query, key, value, fresh_key, fresh_value
-
-
-def assert_is_dense(out, query, key, value, fresh_key, fresh_value, tree, spans, mask, scaling, **options):
-    """Row by row, over what the row may see of the prefix and the whole tree behind it."""
-    for row, (start, end) in enumerate(spans):
-        one = slice(row, row + 1)
-        keys = torch.cat([key[one, :, start:end], fresh_key[one]], dim=2)
-        values = torch.cat([value[one, :, start:end], fresh_value[one]], dim=2)
-        nodes = query.shape[2]
-        before = torch.ones(1, nodes, end - start, dtype=torch.bool) if mask is None else mask[one, :, start:end]
-        seen = torch.cat([before.cpu(), tree[one].cpu()], dim=2)
-        inputs = [states.cpu() for states in (query[one], keys, values)]
-        result = out[one].transpose(1, 2).cpu()
-        assert_as_good_as_plain((result,), *inputs, scaling, mask=seen, stages=STAGES, **options)
-
-
-def check(spans, heads=4, kv_heads=2, nodes=5, slots=300, dim=16, value_dim=None, dtype=torch.float32, **options):
-    batch = len(spans)
-    device = options.pop("device", CPU)
-    tensors = case(batch, heads, kv_heads, nodes, slots, dim, value_dim or dim, dtype, device)
-    query, key, value, fresh_key, fresh_value = tensors
-    tree = random_tree(batch, nodes).to(device)
-    mask = None
-    if options.pop("masked", False):
-        mask = (torch.rand(batch, nodes, slots) < 0.5).to(device)
-    before = key.clone(), value.clone()
-    ends = torch.tensor([end for _, end in spans], device=device)
-    prefix = Prefix(key, value, spans_of(spans, device)._replace(host=None), mask)
-    scaling, softcap, sinks = dim**-0.5, options.get("softcap"), options.get("sinks")
-    out = load_backend("triton").attention(
-        query, prefix, Nodes(fresh_key, fresh_value, tree, ends), scaling, softcap, sinks
-    )
-    assert out.shape == (batch, nodes, heads, value_dim or dim) and out.dtype == dtype and out.is_contiguous()
-    assert_is_dense(out, query, *before, fresh_key, fresh_value, tree, spans, mask, scaling, **options)
-    for row, (_, end) in enumerate(spans):  # the tree is in the stores, and nothing else has changed there
-        for store, old, fresh in ((key, before[0], fresh_key), (value, before[1], fresh_value)):
-            old[row, :, end : end + nodes] = fresh[row]
-            assert torch.equal(store[row], old[row])
-
-
-SPANS = {
-    "one token": [(0, 1)],
-    "nothing": [(0, 0)],
-    "whole blocks": [(0, 256)],
-    "a cut block": [(0, 201)],
-    "behind padding": [(37, 280)],
-    "rows": [(0, 290), (5, 6), (9, 9), (100, 228)],
-}
+def attention():
+    return load_backend("triton").attention
 
 
 @interpreted
@@ -86,13 +22,13 @@ SPANS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 def test_prefix_and_tree_in_one_pass(spans, dtype, masked):
-    check(spans, dtype=dtype, masked=masked)
+    check(attention(), spans, dtype=dtype, masked=masked)
 
 
 @interpreted
 @pytest.mark.parametrize("dim, value_dim", [(16, 16), (63, 63), (64, 64), (80, 80), (96, 96), (128, 128), (24, 40)])
 def test_head_dimensions(dim, value_dim):
-    check([(3, 130)], dim=dim, value_dim=value_dim)
+    check(attention(), [(3, 130)], dim=dim, value_dim=value_dim)
 
 
 @interpreted
@@ -100,14 +36,14 @@ def test_head_dimensions(dim, value_dim):
 @pytest.mark.parametrize("nodes", [1, 16, 33, 70])
 def test_rows_of_tiles(heads, kv_heads, nodes):
     """Fewer rows than a tile has, tiles that are cut, and more of a tree than a block of keys."""
-    check([(0, 150)], heads=heads, kv_heads=kv_heads, nodes=nodes)
+    check(attention(), [(0, 150)], heads=heads, kv_heads=kv_heads, nodes=nodes)
 
 
 @interpreted
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_sinks_and_softcap(softcap):
     sinks = torch.tensor([0.5, -1.0, 3.0, 0.0])
-    check([(0, 130), (4, 9)], softcap=softcap, sinks=sinks)
+    check(attention(), [(0, 130), (4, 9)], softcap=softcap, sinks=sinks)
 
 
 @interpreted
@@ -136,15 +72,21 @@ def test_a_prefix_alone_is_the_prefix_of_the_merged_backends():
 @interpreted
 @pytest.mark.parametrize("family, do_sample", [("llama", False), ("gemma2", True)])
 def test_the_text_is_the_one_of_plain_generate(family, do_sample):
+    """Window, cross-attention and verification by the kernel: text and guesses are what they are by the reference."""
     target = tiny_target(family)
-    draft = tiny_draft(target, window=8, tree_shape=(4,), attention_backend="triton")
-    ids = torch.randint(2, 13, (2, 9), generator=torch.Generator().manual_seed(1))
-    options = {"max_new_tokens": 5, "pad_token_id": 0, "do_sample": do_sample}
-    texts = []
-    for assistant in ({}, {"assistant_model": draft}):
+    draft = tiny_draft(target, window=4, tree_shape=(2, 2))
+    ids = torch.randint(2, 13, (1, 9), generator=torch.Generator().manual_seed(1))
+    options = {"max_new_tokens": 4, "pad_token_id": 0, "do_sample": do_sample, "return_dict_in_generate": True}
+
+    def write(**assistant):
         torch.manual_seed(3)
-        texts.append(target.generate(ids, **options, **assistant).tolist())
-    assert texts[0] == texts[1]
+        return target.generate(ids, **options, **assistant)
+
+    expected = write(assistant_model=draft)
+    draft.config.attention_backend = "triton"
+    output = write(assistant_model=draft)
+    assert output.sequences.tolist() == write().sequences.tolist()
+    assert output.accept_lengths == expected.accept_lengths
 
 
 @pytest.mark.gpu
@@ -155,4 +97,4 @@ def test_the_text_is_the_one_of_plain_generate(family, do_sample):
 def test_on_a_gpu(spans, nodes, dim, dtype):
     device = torch.device("cuda")
     for options in ({}, {"masked": True}, {"softcap": 20.0}):
-        check(spans, heads=8, nodes=nodes, slots=1100, dim=dim, dtype=dtype, device=device, **options)
+        check(attention(), spans, heads=8, nodes=nodes, slots=1100, dim=dim, dtype=dtype, device=device, **options)

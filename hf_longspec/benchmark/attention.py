@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..modeling.attention_longspec import Nodes, Prefix, Spans, attend
-from ..modeling.backends_longspec import Backend, resolve_backend
+from ..modeling.backends_longspec import FLASH_3, Backend, Demand, resolve_backend
 from ..modeling.cache_layers_longspec import BUCKET
 from ..modeling.configuration_longspec import ATTENTION_BACKENDS
 from ..modeling.tree_longspec import ancestor_mask
@@ -27,7 +27,6 @@ ROTATION = 2**28
 LAYERS = 64  # at most so many of them
 CALLS = 8  # at least so many are timed together
 CHILDREN = 4  # of each node of the trees
-FLASH_3 = ("flash_attn_interface", "fa3_fwd_interface")
 WITHOUT_MASK = "FA3, no mask"
 
 Call = Callable[[], Tensor]
@@ -166,7 +165,9 @@ def flash_3(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] |
     return importlib.import_module(installed[0]).flash_attn_with_kvcache if fits and installed else None
 
 
-def choose(names: Sequence[str], device: torch.device, heads: Heads) -> tuple[list[Backend], dict[str, str]]:
+def choose(
+    names: Sequence[str], device: torch.device, dtype: torch.dtype, heads: Heads
+) -> tuple[list[Backend], dict[str, str]]:
     """The backends of these names; of no names, all that can run here, and of the rest the reason why they cannot.
 
     Raises `ValueError` or `ImportError` where one asked for by name cannot.
@@ -177,7 +178,7 @@ def choose(names: Sequence[str], device: torch.device, heads: Heads) -> tuple[li
     found, missing = [], {}
     for name in names or known:
         try:
-            found.append(resolve_backend(name, device, heads.dim, None))
+            found.append(resolve_backend(name, Demand(device, dtype, heads.dim, None)))
         except (ValueError, ImportError) as error:
             if names:
                 raise

@@ -60,7 +60,7 @@ def attention(
     device, number_format = here(dtype)
     shape = layer.Heads(*heads)
     try:
-        chosen, missing = layer.choose([name for name in backends.split(",") if name], device, shape)
+        chosen, missing = layer.choose([name for name in backends.split(",") if name], device, number_format, shape)
     except (ValueError, ImportError) as error:
         fail(str(error))
     for name, reason in missing.items():

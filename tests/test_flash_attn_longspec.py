@@ -1,0 +1,394 @@
+"""FlashAttention over the prefix and the fused tail behind it, against attention written out in float64.
+
+The tail runs in Triton's interpreter, behind a prefix that the torch backend has read. The packages themselves need a
+GPU; without one, stand-ins say how they are called and answer as they do.
+"""
+
+import functools
+import importlib
+import re
+import sys
+import types
+
+import pytest
+import torch
+from helpers import interpreted
+from reference_attention import INF, spans_of
+from tree_cases import CPU, SPANS, case, check, random_tree
+
+from hf_longspec.modeling import backends_longspec
+from hf_longspec.modeling.attention_longspec import Nodes, Prefix, attend, eager_prefix, merged_attention
+from hf_longspec.modeling.backends_longspec import Demand, build_misfit, load_backend, resolve_backend
+from hf_longspec.modeling.torch_flash_longspec import torch_prefix
+
+CUDA = torch.device("cuda")
+
+
+# --- the tail --------------------------------------------------------------------------------------------------------
+
+# How a partial result (B, H, T, D) of K key/value heads may lie in memory.
+LAYOUTS = {
+    "by head": lambda out, kv_heads: out.contiguous().unflatten(1, (kv_heads, -1)),
+    "by token": lambda out, kv_heads: out.transpose(1, 2).contiguous().transpose(1, 2).unflatten(1, (kv_heads, -1)),
+    "packed": lambda out, kv_heads: (
+        out.unflatten(1, (kv_heads, -1)).permute(0, 2, 3, 1, 4).contiguous().permute(0, 3, 1, 2, 4)
+    ),
+}
+
+
+def tail(query, prefix, nodes, scaling, softcap, sinks, layout="by head", nothing=-INF):
+    """The tail behind a real prefix; nothing: what a package says of rows without keys, whose result is garbage."""
+    from hf_longspec.modeling.triton_tail_longspec import tail_attention
+
+    out, lse = (torch_prefix if softcap is None else eager_prefix)(query, prefix, scaling, softcap)
+    empty = lse == -INF
+    out = LAYOUTS[layout](out.to(query.dtype).masked_fill(empty[..., None], float("nan")), prefix.key.shape[1])
+    return tail_attention(out, lse.masked_fill(empty, nothing), query, prefix, nodes, scaling, softcap, sinks)
+
+
+@interpreted
+@pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
+@pytest.mark.parametrize("layout, nothing", [("by head", -INF), ("by token", INF), ("packed", float("nan"))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_tree_behind_a_known_prefix(spans, layout, nothing, dtype):
+    attention = functools.partial(tail, layout=layout, nothing=nothing)
+    check(attention, spans, dtype=dtype, on_device=False)
+
+
+@interpreted
+@pytest.mark.parametrize("dim", [16, 24, 63, 64, 80, 96, 128, 256])
+def test_head_dimensions(dim):
+    check(tail, [(3, 130)], dim=dim, on_device=False)
+
+
+@interpreted
+def test_values_of_another_size_than_keys():
+    def triton_tail(query, prefix, nodes, scaling, softcap, sinks):
+        from hf_longspec.modeling.triton_tail_longspec import tail_attention
+
+        out, lse = load_backend("triton").prefix(query, prefix, scaling, softcap)
+        return tail_attention(out.unflatten(1, (2, -1)), lse, query, prefix, nodes, scaling, softcap, sinks)
+
+    check(triton_tail, [(3, 130)], dim=24, value_dim=40)
+
+
+@interpreted
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 1), (14, 2)])
+@pytest.mark.parametrize("nodes", [1, 16, 33, 70])
+def test_rows_of_tiles(heads, kv_heads, nodes):
+    check(tail, [(0, 150)], heads=heads, kv_heads=kv_heads, nodes=nodes, on_device=False)
+
+
+@interpreted
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_sinks_and_softcap(softcap):
+    sinks = torch.tensor([0.5, -1.0, 3.0, 0.0])
+    check(tail, [(0, 130), (4, 9), (7, 7)], softcap=softcap, sinks=sinks, on_device=False)
+
+
+@interpreted
+def test_a_tree_that_is_in_the_stores():
+    """A layer that shares another one's keys and values puts nothing there."""
+    query, key, value, fresh_key, fresh_value = case(1, 4, 2, 5, 80, 16, 16, torch.float32)
+    before = key.clone(), value.clone()
+    nodes = Nodes(fresh_key, fresh_value, random_tree(1, 5), None)
+    prefix = Prefix(key, value, spans_of([(5, 60)], CPU), None)
+    expected = merged_attention(eager_prefix, query, prefix, nodes, 0.25, None, None)
+    torch.testing.assert_close(tail(query, prefix, nodes, 0.25, None, None), expected)
+    assert torch.equal(key, before[0]) and torch.equal(value, before[1])
+
+
+@interpreted
+def test_tiles_grow_where_small_ones_would_fill_the_device_twice():
+    from hf_longspec.modeling.triton_tail_longspec import choose_rows
+
+    assert choose_rows(256, 8, 132, 64) == 16  # 16 tiles of 8 heads are 128 programs
+    assert choose_rows(256, 8 * 4, 132, 64) == 32  # 512 would be too many, 256 are not
+    assert choose_rows(256, 8 * 64, 132, 64) == 64
+    assert choose_rows(256, 8 * 64, 132, 32) == 32
+    assert choose_rows(4, 8, 132, 64) == 16
+
+
+# --- how the packages are called -------------------------------------------------------------------------------------
+
+
+class StandIn:
+    """What both packages say that `flash_attn_with_kvcache` computes, and what they ask of its arguments."""
+
+    def __init__(self, nothing, metadata=False):
+        self.nothing, self.metadata, self.shapes, self.plans = nothing, metadata, [], []
+
+    def plan(self, batch, length, slots, heads, kv_heads, dim, ends, *, qkv_dtype, cache_leftpad, has_softcap):
+        assert ends.dtype == cache_leftpad.dtype == torch.int32 and qkv_dtype in (torch.float16, torch.bfloat16)
+        self.plans.append(torch.tensor([batch, length, slots, heads, kv_heads, dim, int(has_softcap)]))
+        return self.plans[-1]
+
+    def attend(
+        self, query, key, value, *, cache_seqlens, cache_leftpad, softmax_scale, softcap, return_softmax_lse, **more
+    ):
+        batch, length, heads, dim = query.shape
+        slots, kv_heads = key.shape[1:3]
+        assert key.shape == value.shape == (batch, slots, kv_heads, dim) and return_softmax_lse
+        for states in (query, key, value):
+            assert states.stride(-1) == 1
+        for lengths in (cache_seqlens, cache_leftpad):
+            assert lengths.dtype == torch.int32 and lengths.is_contiguous() and lengths.shape == (batch,)
+        if self.metadata:
+            expected = [batch, length, slots, heads, kv_heads, dim, int(softcap > 0)]
+            assert more.pop("scheduler_metadata").tolist() == expected
+        assert not more
+        self.shapes.append((length, heads))
+        mask = torch.zeros(batch, length, slots, dtype=torch.bool)
+        for row, (start, end) in enumerate(zip(cache_leftpad.tolist(), cache_seqlens.tolist(), strict=True)):
+            mask[row, :, start:end] = True
+        states = (part.transpose(1, 2) for part in (query, key, value))
+        out, lse = attend(*states, mask, softmax_scale, softcap or None)
+        out = torch.empty_like(query).copy_(out.transpose(1, 2))  # in the order of the queries, as FlashAttention-2
+        result = out, lse.masked_fill(lse == -INF, self.nothing)
+        return (*result, torch.tensor([]), torch.tensor([])) if self.metadata else result
+
+
+def flash(version):
+    """A stand-in for FlashAttention-2 or -3, and it as a `Flash`."""
+    from hf_longspec.modeling.flash_attn_longspec import flash_2, flash_3
+
+    if version == 2:
+        package = StandIn(nothing=INF)
+        return package, functools.partial(flash_2, package.attend)
+    package = StandIn(nothing=-INF, metadata=True)
+    return package, functools.partial(flash_3, package.attend, package.plan)
+
+
+def attention_of(version):
+    from hf_longspec.modeling.flash_attn_longspec import flash_attention
+
+    package, function = flash(version)
+    return package, functools.partial(flash_attention, function)
+
+
+@interpreted
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
+@pytest.mark.parametrize("heads, kv_heads, nodes", [(4, 2, 1), (6, 2, 5), (4, 4, 5)])
+def test_prefix_and_tree(version, spans, heads, kv_heads, nodes):
+    package, attention = attention_of(version)
+    check(attention, spans, heads=heads, kv_heads=kv_heads, nodes=nodes, dtype=torch.float16)
+    packs = version == 2 and nodes > 1 and heads > kv_heads
+    groups = heads // kv_heads
+    assert package.shapes == [(groups * nodes, kv_heads) if packs else (nodes, heads)]
+
+
+@interpreted
+@pytest.mark.parametrize("version", [2, 3])
+def test_soft_cap_and_sinks_reach_both_parts(version):
+    sinks = torch.tensor([0.5, -1.0, 3.0, 0.0])
+    check(attention_of(version)[1], [(0, 130), (4, 9)], dtype=torch.float16, softcap=2.0, sinks=sinks)
+
+
+@interpreted
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("options", [{"masked": True}, {"value_dim": 24}, {"dtype": torch.float32}], ids=str)
+def test_what_the_packages_cannot_goes_through_our_kernel(version, options):
+    package, attention = attention_of(version)
+    check(attention, [(3, 130), (0, 40)], **{"dtype": torch.float16, **options})
+    assert not package.shapes
+
+
+@interpreted
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -1.0, 3.0, 0.0])], ids=["", "sinks"])
+def test_a_prefix_alone(version, sinks):
+    """The draft's cross-attention. Rows that see nothing get nothing."""
+    query, key, value, *_ = case(3, 4, 2, 3, 80, 16, 16, torch.float16)
+    prefix = Prefix(key, value, spans_of([(5, 60), (0, 70), (4, 4)], CPU), None)
+    ours = attention_of(version)[1](query, prefix, None, 0.25, None, sinks)
+    expected = merged_attention(eager_prefix, query, prefix, None, 0.25, None, sinks)
+    assert ours.is_contiguous() and ours.dtype == torch.float16 and not ours[2].any()
+    torch.testing.assert_close(ours, expected)
+
+
+@interpreted
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("nodes", [1, 3])
+def test_out_and_log_sum_exp_are_those_of_the_reference(version, nodes):
+    from hf_longspec.modeling.flash_attn_longspec import flash_prefix
+
+    query, key, value, *_ = case(3, 4, 2, nodes, 80, 16, 16, torch.float16)
+    prefix = Prefix(key, value, spans_of([(5, 60), (0, 70), (4, 4)], CPU), None)
+    out, lse = flash_prefix(flash(version)[1], query, prefix, 0.25, None)
+    expected = eager_prefix(query, prefix, 0.25, None)
+    torch.testing.assert_close((out.float(), lse), expected, atol=1e-3, rtol=1e-3)
+
+
+@interpreted
+def test_queries_are_packed_where_that_saves_tiles():
+    """FlashAttention-2 gives a head whole tiles of 64 queries."""
+    for nodes, heads, kv_heads, expected in [
+        (16, 8, 2, (64, 2)),  # four heads of 16 in one tile
+        (64, 8, 2, (64, 8)),  # four full tiles either way
+        (69, 8, 2, (276, 2)),  # five tiles instead of eight
+        (1, 8, 2, (1, 8)),  # it does that itself
+        (16, 2, 2, (16, 2)),
+    ]:
+        package, function = flash(2)
+        query, key, value, *_ = case(1, heads, kv_heads, nodes, 20, 16, 16, torch.float16)
+        function(query, Prefix(key, value, spans_of([(0, 20)], CPU), None), 0.25, None)
+        assert package.shapes == [expected]
+
+
+@interpreted
+def test_the_work_is_planned_once_a_round_and_shape():
+    package, function = flash(3)
+    spans = spans_of([(0, 20)], CPU)
+    for nodes, softcap in [(3, None), (3, None), (5, None), (3, 2.0), (3, None)]:
+        query, key, value, *_ = case(1, 4, 2, nodes, 20, 16, 16, torch.float16)
+        function(query, Prefix(key, value, spans, None), 0.25, softcap)
+    assert len(package.plans) == 3 and len(package.shapes) == 5
+
+
+# --- who can be served -----------------------------------------------------------------------------------------------
+
+
+def demand(device=CUDA, dtype=torch.bfloat16, head_dim=128, softcap=None):
+    return Demand(device, dtype, head_dim, softcap)
+
+
+@pytest.mark.parametrize(
+    "asked, reason",
+    [
+        (demand(device=CPU), r"needs a CUDA device, got cpu"),
+        (demand(dtype=torch.float32), r"needs a target in float16 or bfloat16, got torch\.float32"),
+        (demand(head_dim=63), r"multiple of 8 and at most 256, got 63"),
+        (demand(head_dim=264), r"multiple of 8 and at most 256, got 264"),
+    ],
+)
+@pytest.mark.parametrize("name", ["flash_attn_2", "flash_attn_3"])
+def test_backend_asked_for_by_name_says_why_it_cannot(monkeypatch, tmp_path, name, asked, reason):
+    packages(monkeypatch, tmp_path, flash_attn="", fa3_fwd_interface="")
+    with pytest.raises(ValueError, match=rf"attention_backend='{name}' cannot run here: .*{reason}"):
+        resolve_backend(name, asked)
+
+
+def packages(monkeypatch, folder, version="2.8.3", **sources):
+    """Packages of these names and sources, and no other FlashAttention."""
+    for name, source in sources.items():
+        (folder / f"{name}.py").write_text(source)
+    if "flash_attn" in sources:
+        information = folder / f"flash_attn-{version}.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: flash_attn\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(backends_longspec, "FLASH_3", tuple(sources))
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("flash_attn_2", "the package flash_attn is not installed"),
+        ("flash_attn_3", r"no package with FlashAttention-3 is installed \(flash_attn_interface, or the wheel"),
+    ],
+)
+def test_a_package_that_is_not_installed(monkeypatch, name, reason):
+    own = importlib.util.find_spec
+    util = types.SimpleNamespace(find_spec=lambda name: None if name.startswith(("flash_attn", "fa3")) else own(name))
+    monkeypatch.setattr(backends_longspec.importlib, "util", util)
+    with pytest.raises(ValueError, match=f"attention_backend='{name}' cannot run here: {reason}"):
+        resolve_backend(name, demand(device=CPU))
+
+
+def test_a_package_that_is_too_old(monkeypatch, tmp_path):
+    packages(monkeypatch, tmp_path, version="2.6.3", flash_attn="")
+    with pytest.raises(ValueError, match=r"flash_attn 2\.7 or newer, got 2\.6\.3"):
+        resolve_backend("flash_attn_2", demand())
+
+
+@interpreted
+@pytest.mark.parametrize("name, module", [("flash_attn_2", "flash_attn"), ("flash_attn_3", "flash_attn_interface")])
+def test_a_package_that_cannot_be_imported(monkeypatch, tmp_path, name, module):
+    """As one that was built for another torch."""
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    packages(monkeypatch, tmp_path, **{module: "raise ImportError('undefined symbol: _ZN3c105Error')"})
+    with pytest.raises(ImportError, match=rf"attention_backend='{name}': its package cannot be imported: undefined"):
+        load_backend(name)
+
+
+FLAGS = {"FLASHATTENTION_DISABLE_FP16": True, "FLASHATTENTION_DISABLE_SOFTCAP": True}
+FLAGS |= {"FLASHATTENTION_DISABLE_HDIM192": True, "FLASHATTENTION_DISABLE_HDIM256": True}
+
+
+@pytest.mark.parametrize(
+    "asked, reason",
+    [
+        (demand(), None),
+        (demand(dtype=torch.float16), "fa3_fwd_interface is built without float16"),
+        (demand(softcap=30.0), r"built without soft-capping, the target has softcap=30\.0"),
+        (demand(head_dim=136), "built for head dimensions of at most 128, got 136"),
+    ],
+)
+def test_what_a_build_left_out(asked, reason):
+    assert build_misfit("fa3_fwd_interface", {}, asked) is None
+    said = build_misfit("fa3_fwd_interface", FLAGS, asked)
+    assert said is None if reason is None else re.search(reason, said)
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+def backend_on_gpu(name, dtype, dim, softcap=None):
+    asked = Demand(CUDA, dtype, dim, softcap)
+    if reason := backends_longspec.MISFITS[name](asked):
+        pytest.skip(f"{name}: {reason}")
+    return load_backend(name)
+
+
+GPU_SPANS = [[(0, 0)], [(3, 700)], [(0, 4097)], [(0, 900), (5, 6), (9, 9), (100, 228)]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["flash_attn_2", "flash_attn_3"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("nodes", [1, 16, 64, 69, 128])
+@pytest.mark.parametrize("spans", GPU_SPANS, ids=str)
+def test_on_a_gpu(name, dtype, dim, nodes, spans):
+    for options in ({}, {"masked": True}, {"softcap": 20.0}):
+        attention = backend_on_gpu(name, dtype, dim, options.get("softcap")).attention
+        check(attention, spans, heads=8, nodes=nodes, slots=4400, dim=dim, dtype=dtype, device=CUDA, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["flash_attn_2", "flash_attn_3"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+def test_layers_of_a_round_in_a_cuda_graph(name, kv_heads):
+    """What is made once a round serves all layers; a replay reads lengths that have changed since."""
+    attention = backend_on_gpu(name, torch.bfloat16, 128).attention
+    layers = []
+    for seed in range(3):
+        tensors = [part * (1 + seed) for part in case(2, 8, kv_heads, 13, 3000, 128, 128, torch.bfloat16, CUDA)]
+        layers.append(tensors)
+    spans = spans_of([(0, 2000), (7, 900)], CUDA)._replace(host=None)
+    tree = random_tree(2, 13).to(CUDA)
+
+    def run():
+        once = spans._replace(derived={})
+        outs = []
+        for query, key, value, fresh_key, fresh_value in layers:
+            nodes = Nodes(fresh_key, fresh_value, tree, spans.ends)
+            outs.append(attention(query, Prefix(key, value, once, None), nodes, 0.1, None, None))
+        return outs
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        outs = run()
+    for step in range(4):
+        expected = []
+        for query, key, value, fresh_key, fresh_value in layers:
+            nodes = Nodes(fresh_key, fresh_value, tree, None)
+            expected.append(
+                merged_attention(eager_prefix, query, Prefix(key, value, spans, None), nodes, 0.1, None, None)
+            )
+        graph.replay()
+        torch.testing.assert_close(outs, expected, atol=0.02, rtol=0.02, msg=lambda text, step=step: f"{step}: {text}")
+        spans.ends.add_(5)
