@@ -71,13 +71,14 @@ def main() -> None:
     target_name = given.target or str(given.out / "target")
     if given.target is None and not Path(target_name).exists():
         files = sorted(file for text in texts for file in text.rglob("*.py"))
-        code = "".join(file.read_text(encoding="utf-8") for file in files)
-        make_target(Path(target_name), code, given.target_seconds)
+        make_target(Path(target_name), "".join(file.read_text("utf-8") for file in files), given.target_seconds)
 
     recipe = recipe_for(target_name, texts, given.out, given.steps, given.batch)
+    given.out.mkdir(parents=True, exist_ok=True)
     file = given.out / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    subprocess.run([sys.executable, "-m", "hf_longspec.cli", "train", str(file)], check=True)
+    if code := subprocess.run([sys.executable, "-m", "hf_longspec.cli", "train", str(file)]).returncode:
+        raise SystemExit(code)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target = AutoModelForCausalLM.from_pretrained(target_name).to(device)

@@ -185,7 +185,7 @@ def test_quoted_errors_of_training(tmp_path, monkeypatch):
     for number in range(20):
         (text / f"{number}.py").write_text(f"def f{number}(x):\n    return x + {number}\n" * 12)
     run = Path("my_run")
-    make_target(run / "target", (text / "0.py").read_text(), seconds=0)
+    make_target(run / "target", (text / "0.py").read_text(), seconds=0.01)
     asked = recipe_for(str(run / "target"), [text], run, steps=1, batch=1)
 
     def trained(*options, **changes):
