@@ -198,7 +198,7 @@ def test_quoted_errors_of_training(tmp_path, monkeypatch):
         *command_says(*trained()),
         *command_says(*trained("--set", "signal.length=4096")),
     ]
-    off = ["--set", "trainer.eval_strategy=no"]
+    off = ["--set", "trainer.eval_strategy='no'"]
     assert CliRunner().invoke(cli.app, trained(*off)).exit_code == 0
     said += command_says(*trained(*off, learning_rate=0.1))
     assert len(said) == 4
