@@ -40,7 +40,7 @@ def recipe_for(target: str, texts: list[Path], out: Path, steps: int, batch: int
             "cache": str(out / "tokens"),
         },
         "signal": {"length": 256, "max_lag": 4},
-        "evaluation": {"contexts": [256, 1024], "prompts": 4, "max_new_tokens": 64},
+        "evaluation": {"contexts": [256, 1024], "prompts": 4, "max_new_tokens": 32},
         "trainer": {
             "output_dir": str(out / "run"),
             "max_steps": steps,
