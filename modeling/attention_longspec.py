@@ -88,6 +88,14 @@ class Spans(NamedTuple):
         """The slots of every row, if they are known to be the same."""
         return slice(*self.host[0]) if self.host is not None and len(set(self.host)) == 1 else None
 
+    @property
+    def longer(self) -> Spans:
+        """The same with one slot more behind each."""
+        if "longer" not in self.derived:
+            host = None if self.host is None else tuple((start, end + 1) for start, end in self.host)
+            self.derived["longer"] = Spans(self.starts, self.ends + 1, host, {})
+        return self.derived["longer"]
+
     def cover(self, slots: int) -> slice:
         """The slots from the first that any row may see to the last; all `slots` of a store if that is not known."""
         if self.host is None:
@@ -139,6 +147,11 @@ def eager_prefix(query: Tensor, prefix: Prefix, scaling: float, softcap: float |
     return attend(query, key[:, :, cover], value[:, :, cover], mask, scaling, softcap)
 
 
+def alone(nodes: Nodes, prefix: Prefix) -> bool:
+    """Whether a tree is one node that comes right behind what all it sees: plain decoding, without a merge."""
+    return nodes.key.shape[2] == 1 and nodes.slots is prefix.spans.ends and prefix.mask is None
+
+
 def place(nodes: Nodes, prefix: Prefix) -> None:
     """Put a tree into the stores of its prefix, where `nodes.slots` says."""
     if nodes.slots is not None:
@@ -164,6 +177,9 @@ def merged_attention(
     query: (B, H, T, D); nodes: the tree, None to attend to the prefix alone; sinks: (H,), see `apply_sinks`.
     Returns (B, T, H, D) in the query's dtype.
     """
+    if nodes is not None and alone(nodes, prefix):
+        place(nodes, prefix)
+        prefix, nodes = prefix._replace(spans=prefix.spans.longer), None
     # under autocast keys and values may be of other formats than queries, and only then are these copies
     states = prefix._replace(key=prefix.key.to(query.dtype), value=prefix.value.to(query.dtype))
     out, lse = prefix_attention(query, states, scaling, softcap)

@@ -14,9 +14,13 @@ from packaging.version import Version
 from torch import Tensor
 
 from .attention_longspec import Nodes, Prefix, PrefixAttention, eager_prefix, merged_attention
+from .children_longspec import Children, best_children
+from .slots_longspec import Move, move_slots
 from .torch_flash_longspec import torch_prefix
 
 Attention = Callable[[Tensor, Prefix, Nodes | None, float, float | None, Tensor | None], Tensor]
+# Up to 64 queries a key/value head our kernel is faster than FlashAttention-3, with 256 slower (H200, heads of 128).
+FEW = 64
 FLASH_3 = ("flash_attn_interface", "fa3_fwd_interface")  # the package's own module, and that of the wheel fa3-fwd
 
 
@@ -30,15 +34,16 @@ class Demand(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """A way to attend: `prefix` as `eager_prefix`, `attention` as `merged_attention`.
+    """A way to attend: `prefix` as `eager_prefix`, `attention` as `merged_attention`; `move` as `move_slots`.
 
-    fused: whether Triton runs here, so that the draft's choice of a tree's nodes may be a kernel of ours too.
+    children: how the draft chooses a level of the tree, as `best_children`; in Triton, where attention needs it too.
     """
 
     name: str
     prefix: PrefixAttention
     attention: Attention
-    fused: bool = False
+    move: Move = move_slots
+    children: Children = best_children
 
 
 def load_backend(name: str) -> Backend:
@@ -49,16 +54,20 @@ def load_backend(name: str) -> Backend:
         return Backend(name, torch_prefix, functools.partial(merged_attention, torch_prefix))
     if name == "triton":
         from .triton_longspec import triton_attention, triton_prefix
+        from .triton_move_longspec import triton_move
+        from .triton_topk_longspec import fused_best_children
 
-        return Backend(name, triton_prefix, triton_attention, fused=True)
+        return Backend(name, triton_prefix, triton_attention, triton_move, fused_best_children)
     from .flash_attn_longspec import flash_attention, flash_prefix, load_flash_2, load_flash_3
+    from .triton_move_longspec import triton_move
+    from .triton_topk_longspec import fused_best_children
 
     try:
         flash = load_flash_2() if name == "flash_attn_2" else load_flash_3(installed_flash_3() or FLASH_3[0])
     except (ImportError, OSError) as error:  # also of a wheel that was built for another torch
         raise ImportError(f"attention_backend={name!r}: its package cannot be imported: {error}") from error
     attention = functools.partial(flash_attention, flash)
-    return Backend(name, functools.partial(flash_prefix, flash), attention, fused=True)
+    return Backend(name, functools.partial(flash_prefix, flash), attention, triton_move, fused_best_children)
 
 
 def resolve_backend(name: str, demand: Demand) -> Backend:
@@ -67,11 +76,28 @@ def resolve_backend(name: str, demand: Demand) -> Backend:
     Raises `ValueError` with the reason where a backend asked for by name cannot run.
     """
     if name == "auto":
-        fastest = ("triton", "torch") if demand.device.type == "cuda" else ("torch",)
+        fastest = ("flash_attn_3", "triton", "torch") if demand.device.type == "cuda" else ("torch",)
         name = next((name for name in fastest if MISFITS[name](demand) is None), "eager")
+        if name == "flash_attn_3":
+            return by_size(load_backend("triton"), load_backend(name))
     elif name != "eager" and (reason := MISFITS[name](demand)):
         raise ValueError(f"attention_backend={name!r} cannot run here: {reason}; use 'auto' or 'eager'")
     return load_backend(name)
+
+
+def by_size(small: Backend, large: Backend) -> Backend:
+    """`small` where a key/value head has at most `FEW` queries, else `large`."""
+
+    def prefix(query: Tensor, states: Prefix, *options: Any) -> tuple[Tensor, Tensor]:
+        return (small if few(query, states) else large).prefix(query, states, *options)
+
+    def attention(query: Tensor, states: Prefix, *options: Any) -> Tensor:
+        return (small if few(query, states) else large).attention(query, states, *options)
+
+    def few(query: Tensor, states: Prefix) -> bool:
+        return query.shape[1] // states.key.shape[1] * query.shape[2] <= FEW
+
+    return small._replace(name=f"{small.name} and {large.name}", prefix=prefix, attention=attention)
 
 
 def torch_misfit(demand: Demand) -> str | None:

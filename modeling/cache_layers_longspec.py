@@ -16,7 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .attention_longspec import Prefix, Spans
 from .memory_longspec import Memory, empty_stores
-from .slots_longspec import move_slots, ring_contents
+from .slots_longspec import Move, ring_contents
 
 BUCKET = 256  # tokens; capacities are multiples of this
 SLACK = 4  # memory of another call may be so many times what is needed: an eager attention reads all of it
@@ -134,13 +134,11 @@ class FullLayer(CacheLayerMixin):
             mask = mask & (index > _too_far(at, self.window))
         return (mask & _seen(index, at.visible)).expand(-1, at.depths.shape[1], -1)
 
-    def commit(self, path: Tensor, counts: Tensor, at: Placement) -> None:
+    def commit(self, path: Tensor, counts: Tensor, at: Placement, move: Move) -> None:
         if path.shape[1] == 1:  # a root lies where it is kept
             return
         # steps beyond `counts` land behind the new prefix, where the next tree overwrites them
-        source, target = at.once("path", lambda: _path_slots(at, path))
-        move_slots(self.keys, source, target)
-        move_slots(self.values, source, target)
+        move(self.keys, self.values, *at.once("path", lambda: _path_slots(at, path)))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -219,15 +217,19 @@ class SlidingLayer(CacheLayerMixin):
         starts = at.spans.starts[:, None, None]
         return (held > _too_far(at, self.window)) & (held >= starts) & _seen(held, at.visible)
 
-    def commit(self, path: Tensor, counts: Tensor, at: Placement) -> None:
-        # Only accepted nodes may enter the ring, and of a path longer than the ring only its end:
-        # every other step moves a tree slot onto itself.
+    def commit(self, path: Tensor, counts: Tensor, at: Placement, move: Move) -> None:
+        move(self.keys, self.values, *at.once(("path", self.ring), lambda: self._path_slots(path, counts, at)))
+
+    def _path_slots(self, path: Tensor, counts: Tensor, at: Placement) -> tuple[Tensor, Tensor]:
+        """Where the ring has the nodes of `path` (B, P), and where it is to have them.
+
+        Only accepted nodes may enter the ring, and of a path longer than the ring only its end: every other step moves
+        a tree slot onto itself.
+        """
         steps = torch.arange(path.shape[1], device=path.device)
         enters = (steps < counts[:, None]) & (steps >= counts[:, None] - self.ring)
         source = self.ring + path
-        target = torch.where(enters, (at.spans.ends[:, None] + steps) % self.ring, source)
-        move_slots(self.keys, source, target)
-        move_slots(self.values, source, target)
+        return source, torch.where(enters, (at.spans.ends[:, None] + steps) % self.ring, source)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         kept = min(self.length, self.window - 1)

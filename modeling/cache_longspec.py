@@ -15,6 +15,7 @@ from .attention_longspec import Spans
 from .cache_layers_longspec import FullLayer, Placement, SharedLayer, SlidingLayer
 from .configuration_longspec import layer_kinds
 from .memory_longspec import Memory
+from .slots_longspec import Move, move_slots
 
 # Tokens. A ring takes its memory at once, and some windows (phi3: 262,144) are wider than any text.
 LARGEST_RING = 16_384
@@ -150,15 +151,15 @@ class SpeculativeCache(Cache):
             layer.ensure(self.length + depths.shape[1])
         self.placement = self.place(depths)
 
-    def commit(self, path: Tensor, counts: Tensor) -> None:
+    def commit(self, path: Tensor, counts: Tensor, move: Move = move_slots) -> None:
         """Keep the nodes `path[:, :count]`, (B, P) with counts (B,), as the next tokens of each row; drop the rest.
 
-        Work of the device alone; `committed` tells the host.
+        move: how the stores of a layer are written. Work of the device alone; `committed` tells the host.
         """
         placement = self.round_placement
         for layer in self.owners:
             device = layer.keys.device
-            layer.commit(path.to(device), counts.to(device), placement.to(device))
+            layer.commit(path.to(device), counts.to(device), placement.to(device), move)
         placement.spans.ends.add_(counts)
 
     def committed(self, emitted: list[int]) -> None:

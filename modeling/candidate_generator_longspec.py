@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
 
 from .attention_longspec import Prefix
 from .backends_longspec import Backend
@@ -91,7 +90,7 @@ class LongSpecCandidateGenerator:
             inputs = self._level_inputs(position, cache, len(shape))
         for depth, width in enumerate(shape):
             logits = self._level_logits(level.tokens, depth, inputs)
-            level = best_children(logits, level.scores, width, self.vocab)
+            level = self.backend.children(logits, level.scores, width, self.vocab)
             self._hand_down(inputs.mask, level.parents, depth + 1)
             grown.append(level)
         return TokenTree.from_levels(grown, self.above[: 1 + sum(shape)]).prune(self.verify_tokens)
@@ -143,18 +142,3 @@ class LongSpecCandidateGenerator:
     def _attend(self, query: Tensor, prefix: Prefix) -> Tensor:
         """Attention of (B, H, T, D) to a prefix, by the backend that verifies."""
         return self.backend.attention(query, prefix, None, self.scaling, None, None).transpose(1, 2)
-
-
-def best_children(logits: Tensor, scores: Tensor, width: int, vocab: Tensor | None = None) -> Level:
-    """The `width` best continuations of nodes with cumulative log-probability `scores` (B, T), logits (B, T, N).
-
-    vocab: the tokens (N,) that these are the logits of; None: 0, 1, …
-    No node can have more than `width` of them, so each node's own best `width` are candidates enough. Of continuations
-    that score alike any may be taken, as `topk` does.
-    """
-    best = logits.topk(min(width, logits.shape[-1]), dim=-1, sorted=False).indices  # (B, T, k)
-    # in this order: a log-probability is never positive, so that none can round to a child that outranks its parent
-    totals = scores[:, :, None] + log_softmax(logits, dim=-1, dtype=torch.float32).gather(-1, best)
-    chosen, index = totals.flatten(1).topk(width, dim=-1)
-    tokens = best.flatten(1).gather(1, index)
-    return Level(tokens if vocab is None else vocab[tokens], index // best.shape[-1], chosen)

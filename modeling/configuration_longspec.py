@@ -32,8 +32,9 @@ class LongSpecConfig(PreTrainedConfig):
             nothing to guess: one token a round.
         verify_tokens (`int`, *optional*): rows fed to the target, root included: the tree's best. `None`: all of it.
         attention_backend (`str`): how the target attends while it verifies: one of `ATTENTION_BACKENDS`; "auto" is
-            "triton" on a GPU and "torch" elsewhere where these can run, else "eager". Beside "triton" and the two of
-            flash_attn, other small work of a round is done by Triton kernels too.
+            "triton" on a GPU, with "flash_attn_3" for large trees if that is installed, and "torch" elsewhere, where
+            these can run, else "eager". Beside "triton" and the two of flash_attn, other small work of a round is done
+            by Triton kernels too.
         cuda_graphs (`str` or `bool`): replay a round's phases as CUDA graphs: `"auto"` where that is possible. They
             are kept for the next call, with the memory they work on: see `LongSpecForCausalLM.release`.
         compile_target (`bool`): run the target's decoder layers through torch.compile while they verify. The first

@@ -237,7 +237,8 @@ def commit(call: Call, tree: TokenTree, steps: Steps) -> None:
         call.generator.advance(tree.tokens.gather(1, path), roots.positions[:, None] + step, step < counts[:, None])
     roots.tokens.copy_(newest)
     roots.positions.add_(counts)
-    call.cache.commit(path, counts)  # last: once a ring has moved on, nothing may fail before it is `committed`
+    # last: once a ring has moved on, nothing may fail before it is `committed`
+    call.cache.commit(path, counts, call.backend.move)
 
 
 def choose_backend(draft: Any, target: PreTrainedModel, bound: BoundTarget) -> Backend:

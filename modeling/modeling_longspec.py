@@ -26,6 +26,7 @@ from .configuration_longspec import LongSpecConfig
 from .door_longspec import install
 from .draft_head_longspec import HeadRows, Rows, vocabulary
 from .generation_longspec import assisted_decoding
+from .sharing_longspec import push_to_hub
 from .target_longspec import BoundTarget, bind
 from .workspace_longspec import Workspaces
 
@@ -212,6 +213,7 @@ class LongSpecForCausalLM(PreTrainedModel):
     # `target.generate(assistant_model=draft)` arrives here: see generation_longspec.py
     assisted_decoding = assisted_decoding
     check_generation = check_generation
+    push_to_hub = push_to_hub
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError(_USAGE)
@@ -229,7 +231,8 @@ def rope_frequencies(config: LongSpecConfig) -> tuple[Tensor, float]:
     parameters = config.rope_parameters or {}
     rope_type = parameters.get("rope_type", "default")
     if rope_type != "default":
-        frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
+        with torch.device("cpu"):  # transformers builds models on the meta device, where these would have no numbers
+            frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
     else:
         dims = int(config.head_dim * parameters.get("partial_rotary_factor", 1.0))
         exponents = torch.arange(0, dims, 2, dtype=torch.float32, device="cpu") / dims

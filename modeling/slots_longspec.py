@@ -5,6 +5,8 @@ Shapes never depend on values, so all of this can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,9 +16,19 @@ def write_slots(store: Tensor, slots: Tensor, states: Tensor) -> None:
     store.scatter_(2, slots[:, None, :, None].expand_as(states), states.to(store.dtype))
 
 
-def move_slots(store: Tensor, source: Tensor, target: Tensor) -> None:
-    """Copy slots `source` (B, P) to slots `target` (B, P); all are read before any is written."""
-    store[_rows(target), :, target] = store[_rows(source), :, source]
+def move_slots(keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> None:
+    """Copy slots `source` (B, P) of both stores to slots `target` (B, P); all are read before any is written."""
+    for store in (keys, values):
+        shape = -1, store.shape[1], -1, store.shape[3]
+        store.scatter_(2, _everywhere(target, shape), store.gather(2, _everywhere(source, shape)))
+
+
+def _everywhere(slots: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Slots (B, P), the same ones in all heads and dimensions."""
+    return slots[:, None, :, None].expand(shape)
+
+
+Move = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
 def ring_contents(lengths: Tensor, ring: int) -> Tensor:
@@ -24,7 +36,3 @@ def ring_contents(lengths: Tensor, ring: int) -> Tensor:
     slot = torch.arange(ring, device=lengths.device)
     last = lengths[:, None] - 1
     return last - (last - slot) % ring
-
-
-def _rows(slots: Tensor) -> Tensor:
-    return torch.arange(slots.shape[0], device=slots.device)[:, None]

@@ -69,13 +69,12 @@ def split_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
     MASKED: tl.constexpr,
     TREE: tl.constexpr,
     PLACED: tl.constexpr,
     CAPPED: tl.constexpr,
 ):
-    """Program (split, tile of rows and key/value head, row of the batch): out (SPLITS, B, H, T, DV), lse in log2."""
+    """Program (split, tile of rows and key/value head, row of the batch): out (splits, B, H, T, DV), lse in log2."""
     split, batch = tl.program_id(0), tl.program_id(2)
     tiles = tl.cdiv(rows, BLOCK_M)
     tile, head = tl.program_id(1) % tiles, tl.program_id(1) // tiles
@@ -103,7 +102,7 @@ def split_kernel(
     blocks = prefix_blocks
     if TREE:
         blocks += tl.cdiv(nodes, BLOCK_N)
-    share = tl.cdiv(blocks, SPLITS)
+    share = tl.cdiv(blocks, tl.num_programs(0))
     first = split * share
     last = tl.minimum(first + share, blocks)
 
@@ -189,6 +188,7 @@ def merge_kernel(
     sinks,
     out,
     lse,
+    splits,
     heads,
     nodes,
     out_b,
@@ -196,7 +196,6 @@ def merge_kernel(
     out_t,
     VALUE_DIM: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     SINKS: tl.constexpr,
     LSE: tl.constexpr,
@@ -206,13 +205,13 @@ def merge_kernel(
     head, node = place // nodes, place % nodes
     split, dv = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_V)
     index = (split * tl.num_programs(1) + batch).to(tl.int64) * heads * nodes + place
-    own = tl.load(part_lse + index, mask=split < SPLITS, other=float("-inf"))
+    own = tl.load(part_lse + index, mask=split < splits, other=float("-inf"))
     top = tl.max(own, 0)
     weights = tl.math.exp2(own - tl.where(top == float("-inf"), 0.0, top))
     total = tl.sum(weights, 0)
     states = tl.load(
         parts + index[:, None] * VALUE_DIM + dv[None, :],
-        mask=(split < SPLITS)[:, None] & (dv < VALUE_DIM)[None, :],
+        mask=(split < splits)[:, None] & (dv < VALUE_DIM)[None, :],
         other=0.0,
     )
     merged = tl.sum(states * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
@@ -348,7 +347,6 @@ def _launch(
         BLOCK_V=block_v,
         BLOCK_M=tiles.rows,
         BLOCK_N=tiles.keys,
-        SPLITS=splits,
         MASKED=mask is not None,
         TREE=nodes is not None,
         PLACED=tree.slots is not None,
@@ -362,12 +360,12 @@ def _launch(
         unused if sinks is None else sinks,
         out,
         unused if lse is None else lse,
+        splits,
         heads,
         length,
         *out.stride()[:3],
         VALUE_DIM=value_dim,
         BLOCK_V=block_v,
-        SPLITS=splits,
         BLOCK_S=triton.next_power_of_2(splits),
         SINKS=sinks is not None,
         LSE=lse is not None,

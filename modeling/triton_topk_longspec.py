@@ -10,10 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .children_longspec import best_children
 from .tree_longspec import Level
 from .triton_blocks_longspec import tl, triton
 
-CHUNK = 2048  # tokens that a program of the first launch looks at
+CHUNK = 2048
+MOST_CHILDREN, MOST_CANDIDATES = 64, 4096  # of a level; beyond them sorting spills registers
 LOWEST = tl.constexpr(-(2**63))  # below the key of any value
 
 
@@ -39,6 +41,21 @@ def index_of(key):
 
 
 @triton.jit
+def best_of(keys, lowest, K: tl.constexpr):
+    """The K largest of keys (N,), largest first; no two are alike but for `lowest`, which is put where they end.
+
+    One maximum after the other: for so few of so many, less than half the instructions of sorting.
+    """
+    slot = tl.arange(0, K)
+    best = tl.full([K], lowest, keys.dtype)
+    for place in range(K):
+        top = tl.max(keys, 0)
+        best = tl.where(slot == place, top, best)
+        keys = tl.where(keys == top, lowest, keys)
+    return best
+
+
+@triton.jit
 def chunk_kernel(
     logits, keys, tops, sums, row_stride, vocab, chunks, BLOCK: tl.constexpr, K: tl.constexpr, NARROW: tl.constexpr
 ):
@@ -55,16 +72,16 @@ def chunk_kernel(
     tl.store(tops + place, top)
     tl.store(sums + place, total)
     if NARROW:  # 16 bits of value and 12 of column: half the registers and shuffles
-        bits = (x + 0.0).to(x.dtype).to(tl.int16, bitcast=True).to(tl.int32)
+        bits = (wide + 0.0).to(x.dtype).to(tl.int16, bitcast=True).to(tl.int32)  # minus zero is zero
         narrow = ((bits ^ ((bits >> 31) & 0x7FFF)) << 12) | (BLOCK - 1 - column)
-        best = tl.topk(tl.where(real, narrow, -(2**30)), K)
+        best = best_of(tl.where(real, narrow, -(2**30)), -(2**30), K)
         bits = best >> 12
         bits = bits ^ ((bits >> 31) & 0x7FFF)
         value = bits.to(tl.int16).to(logits.dtype.element_ty, bitcast=True).to(tl.float32)
         token = chunk * BLOCK + BLOCK - 1 - (best & 0xFFF)
-        key = tl.where(best > -(2**29), sort_key(value, token), LOWEST)
+        key = tl.where(best > -(2**30), sort_key(value, token), LOWEST)
     else:
-        key = tl.topk(tl.where(real, sort_key(wide, token), LOWEST), K)
+        key = best_of(tl.where(real, sort_key(wide, token), LOWEST), LOWEST, K)
     tl.store(keys + place * K + tl.arange(0, K), key)
 
 
@@ -79,7 +96,8 @@ def node_kernel(keys, tops, sums, scores, best_keys, totals, chunks, CHUNKS: tl.
     shift = tl.where(highest == float("-inf"), 0.0, highest)
     log_total = tl.maximum(tl.log(tl.sum(total * tl.exp(top - shift), 0)), 0.0)
     candidate = tl.arange(0, CHUNKS * K)
-    best = tl.topk(tl.load(keys + row * chunks * K + candidate, mask=candidate < chunks * K, other=LOWEST), K)
+    known = tl.load(keys + row * chunks * K + candidate, mask=candidate < chunks * K, other=LOWEST)
+    best = best_of(known, LOWEST, K)
     # in this order: a log-probability is never positive, so that none can round to a child that outranks its parent
     score = tl.load(scores + row) + ((value_of(best) - shift) - log_total)
     tl.store(best_keys + row * K + slot, best)
@@ -96,7 +114,7 @@ def tree_kernel(
     real = candidate < nodes * K
     total = tl.load(totals + tree * nodes * K + candidate, mask=real, other=float("-inf"))
     exists = tl.load(best_keys + tree * nodes * K + candidate, mask=real, other=LOWEST) != LOWEST
-    best = tl.topk(tl.where(exists, sort_key(total, candidate), LOWEST), W)
+    best = best_of(tl.where(exists, sort_key(total, candidate), LOWEST), LOWEST, W)
     index = tl.where(best == LOWEST, 0, index_of(best))
     kept = slot < width
     own = tl.load(best_keys + tree * nodes * K + index, mask=kept, other=0)
@@ -105,15 +123,19 @@ def tree_kernel(
     tl.store(chosen + tree * width + slot, value_of(best), mask=kept)
 
 
-def fused_best_children(logits: Tensor, scores: Tensor, width: int, vocab: Tensor | None = None) -> Level:
+def fused_best_children(
+    logits: Tensor, scores: Tensor, width: int, vocab: Tensor | None = None, chunk: int = CHUNK
+) -> Level:
     """As `best_children`; of continuations that score alike the one of the smaller node, and there of the smaller
-    token. logits: (B, T, N), contiguous but for the stride of a node; scores: (B, T) float32.
+    token. A level too wide for it is left to `best_children`. chunk: tokens of a program of the first launch.
     """
     batch, nodes, size = logits.shape
+    if width > MOST_CHILDREN or nodes * min(width, size) > MOST_CANDIDATES:
+        return best_children(logits, scores, width, vocab)
     rows, device = batch * nodes, logits.device
     logits = logits.reshape(rows, size)
     best = triton.next_power_of_2(min(width, size))
-    block = max(min(CHUNK, triton.next_power_of_2(size)), best)
+    block = max(min(chunk, triton.next_power_of_2(size)), best)
     chunks = triton.cdiv(size, block)
     keys = torch.empty(rows, chunks, best, dtype=torch.int64, device=device)
     tops, sums = torch.empty(2, rows, chunks, dtype=torch.float32, device=device)

@@ -12,7 +12,7 @@ import tapes  # noqa: E402
 from helpers import tiny_draft, tiny_target  # noqa: E402
 
 # these compare for the tests, which show both sides of what fails
-pytest.register_assert_rewrite("pairs", "serials", "tables", "texts")
+pytest.register_assert_rewrite("conversions", "pairs", "serials", "tables", "texts")
 torch.set_num_threads(1)
 
 

@@ -7,8 +7,8 @@ import torch
 from reference_attention import INF, assert_as_good_as_plain, spans_of
 
 from hf_longspec.modeling import torch_flash_longspec
-from hf_longspec.modeling.attention_longspec import Prefix, apply_sinks, attend, merge
-from hf_longspec.modeling.backends_longspec import Demand, load_backend, resolve_backend
+from hf_longspec.modeling.attention_longspec import Nodes, Prefix, apply_sinks, attend, merge
+from hf_longspec.modeling.backends_longspec import Backend, Demand, by_size, load_backend, resolve_backend
 
 BACKENDS = ("eager", "torch")
 CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
@@ -216,6 +216,35 @@ def test_spans_by_hand():
     assert on_device.common is None and on_device.cover(20) == slice(0, 20)
 
 
+def test_spans_with_one_slot_more():
+    spans = spans_of([(2, 9), (4, 4)], CPU)
+    assert spans.longer.starts.tolist() == [2, 4] and spans.longer.ends.tolist() == [10, 5]
+    assert spans.longer.host == ((2, 10), (4, 5)) and spans.longer is spans.longer  # for all layers of a round
+    assert spans._replace(host=None, derived={}).longer.host is None
+
+
+@pytest.mark.parametrize("host", [[(0, 20), (0, 20)], [(3, 20), (7, 7)]], ids=["alike", "apart"])
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_node_alone_needs_no_merge(name, on_device, host):
+    """It goes behind its prefix, and all of that is one span."""
+    query, key, value = tensors(2, 4, 2, nodes=1, keys=30, dim=16)
+    fresh_key, fresh_value = torch.randn(2, 2, 2, 1, 16)
+    spans = spans_of(host, CPU)
+    spans = spans._replace(host=None) if on_device else spans
+    itself = torch.ones(2, 1, 1, dtype=torch.bool)
+    for nodes in (Nodes(fresh_key, fresh_value, itself, None), Nodes(fresh_key, fresh_value, itself, spans.ends)):
+        outs = load_backend(name).attention(query, Prefix(key, value, spans, None), nodes, 0.25, None, None)
+        for row, (start, end) in enumerate(host):
+            keys = torch.cat([key[row, :, start:end], fresh_key[row]], dim=1)[None]
+            values = torch.cat([value[row, :, start:end], fresh_value[row]], dim=1)[None]
+            out = outs[row : row + 1].transpose(1, 2)
+            assert_as_good_as_plain((out,), query[row : row + 1], keys, values, 0.25, stages=STAGES)
+    for row, (_, end) in enumerate(host):
+        assert torch.equal(key[row, :, end], fresh_key[row, :, 0])
+        assert torch.equal(value[row, :, end], fresh_value[row, :, 0])
+
+
 def ragged(host, heads, kv_heads, dim, dtype, slots=70):
     """Queries and stores for spans; what no row may see is NaN, what another row sees holds other numbers."""
     query, key, value = tensors(len(host), heads, kv_heads, nodes=5, keys=slots, dim=dim, dtype=dtype)
@@ -362,3 +391,17 @@ def test_backend_asked_for_by_name_says_why_it_cannot(device, head_dim, softcap,
         ValueError, match=rf"attention_backend='torch' cannot run here: .*{reason}.*use 'auto' or 'eager'"
     ):
         resolve_backend("torch", Demand(device, torch.float32, head_dim, softcap))
+
+
+def test_the_number_of_queries_chooses_between_two_backends():
+    small, large = (
+        Backend(name, lambda *given, name=name: (name, len(given)), lambda *given, name=name: (name, len(given)))
+        for name in ("small", "large")
+    )
+    both = by_size(small, large)
+    prefix = Prefix(torch.empty(1, 2, 9, 4), torch.empty(1, 2, 9, 4), spans_of([(0, 9)], CPU), None)
+    for nodes, name in ((1, "small"), (16, "small"), (17, "large"), (64, "large")):  # four heads a key/value head
+        query = torch.empty(1, 8, nodes, 4)
+        assert both.attention(query, prefix, None, 0.5, None, None) == (name, 6)
+        assert both.prefix(query, prefix, 0.5, None) == (name, 4)
+    assert both.name == "small and large"

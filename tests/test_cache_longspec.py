@@ -25,7 +25,7 @@ from serials import (
 )
 from transformers import AutoConfig, DynamicCache
 
-from hf_longspec.modeling import cache_layers_longspec, cache_longspec
+from hf_longspec.modeling import cache_longspec
 from hf_longspec.modeling.cache_layers_longspec import BUCKET
 from hf_longspec.modeling.cache_longspec import SpeculativeCache
 from hf_longspec.modeling.tree_longspec import ancestor_mask, node_depths
@@ -86,16 +86,13 @@ def test_committed_path_longer_than_the_window(window, prompt):
     run_round(cache, text + chain[:7], [200, 201], [0, 0], window)
 
 
-def test_no_two_accepted_nodes_go_to_one_slot(monkeypatch):
+def test_no_two_accepted_nodes_go_to_one_slot():
     """A scatter may write in any order, so of a path longer than the ring only the end may enter it."""
     moves = []
-    monkeypatch.setattr(
-        cache_layers_longspec, "move_slots", lambda store, source, target: moves.append((source, target))
-    )
     cache = speculative_cache(4)
     append(cache, list(range(9)))
     run_round(cache, list(range(9)), list(range(100, 108)), [0, 0, 1, 2, 3, 4, 5, 6], 4)
-    commit(cache, *padded(list(range(7)), 8), [7])
+    cache.commit(*padded(list(range(7)), 8), lambda keys, values, source, target: moves.append((source, target)))
     assert moves
     for source, target in moves:
         moved = target[source != target].tolist()

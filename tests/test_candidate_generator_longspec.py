@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from hf_longspec.modeling.backends_longspec import load_backend
 from hf_longspec.modeling.cache_longspec import SpeculativeCache
-from hf_longspec.modeling.candidate_generator_longspec import LongSpecCandidateGenerator, best_children
+from hf_longspec.modeling.candidate_generator_longspec import LongSpecCandidateGenerator
 from hf_longspec.modeling.interface_longspec import Round, attending, switched
 from hf_longspec.modeling.tree_longspec import ancestor_mask
 
@@ -375,40 +375,3 @@ def test_state_is_as_large_as_announced_whatever_the_context(tree_shape):
         session = Session(target, draft, [random_text(length), random_text(2), random_text(5)])
         session.grow()
         assert session.generator.window.nbytes == 3 * draft.state_bytes
-
-
-# --- best_children ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("nodes, vocab, width", [(1, 5, 3), (1, 5, 5), (4, 5, 20), (3, 50, 7), (6, 7, 9)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_best_children_against_sorting_everything(nodes, vocab, width, dtype):
-    logits = (3 * torch.randn(2, nodes, vocab)).to(dtype)
-    scores = -3 * torch.rand(2, nodes)
-    tokens, parents, chosen = best_children(logits, scores, width)
-    everything = scores.double()[:, :, None] + logits.double().log_softmax(-1)
-    units = 4 * torch.finfo(torch.float32).eps * everything.abs().max()
-    for row in range(2):
-        pairs = list(zip(parents[row].tolist(), tokens[row].tolist(), strict=True))
-        assert len(set(pairs)) == width
-        own = torch.stack([everything[row, parent, token] for parent, token in pairs])
-        assert (chosen[row] - own).abs().max() <= units
-        best = everything[row].flatten().sort(descending=True).values[:width]
-        assert (chosen[row] - best).abs().max() <= units
-
-
-def test_impossible_tokens_come_last():
-    logits = torch.full((1, 2, 4), -math.inf)
-    logits[0, 0, 2] = logits[0, 1, 1] = 0.0
-    tokens, parents, scores = best_children(logits, torch.tensor([[-2.0, -1.0]]), 3)
-    assert tokens[0, :2].tolist() == [1, 2] and parents[0, :2].tolist() == [1, 0]
-    assert scores.tolist() == [[-1.0, -2.0, -math.inf]]
-
-
-def test_rounding_never_lifts_a_child_above_its_parent():
-    """Pruning relies on it: a node may not outrank the parent it hangs on, however sure the draft is."""
-    logits = 3 * torch.randn(200, 4, 50)
-    logits[..., 7] += 40
-    scores = -20 * torch.rand(200, 4)
-    _, parents, chosen = best_children(logits, scores, 4)
-    assert (chosen <= scores.gather(1, parents)).all()

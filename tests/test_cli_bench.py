@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+from helpers import interpreted
 from tiny_folders import tiny_folders
 from typer.testing import CliRunner
 
@@ -50,6 +51,25 @@ def test_attention():
 def test_attention_of_one_backend():
     table, record = bench(*ATTENTION, "--backends", "torch")
     assert [timed["name"] for timed in record["cases"][0]["timed"]] == ["torch", "sdpa, mask"]
+
+
+@interpreted
+def test_attention_with_tiles():
+    command = ["attention", "--contexts", "64", "--nodes", "5", "--heads", "4,2,16", "--repeats", "1"]
+    tiles = ["--tiles", "16,16,4,2,1", "--tiles", "32,32,4,1,2"]
+    _, record = bench(*command, "--backends", "torch", *tiles)
+    timed = record["cases"][0]["timed"]
+    assert [way["name"] for way in timed] == ["torch", "16x16x4x2x1", "32x32x4x1x2", "sdpa, mask"]
+    assert all(way["error"] < 1e-5 for way in timed)
+    result = runner.invoke(cli.app, ["bench", *command, "--tiles", "24,16,4,2,1"])
+    assert result.exit_code == 2 and "the first three powers of two, got (24, 16, 4, 2, 1)" in result.stderr
+
+
+def test_children():
+    table, record = bench("children", "--nodes", "1,3", "--width", "4", "--vocab", "50,60", "--repeats", "1")
+    choices = record["choices"]
+    assert [(choice["vocab"], choice["nodes"]) for choice in choices] == [(50, 1), (50, 3), (60, 1), (60, 3)]
+    assert all(choice["milliseconds"]["torch"] > 0 for choice in choices) and "bytes floor" in table
 
 
 def test_latency():
@@ -110,6 +130,7 @@ def test_pictures_without_matplotlib(monkeypatch, tmp_path):
         (ATTENTION, ["--backends", "torch,best"], "expected backends among eager, torch"),
         (ATTENTION, ["--plot", "missing/a.png"], "expected --plot FILE.png in a folder that exists"),
         (ATTENTION, ["--plot", "a.pdf"], "expected --plot FILE.png in a folder that exists, got a.pdf"),
+        (["children"], ["--width", "70", "--vocab", "50"], "at most nodes x tokens, got 70 of 1 x 50"),
         (LATENCY, ["--shape", "llama-9b"], "expected a shape among tiny"),
         (LATENCY, ["--tree", ""], "expected level widths such as 4,16,16, got an empty --tree"),
         (LATENCY, ["--tree", "4,x"], "expected level widths such as 4,16,16"),

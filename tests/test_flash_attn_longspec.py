@@ -341,19 +341,37 @@ def backend_on_gpu(name, dtype, dim, softcap=None):
     return load_backend(name)
 
 
-GPU_SPANS = [[(0, 0)], [(3, 700)], [(0, 4097)], [(0, 900), (5, 6), (9, 9), (100, 228)]]
+BFLOAT16 = [(torch.bfloat16, dim, nodes) for dim in (64, 80, 96, 128, 256) for nodes in (1, 16, 69)]
+FLOAT16 = [(torch.float16, 128, 16)]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["flash_attn_2", "flash_attn_3"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("nodes", [1, 16, 64, 69, 128])
-@pytest.mark.parametrize("spans", GPU_SPANS, ids=str)
+@pytest.mark.parametrize(
+    "dtype, dim, nodes", [*BFLOAT16, (torch.bfloat16, 128, 64), (torch.bfloat16, 128, 128), *FLOAT16]
+)
+@pytest.mark.parametrize("spans", [[(3, 700)], [(0, 900), (5, 6), (9, 9), (100, 228)]], ids=["one row", "rows"])
 def test_on_a_gpu(name, dtype, dim, nodes, spans):
-    for options in ({}, {"masked": True}, {"softcap": 20.0}):
-        attention = backend_on_gpu(name, dtype, dim, options.get("softcap")).attention
-        check(attention, spans, heads=8, nodes=nodes, slots=4400, dim=dim, dtype=dtype, device=CUDA, **options)
+    for softcap in (None, 20.0) if nodes == 16 else (None,):
+        attention = backend_on_gpu(name, dtype, dim, softcap).attention
+        options = {} if softcap is None else {"softcap": softcap}
+        check(attention, spans, heads=8, nodes=nodes, slots=1100, dim=dim, dtype=dtype, device=CUDA, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["flash_attn_2", "flash_attn_3"])
+def test_a_prefix_alone_on_a_gpu(name):
+    """Long enough for many splits; a row without keys gets nothing."""
+    backend = backend_on_gpu(name, torch.bfloat16, 128)
+    query, key, value, *_ = case(3, 32, 8, 16, 20_000, 128, 128, torch.bfloat16, CUDA)
+    prefix = Prefix(key, value, spans_of([(5, 19_990), (0, 70), (4, 4)], CUDA)._replace(host=None), None)
+    out, lse = backend.prefix(query, prefix, 0.1, None)
+    expected = eager_prefix(query, prefix, 0.1, None)
+    torch.testing.assert_close(out.float(), expected[0], atol=2e-3, rtol=0.02)
+    torch.testing.assert_close(lse, expected[1], atol=1e-3, rtol=1e-4)
+    ours = backend.attention(query, prefix, None, 0.1, None, None)
+    torch.testing.assert_close(ours.float(), expected[0].transpose(1, 2), atol=2e-3, rtol=0.02)
+    assert not ours[2].any()
 
 
 @pytest.mark.gpu
@@ -364,7 +382,7 @@ def test_layers_of_a_round_in_a_cuda_graph(name, kv_heads):
     attention = backend_on_gpu(name, torch.bfloat16, 128).attention
     layers = []
     for seed in range(3):
-        tensors = [part * (1 + seed) for part in case(2, 8, kv_heads, 13, 3000, 128, 128, torch.bfloat16, CUDA)]
+        tensors = [part.roll(seed, dims=-1) for part in case(2, 8, kv_heads, 13, 3000, 128, 128, torch.bfloat16, CUDA)]
         layers.append(tensors)
     spans = spans_of([(0, 2000), (7, 900)], CUDA)._replace(host=None)
     tree = random_tree(2, 13).to(CUDA)
@@ -390,5 +408,5 @@ def test_layers_of_a_round_in_a_cuda_graph(name, kv_heads):
                 merged_attention(eager_prefix, query, Prefix(key, value, spans, None), nodes, 0.1, None, None)
             )
         graph.replay()
-        torch.testing.assert_close(outs, expected, atol=0.02, rtol=0.02, msg=lambda text, step=step: f"{step}: {text}")
+        torch.testing.assert_close(outs, expected, atol=5e-3, rtol=0.02, msg=lambda text, step=step: f"{step}: {text}")
         spans.ends.add_(5)

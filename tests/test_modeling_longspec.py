@@ -45,6 +45,27 @@ def test_angles_are_those_of_the_targets_full_layers(family, overrides):
     assert torch.equal(ours[0][:, 0], cos) and torch.equal(ours[1][:, 0], sign * sin)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        rope("default"),
+        rope("linear", factor=4.0),
+        rope("llama3", **LLAMA3),
+        rope("yarn", factor=8.0, original_max_position_embeddings=64),
+        rope("longrope", **LONGROPE),
+    ],
+    ids=["default", "linear", "llama3", "yarn", "longrope"],
+)
+def test_angles_of_a_loaded_draft(overrides, tmp_path):
+    """`from_pretrained` builds it on the meta device."""
+    draft = tiny_draft(tiny_target("llama", **overrides))
+    draft.save_pretrained(tmp_path)
+    for loaded, saved in zip(
+        LongSpecForCausalLM.from_pretrained(tmp_path).angles(POSITIONS), draft.angles(POSITIONS), strict=True
+    ):
+        assert torch.equal(loaded, saved)
+
+
 @pytest.mark.parametrize("dims", [8, 4])
 def test_rotation_is_a_complex_product(dims):
     """Pairs are (i, i + dims/2); what lies beyond the rotary dimensions stays."""

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from hf_longspec.training.attention import lagged_attention, window_mask, windowed_attention
+from hf_longspec.training.attention import (
+    lagged_attention,
+    lagged_attention_by_mask,
+    lagged_attention_by_span,
+    window_mask,
+    windowed_attention,
+)
+from hf_longspec.training.documents import spans_of
 
 HEADS, GROUPS, DIM = 2, 3, 8
 
@@ -14,11 +21,14 @@ def random_qkv(length):
     return query, key, value
 
 
-def dense(query, key, value, may_see):
-    """may_see(t, s): whether query t sees key s. Rows that see nothing are zero."""
+def dense(query, key, value, may_see, documents=None):
+    """may_see(t, s): whether query t sees key s of its document. Rows that see nothing are zero."""
     key, value = (x.repeat_interleave(GROUPS, dim=1) for x in (key, value))
     length = query.shape[2]
     mask = torch.tensor([[may_see(t, s) for s in range(length)] for t in range(length)])
+    if documents is not None:
+        rows = [[[a == b for b in row] for a in row] for row in documents.tolist()]
+        mask = mask & torch.tensor(rows)[:, None]
     weights = (query @ key.transpose(-1, -2) * DIM**-0.5).masked_fill(~mask, float("-inf")).softmax(-1)
     return weights.nan_to_num(0.0) @ value
 
@@ -74,3 +84,33 @@ def test_a_query_without_keys_gives_no_nan_gradient():
 def test_lag_zero_is_refused():
     with pytest.raises(ValueError, match="lag must be at least 1, got 0"):
         lagged_attention(*random_qkv(4), 0)
+
+
+DOCUMENTS = torch.tensor([[0] * 5 + [1] * 1 + [2] * 9, [0] * 1 + [1] * 12 + [2] * 2])
+
+
+@pytest.mark.parametrize("window", [1, 4, 15, 40])
+def test_windowed_attention_within_documents(window):
+    inputs = [x.requires_grad_() for x in random_qkv(15)]
+    out = windowed_attention(*inputs, window, DOCUMENTS)
+    expected = dense(*inputs, lambda t, s: t - window < s <= t, DOCUMENTS)
+    torch.testing.assert_close(out, expected)
+    weight = torch.randn_like(out)
+    gradients = [torch.autograd.grad((x * weight).sum(), inputs) for x in (out, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("lag", [1, 3, 6])
+@pytest.mark.parametrize("window", [None, 4])
+def test_lagged_attention_within_documents(lag, window):
+    inputs = [x.requires_grad_() for x in random_qkv(15)]
+    expected = dense(*inputs, lambda t, s: s <= t - lag and (window is None or t - window < s), DOCUMENTS)
+    weight = torch.randn_like(expected)
+    for out in (
+        lagged_attention_by_mask(*inputs, lag, window, DOCUMENTS),
+        lagged_attention_by_span(*inputs, lag, window, spans_of(DOCUMENTS)),
+    ):
+        torch.testing.assert_close(out, expected)
+        if expected.any():
+            gradients = [torch.autograd.grad((x * weight).sum(), inputs, retain_graph=True) for x in (out, expected)]
+            torch.testing.assert_close(*gradients)

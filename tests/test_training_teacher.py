@@ -1,16 +1,30 @@
 """What training reads off the target, and that the draft sees in training what it sees in a decoding round."""
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny_draft, tiny_target
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
+from hf_longspec.training import distillation, forward
+from hf_longspec.training.distillation import Distillation
+from hf_longspec.training.documents import positions_within, spans_of
 from hf_longspec.training.forward import draft_hidden
-from hf_longspec.training.positions import anchor_offset_positions, plain_positions
-from hf_longspec.training.teacher import read_target
+from hf_longspec.training.positions import anchor_offset_positions
+from hf_longspec.training.recipe import Signal
+from hf_longspec.training.teacher import read_target, read_target_in_pieces
 
 LENGTH = 21
+
+
+def plain_positions(batch, length):
+    return torch.arange(length).expand(batch, length)
+
+
+def moved_positions(plain):
+    rng = np.random.default_rng(0)
+    return torch.stack([anchor_offset_positions(row, 300, 4, rng) for row in plain])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt_oss"])
@@ -29,7 +43,7 @@ def test_states_are_those_of_the_plain_model(family):
 def test_positions_that_jump_are_not_taken_for_packed_sequences():
     target = tiny_target("llama")
     ids = torch.randint(13, (2, LENGTH))
-    positions = anchor_offset_positions(2, LENGTH, 300, 4, torch.Generator().manual_seed(0))
+    positions = moved_positions(plain_positions(2, LENGTH))
     assert (positions.diff(dim=-1) > 1).any()
     causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().expand(2, 1, -1, -1)
     with torch.no_grad():
@@ -78,3 +92,53 @@ def decoding_step(target, draft, bound, ids, t, lag):
 def states_window(target, bound):
     sliding = target.config.model_type == "mistral"  # the only one here whose target layer slides
     return target.config.sliding_window if sliding else None
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("piece", [1, 5, 21, 30])
+def test_a_target_reads_in_pieces_what_it_reads_at_once(family, piece):
+    target = tiny_target(family)
+    layer = tiny_draft(target).config.target_layer
+    ids, positions = torch.randint(13, (2, LENGTH)), moved_positions(plain_positions(2, LENGTH))
+    whole = read_target(target, layer, ids, positions)
+    pieces = read_target_in_pieces(target, layer, ids, positions, piece)
+    assert pieces.window == whole.window
+    torch.testing.assert_close(pieces[:3], whole[:3])
+
+
+DOCUMENTS = torch.tensor([[0] * 8 + [1] * 1 + [2] * 12, [0] * 21])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("way", ["masks", "spans", "pieces"])
+def test_documents_side_by_side_are_as_if_each_were_alone(family, way, monkeypatch):
+    """Target and draft, at Anchor-Offset positions."""
+    target = tiny_target(family, attn_implementation="eager" if family in ("gpt_oss", "gemma2") else "sdpa")
+    draft = tiny_draft(target, window=5)
+    if way != "masks":
+        monkeypatch.setattr(forward, "LONGEST_MASKED", 0)
+        monkeypatch.setattr(distillation, "LONGEST_MASKED", 0)
+    together = Distillation(target, draft, Signal(), piece=4 if way == "pieces" else None)
+    ids, positions = torch.randint(13, (2, LENGTH)), moved_positions(positions_within(DOCUMENTS))
+    spans = spans_of(DOCUMENTS)
+    states = together.read(ids, positions, DOCUMENTS, spans if way != "masks" else ())
+    with torch.no_grad():
+        hidden = draft_hidden(draft, together.bound, ids, positions, states, 2, DOCUMENTS, spans)
+        for row, start, end in spans:
+            one = slice(row, row + 1), slice(start, end)
+            alone = read_target(target, together.bound.layer, ids[one], positions[one])
+            torch.testing.assert_close(states.hidden[one], alone.hidden)
+            torch.testing.assert_close(states.key[one[0], :, one[1]], alone.key)
+            expected = draft_hidden(draft, together.bound, ids[one], positions[one], alone, 2)
+            torch.testing.assert_close(hidden[one], expected)
+
+
+def test_an_attention_without_masks_is_refused_for_documents_in_short_samples(llama, draft):
+    llama.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="expected `target.attn_implementation` sdpa, .* got flash_attention_2"):
+        Distillation(llama, draft, Signal()).read(DOCUMENTS, DOCUMENTS, DOCUMENTS)
+
+
+def test_a_draft_for_another_target_is_refused(llama):
+    with pytest.raises(ValueError, match="hidden_size: draft has 64, target has 32"):
+        Distillation(llama, tiny_draft(tiny_target("llama", hidden_size=64)), Signal())

@@ -47,6 +47,18 @@ def test_sinks_and_softcap(softcap):
 
 
 @interpreted
+def test_tiles_have_stages_that_fit_into_shared_memory():
+    """Of heads of 128 in 16 bits, a stage of 64 keys and values is 32 KiB, 128 queries are as much."""
+    from hf_longspec.modeling.triton_longspec import choose_tiles
+
+    assert choose_tiles(256, 128, 2, shared=float("inf"))[:4] == (128, 64, 8, 3)
+    assert choose_tiles(256, 128, 2, shared=128 * 1024)[:4] == (128, 64, 8, 3)
+    assert choose_tiles(256, 128, 2, shared=99 * 1024)[:4] == (128, 64, 8, 2)
+    assert choose_tiles(40, 128, 2, shared=64 * 1024)[:4] == (64, 64, 4, 1)
+    assert choose_tiles(4, 128, 2, shared=99 * 1024).rows == 16
+
+
+@interpreted
 def test_a_row_that_sees_nothing():
     """Over a prefix without keys: out 0, log-sum-exp −inf, as the reference says; in a merge it has no part."""
     query, key, value, *_ = case(2, 4, 2, 3, 80, 16, 16, torch.float32)

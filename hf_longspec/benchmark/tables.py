@@ -8,6 +8,7 @@ from itertools import chain
 from rich.table import Table
 
 from .attention import Case
+from .children import Choice
 from .latency import Latency
 from .prefill import Prefill
 from .text import Comparison
@@ -30,6 +31,17 @@ def attention_table(cases: list[Case]) -> Table:
         error = max(timed.error for timed in case.timed if timed.error is not None)
         floors = f"{case.bytes_floor:.3f}", f"{case.arithmetic_floor:.3f}"
         rows.add_row(f"{case.context:,}", str(case.nodes), *times, *floors, f"{error:.4f}")
+    return rows
+
+
+def children_table(choices: list[Choice]) -> Table:
+    """Microseconds, a row for each shape of a level."""
+    names = choices[0].milliseconds
+    rows = _table("level, us", ("nodes", "width", *names, "bytes floor"))
+    for choice in choices:
+        spans = [f"{1000 * choice.milliseconds[name]:.1f}" for name in names]
+        floor = f"{1000 * choice.floor:.1f}"
+        rows.add_row(f"{choice.vocab:,} tokens", str(choice.nodes), str(choice.width), *spans, floor)
     return rows
 
 

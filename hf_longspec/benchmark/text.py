@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..evaluation import side_by_side
-from ..evaluation.acceptance import places
+from ..evaluation.text import places
 from .engines import DEFAULT, chosen, engines_for
 
 

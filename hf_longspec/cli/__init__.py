@@ -5,13 +5,19 @@ from __future__ import annotations
 import typer
 
 from .bench import app as benchmarks
+from .convert import convert
+from .distill_data import distill_data
 from .evaluate import evaluate
+from .export import export
 from .options import TYPER
+from .pack import pack
+from .push import push
 from .side_by_side import demo, generate
 from .support import support
+from .train import train
 
 app = typer.Typer(**TYPER)
-for command in (demo, generate, evaluate, support):
+for command in (demo, generate, pack, distill_data, train, evaluate, convert, export, push, support):
     app.command()(command)
 app.add_typer(benchmarks, name="bench")
 

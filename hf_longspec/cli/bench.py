@@ -35,6 +35,7 @@ app = typer.Typer(**TYPER, help="What decoding costs: a layer's attention, the s
 
 Contexts = Annotated[Any, numbers("Tokens in the cache.")]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw a picture too; needs matplotlib.")]
+TILES = "ROWS,KEYS,WARPS,STAGES,PROGRAMS"
 Backend = Annotated[str, typer.Option(help="Attention backend of verification.")]
 Compile = Annotated[bool, typer.Option("--compile-target", help="Compile the target's layers for verification.")]
 RandomFormat = Annotated[Dtype, typer.Option(help="Number format; auto: bfloat16 on a GPU, else float32.")]
@@ -46,6 +47,7 @@ def attention(
     nodes: Annotated[Any, numbers("Nodes of the tree, root included.")] = "1,16,64",
     heads: Annotated[Any, numbers("Query heads, K/V heads, head dimension.", metavar="H,K,D")] = "32,8,128",
     backends: Annotated[str, typer.Option(metavar="NAME,...", help="Which.  [default: all that can run here]")] = "",
+    tiles: Annotated[list[Any] | None, numbers("Tiles of the fused kernel to try too. Repeatable.", TILES)] = None,
     dtype: RandomFormat = Dtype.auto,
     repeats: Annotated[int, typer.Option(min=1, help="Timed repeats; their median counts.")] = 20,
     plot: Plot = None,
@@ -61,6 +63,7 @@ def attention(
     shape = layer.Heads(*heads)
     try:
         chosen, missing = layer.choose([name for name in backends.split(",") if name], device, number_format, shape)
+        chosen += layer.tuned(tiles, device, number_format, shape) if tiles else []
     except (ValueError, ImportError) as error:
         fail(str(error))
     for name, reason in missing.items():
@@ -86,6 +89,33 @@ def attention(
 
 
 @app.command()
+def children(
+    nodes: Annotated[Any, numbers("Nodes of the level above.")] = "1,4,16",
+    width: Annotated[int, typer.Option(min=1, help="Nodes to choose.")] = 16,
+    vocab: Annotated[Any, numbers("Tokens to choose among.")] = "49152,128256,151936",
+    chunks: Annotated[Any, numbers("Tokens of a program of the Triton kernels.")] = "1024,2048,4096",
+    dtype: RandomFormat = Dtype.auto,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed repeats; their median counts.")] = 20,
+) -> None:
+    """The draft's choice of a level of its tree among all tokens; its LM head is not in it."""
+    from ..benchmark import children as level
+    from ..benchmark import tables, timing
+
+    if width > min(nodes) * min(vocab):
+        fail(f"expected --width of at most nodes x tokens, got {width} of {min(nodes)} x {min(vocab)}")
+    device, number_format = here(dtype)
+    speed = timing.measure_speed(device, number_format)
+    choices = [
+        level.measure(count, width, size, chunks, speed, device, number_format, repeats)
+        for size in vocab
+        for count in nodes
+    ]
+    setting: dict[str, Any] = {"bench": "children", "dtype": str(number_format), "speed": speed._asdict()}
+    setting["choices"] = [choice.as_dict() for choice in choices]
+    show([tables.children_table(choices)], setting, device)
+
+
+@app.command()
 def latency(
     shape: Annotated[str, typer.Option(help="Named shape, with random weights.")] = "llama-8b",
     contexts: Contexts = "1024,32768,131072",
@@ -96,6 +126,7 @@ def latency(
     prefill: Annotated[bool, typer.Option("--prefill", help="Read prompts too: seconds and peak memory.")] = False,
     backend: Backend = "auto",
     compile_target: Compile = False,
+    draft_vocab: Annotated[int | None, typer.Option(min=1, help="Tokens the draft guesses among.  [all]")] = None,
     dtype: RandomFormat = Dtype.auto,
     plot: Plot = None,
 ) -> None:
@@ -116,6 +147,7 @@ def latency(
     options["verify_tokens"] = max(verify_tokens)  # of the calls that read prompts
     try:
         target, draft = shapes.random_pair(shape, device, number_format, 2 * max(contexts), **options)
+        draft.set_draft_vocab(None if draft_vocab is None else range(draft_vocab))
         pair = steps.Bench(target, draft, speed, rounds)
         results = []
         for context in contexts:
@@ -135,6 +167,7 @@ def latency(
         "verify_tokens": list(verify_tokens),
     }
     setting |= {"dtype": str(number_format), "backend": backend, "compile_target": compile_target}
+    setting["draft_vocab"] = draft_vocab
     setting["speed"] = speed._asdict()
     setting |= {"weights_bytes": shapes.read_bytes(target), "contexts": [result.as_dict() for result in results]}
     setting |= {"prefill": [asdict(row) for row in read]}
@@ -166,7 +199,7 @@ def text(
 
     from ..benchmark import tables
     from ..benchmark import text as whole
-    from ..evaluation.acceptance import read_tokens
+    from ..evaluation.text import read_tokens
 
     logging.disable_progress_bar()
     model, tokenizer, its_draft = load_pair(target, draft, dtype, trust_remote_code)

@@ -1,54 +1,156 @@
-"""`hf-longspec evaluate`: acceptance by length of context."""
+"""`hf-longspec evaluate`: how well a draft guesses and how much faster its target writes, by length of context."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Draft, Dtype, Format, MaxNewTokens, RemoteCode, Target, Text, Tree, fail, load_pair, numbers
+from .options import Draft, Dtype, Format, RemoteCode, Target, Tree, fail, load_pair, numbers
+
+if TYPE_CHECKING:
+    from ..evaluation.plan import Plan
+    from ..evaluation.records import Records
+
+TASK_HELP = (
+    "What to measure; repeatable. With PATH (file, folder, or hf://datasets/OWNER/NAME/FILE) from there. "
+    "gov_report, qmsum, multi_news, lcc, repobench-p: rows as in LongBench, from the Hub by default. aime: problems. "
+    "needle=PATH: a number hidden in a text. prompts=PATH: rows with `prompt` or `messages`, or text files. "
+    "text=PATH: go on with a text. code, books, math: those of the suite, with other text."
+)
 
 
 def evaluate(
     target: Target,
     draft: Draft,
-    text: Text,
-    contexts: Annotated[Any, numbers("Prompt lengths in tokens.")] = "1024,4096,7168",
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each length.")] = 12,
+    suite: Annotated[
+        str | None, typer.Option(help="held-out: code, books and mathematics from packages; needs no Hub.")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(metavar="NAME[=PATH]", help=TASK_HELP)] = None,
+    contexts: Annotated[Any, numbers("Buckets of prompt lengths, in tokens.")] = "1024,4096,7168",
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each task and context.")] = 4,
+    max_new_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens to write.  [default: the task's]")] = None,
     tree: Tree = None,
-    max_new_tokens: MaxNewTokens = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; above 0 samples.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
     dtype: Format = Dtype.auto,
-    compare: Annotated[bool, typer.Option("--compare", help="Run plain generate too: speed-up and equality.")] = False,
+    output: Annotated[Path, typer.Option(help="Folder of the report. A run that was stopped goes on there.")] = Path(
+        "longspec-report"
+    ),
+    plot: Annotated[bool, typer.Option(help="Draw a picture too; needs matplotlib.")] = True,
     trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Acceptance by length of context on held-out text, greedy: a table, and one line of JSON last."""
-    from rich.console import Console
+    """How well a draft guesses and how much faster its target writes, by length of context.
+
+    Plain generate and the draft write on from the same prompts. Tokens per forward (τ), acceptance by level of the
+    tree, speed, memory and equality of the texts go into report.json, report.md and report.png; records.jsonl has a
+    line for each prompt, and the same command goes on where it was stopped.
+
+    Example: hf-longspec evaluate --target TARGET --draft DRAFT --suite held-out --contexts 1024,4096
+    """
+    if plot and find_spec("matplotlib") is None:
+        fail("the picture needs matplotlib, which is not installed: pip install 'hf-longspec[bench]', or --no-plot")
     from transformers.utils import logging
 
-    from ..evaluation import acceptance, report
+    from ..demo.weights import cache_folder
+    from ..evaluation import plan as planning
+    from ..evaluation.records import Records
+    from ..evaluation.settings import pair_settings, run_settings
+    from ..evaluation.task import Wanted
     from ..provenance import provenance
 
     logging.disable_progress_bar()
-    model, tokenizer, its_draft = load_pair(target, draft, dtype, trust_remote_code)
-    if tree is not None:
-        its_draft.config.tree_shape = tree
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": None}
-    buckets = []
-    console = Console(highlight=False)
+    contexts = tuple(sorted(set(contexts)))
     try:
-        tokens = acceptance.read_tokens(text, tokenizer)
-        for bucket in acceptance.measure(model, its_draft, tokens, contexts, prompts, compare=compare, **options):
-            buckets.append(bucket)
-            console.print(f"context {bucket.context}: τ = {bucket.accept_length:.2f}", soft_wrap=True)
-    except (ValueError, OSError) as error:
+        tasks = planning.chosen(suite, task or [], max_new_tokens)
+        model, tokenizer, its_draft = load_pair(target, draft, dtype, trust_remote_code)
+        if tree is not None:
+            its_draft.config.tree_shape = tree
+        its_draft.config.check()
+        its_draft.bind(model)  # a pair that does not fit is told before anything is fetched or measured
+        planning.check_room(tasks, contexts, model)
+        made = planning.plan(tasks, Wanted(tokenizer, contexts, prompts), cache_folder())
+        for name, reason in made.left_out.items():
+            typer.echo(f"hf-longspec: {name} left out: {reason}", err=True)
+        setting = {
+            "suite": suite,
+            "contexts": list(contexts),
+            "prompts": prompts,
+            "max_new_tokens": {each.name: each.max_new_tokens for each, _ in tasks},
+            "temperature": temperature,
+            "seed": seed,
+        }
+        named = provenance(model.device)
+        settings = pair_settings(target, draft, model, tokenizer, its_draft) | {"setting": setting}
+        settings |= run_settings(made.samples, named)
+        records = Records(output / "records.jsonl", settings)
+        measure_all(model, its_draft, made, records, temperature, seed)
+        write_report(records, settings, made, named, output, plot)
+    except ValueError as error:
         fail(str(error))
-    console.print(report.acceptance_table(buckets))
-    setting: dict[str, Any] = {
-        "target": target,
-        "draft": draft,
-        "tree": list(its_draft.config.tree_shape),
-        "dtype": str(model.dtype),
-    }
-    setting |= {"new_tokens": max_new_tokens} | provenance(model.device)
-    typer.echo(json.dumps(setting | {"buckets": [bucket.as_dict() for bucket in buckets]}))
+    except OSError as error:
+        fail(f"{error.filename or output}: {error.strerror or error}", code=1)
+
+
+def measure_all(model: Any, draft: Any, made: Plan, records: Records, temperature: float, seed: int) -> None:
+    """What is not done yet, with a line for each prompt and, on a terminal, a bar."""
+    import torch
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ..evaluation import runner
+
+    todo = [sample for sample in made.samples if sample.key not in records.done]
+    console = Console(highlight=False, stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    if len(todo) < len(made.samples):
+        console.print(f"{len(made.samples) - len(todo)} of {len(made.samples)} prompts were measured before")
+    warm = None
+    try:
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+            bar = progress.add_task("", total=len(made.samples), completed=len(made.samples) - len(todo))
+            for sample in todo:
+                progress.update(bar, description=f"{sample.task}, {sample.context:,} tokens")
+                if warm is None or (warm != sample.context and model.device.type != "cpu"):
+                    runner.warm_up(model, draft, sample, temperature)
+                    warm = sample.context
+                records.add(runner.measure(model, draft, sample, temperature, seed))
+                progress.advance(bar)
+                progress.console.print(line(records.done[sample.key]), markup=False, soft_wrap=True)
+    except KeyboardInterrupt:
+        fail(f"stopped after {len(records.done)} of {len(made.samples)} prompts; the same command goes on", code=130)
+    except torch.OutOfMemoryError:
+        fail(f"out of memory at {sample.task}, context {sample.context}, prompt {sample.id}", code=1)
+
+
+def line(record: Mapping[str, Any]) -> str:
+    """One prompt, for people who watch."""
+    lengths, seconds = record["longspec"]["accept_lengths"], record["plain"]["decode_seconds"]
+    accepted = sum(lengths) / max(len(lengths), 1)
+    ours = record["longspec"]["decode_seconds"]
+    faster = f", decoding {seconds / ours:.2f}x" if ours else ""
+    name = f"{record['task']}, {record['context']:,} tokens, {record['id']}"
+    return f"{name}: τ = {accepted:.2f}{faster}, {record['outcome']}"
+
+
+def write_report(
+    records: Records, settings: dict[str, Any], made: Plan, provenance: Any, output: Path, plot: bool
+) -> None:
+    """report.json, report.md and report.png, and their tables on the terminal."""
+    from ..evaluation import page
+    from ..evaluation.summary import report
+
+    done = [records.done[sample.key] for sample in made.samples]
+    told = report(done, settings, provenance, sources=made.sources, left_out=made.left_out)
+    (output / "report.json").write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (output / "report.md").write_text(page.page(told, plot), encoding="utf-8")
+    if plot:
+        from ..evaluation.plots import draw
+
+        draw(told, output / page.PICTURE)
+    typer.echo(page.speed_table(told))
+    typer.echo(f"\n{output / 'report.md'}")

@@ -65,17 +65,25 @@ def load_pair(
     target_name: str, draft_name: str, dtype: Dtype, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Any]:
     """Target, its tokenizer and the draft, on the GPU if there is one. Says in one line what cannot be loaded."""
+    target = load_model("target", target_name, dtype, trust_remote_code)
+    tokenizer = load_tokenizer("target", target_name, trust_remote_code)
+    return target, tokenizer, load_draft(draft_name, dtype, trust_remote_code)
+
+
+def load_draft(name: str, dtype: Dtype, trust_remote_code: bool) -> Any:
+    draft = load_model("draft", name, dtype, trust_remote_code)
+    if draft.config.model_type != "longspec":
+        fail(f"draft {name} is no LongSpec draft, its model type is {draft.config.model_type!r}")
+    return draft
+
+
+def load_tokenizer(role: str, name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    target = load_model("target", target_name, dtype, trust_remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(target_name, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        cannot_load("target", target_name, error)
-    draft = load_model("draft", draft_name, dtype, trust_remote_code)
-    if draft.config.model_type != "longspec":
-        fail(f"draft {draft_name} is no LongSpec draft, its model type is {draft.config.model_type!r}")
-    return target, tokenizer, draft
+        cannot_load(role, name, error)
 
 
 def load_model(role: str, name: str, dtype: Dtype, trust_remote_code: bool) -> Any:

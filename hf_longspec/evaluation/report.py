@@ -9,7 +9,6 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from .acceptance import Bucket
 from .side_by_side import Run, Verdict
 
 
@@ -67,25 +66,3 @@ def sentence(verdict: Verdict, tokens: int, dtype: str) -> Text:
     if verdict.tie:
         return Text(f"{place}, where two tokens tie within rounding: {measured}.", "bold yellow")
     return Text(f"{place}, where the two tokens do not tie: {measured}.", "bold red")
-
-
-def acceptance_table(buckets: list[Bucket]) -> Table:
-    """A row per context length; speed and equality where plain `generate` was run too.
-
-    τ with the lowest and highest of a single prompt; speeds in tokens/s without and with the draft; texts that were
-    equal / parted at a tie / differed.
-    """
-    rows = Table(box=None, header_style="bold", pad_edge=False)
-    compared = any(bucket.speed_up is not None for bucket in buckets)
-    for name in ("context", "prompts", "τ", "range", "state") + (
-        ("plain", "ours", "x", "= / ~ / ≠") if compared else ()
-    ):
-        rows.add_column(name, justify="right", no_wrap=True)
-    for bucket in buckets:
-        cells = [str(bucket.context), str(bucket.prompts), f"{bucket.accept_length:.2f}"]
-        cells += [f"{bucket.lowest:.1f}-{bucket.highest:.1f}", f"{bucket.draft_state_bytes:,}"]
-        if bucket.speed_up is not None:
-            cells += [f"{bucket.plain_tokens_per_second:.1f}", f"{bucket.tokens_per_second:.1f}"]
-            cells += [f"{bucket.speed_up:.2f}", f"{bucket.equal} / {bucket.ties} / {bucket.different}"]
-        rows.add_row(*cells)
-    return rows

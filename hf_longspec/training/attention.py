@@ -1,44 +1,71 @@
 """The draft's two attentions over whole training samples, as the exact counterpart of what a decoding round sees.
 
-Query heads are not expanded: query is (B, H, T, D), key and value are (B, K, T, D) with H a multiple of K.
+Query heads are not expanded: query is (B, H, T, D), key and value are (B, K, T, D) with H a multiple of K. Where a
+sample holds several documents, no token sees those of another.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
+
+from .documents import Span
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
-def windowed_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
-    """Causal attention to the last ``window`` tokens, the current one included, in time linear in T.
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """mask: boolean, (T, S) or one for each of the batch, (B, 1, T, S). Every query must see a key."""
+    # With a mask the fused CUDA kernels take no grouped-query heads.
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
-    Queries go in blocks of ``window``: a block needs its own keys and those of the block before, so one fixed
-    (window, 2·window) mask serves all blocks but the first, which is plain causal attention. Returns (B, H, T, D).
+
+def windowed_attention(
+    query: Tensor, key: Tensor, value: Tensor, window: int, document_ids: Tensor | None = None
+) -> Tensor:
+    """Causal attention to the last ``window`` tokens, the current one included, in time and memory linear in T.
+
+    Queries go in blocks of ``window``: a block needs its own keys and those of the block before. Without documents,
+    one (window, 2·window) mask serves all blocks but the first, which is plain causal attention; with document_ids
+    (B, T) each block has its own, B·T·2·window bytes in all. Returns (B, H, T, D).
     """
-    batch, heads, length, dim = query.shape
+    if document_ids is not None:
+        return _blocks(query, key, value, window, document_ids)
     first = causal_attention(query[:, :, :window], key[:, :, :window], value[:, :, :window])
-    if length <= window:
+    if query.shape[2] <= window:
         return first
+    return torch.cat([first, _blocks(query[:, :, window:], key, value, window)], dim=2)
+
+
+def _blocks(query: Tensor, key: Tensor, value: Tensor, window: int, document_ids: Tensor | None = None) -> Tensor:
+    """Attention of queries (B, H, Q, D), the last Q of the T tokens, in blocks of ``window``.
+
+    Q is T - window, or T where documents are told apart: then a block of no document stands before the first.
+    """
+    batch, _, length, _ = query.shape
     # The last block is filled up with keys that lie in the future of every real query: no mask of their own.
     missing = -length % window
-    query = pad(query[:, :, window:], (0, 0, 0, missing))
+    before = window + length - key.shape[2]
 
     def pairs(x: Tensor) -> Tensor:
-        """Each later block with the one before: (B, K, T, D) -> (B · blocks, H, 2·window, D)."""
-        blocks = pad(x, (0, 0, 0, missing)).unflatten(2, (-1, window))
-        paired = torch.cat([blocks[:, :, :-1], blocks[:, :, 1:]], dim=3).transpose(1, 2).flatten(0, 1)
-        # With a mask the fused CUDA kernels take no grouped-query heads.
-        return paired.repeat_interleave(heads // x.shape[1], dim=1)
+        """Each block of queries' keys with those before: (B, K, T, D) -> (B · blocks, K, 2·window, D)."""
+        blocks = pad(x, (0, 0, before, missing)).unflatten(2, (-1, window))
+        return torch.cat([blocks[:, :, :-1], blocks[:, :, 1:]], dim=3).transpose(1, 2).flatten(0, 1)
 
-    blocks = query.unflatten(2, (-1, window)).transpose(1, 2).flatten(0, 1)
-    rest = scaled_dot_product_attention(blocks, pairs(key), pairs(value), attn_mask=window_mask(window, query.device))
-    rest = rest.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)[:, :, : length - window]
-    return torch.cat([first, rest], dim=2)
+    blocks = pad(query, (0, 0, 0, missing)).unflatten(2, (-1, window)).transpose(1, 2).flatten(0, 1)
+    mask = window_mask(window, query.device)
+    if document_ids is not None:
+        own = pad(document_ids, (window, missing), value=-1).unflatten(1, (-1, window))  # (B, 1 + blocks, window)
+        seen = torch.cat([own[:, :-1], own[:, 1:]], dim=2)
+        mask = mask & (own[:, 1:, :, None] == seen[:, :, None, :]).flatten(0, 1)[:, None]
+    out = masked_attention(blocks, pairs(key), pairs(value), mask)
+    return out.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
 
 def window_mask(window: int, device: torch.device) -> Tensor:
@@ -63,3 +90,28 @@ def lagged_attention(query: Tensor, key: Tensor, value: Tensor, lag: int, window
     shifted = query[:, :, lag:], key[:, :, :seen], value[:, :, :seen]
     out = causal_attention(*shifted) if window is None else windowed_attention(*shifted, window - lag)
     return pad(out, (0, 0, lag, 0))
+
+
+def lagged_attention_by_mask(
+    query: Tensor, key: Tensor, value: Tensor, lag: int, window: int | None, document_ids: Tensor
+) -> Tensor:
+    """The same within each document, by a mask of (B, T, T) bytes; document_ids: (B, T)."""
+    places = torch.arange(query.shape[2], device=query.device)
+    distance = places[:, None] - places
+    near = distance >= lag if window is None else (distance >= lag) & (distance < window)
+    mask = near & (document_ids[:, :, None] == document_ids[:, None, :])
+    # A query without keys would give NaN: it is shown its own key, and what it reads is dropped.
+    empty = ~mask.any(dim=-1, keepdim=True)
+    out = masked_attention(query, key, value, (mask | (empty & (distance == 0)))[:, None])
+    return out.masked_fill(empty[:, None], 0.0)
+
+
+def lagged_attention_by_span(
+    query: Tensor, key: Tensor, value: Tensor, lag: int, window: int | None, spans: Sequence[Span]
+) -> Tensor:
+    """The same within each document, one at a time and without any mask; spans: all documents of the batch."""
+    rows: list[list[Tensor]] = [[] for _ in range(len(query))]
+    for row, start, end in spans:
+        own_query, own_key, own_value = (x[row : row + 1, :, start:end] for x in (query, key, value))
+        rows[row].append(lagged_attention(own_query, own_key, own_value, lag, window))
+    return torch.cat([torch.cat(row, dim=2) for row in rows])

@@ -5,14 +5,17 @@ The LM head is left to the loss, so that logits never exist for all tokens at on
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from hf_longspec.modeling.configuration_longspec import layer_kinds
+
+from .documents import Span
 
 
 class TargetStates(NamedTuple):
@@ -64,12 +67,56 @@ class OneLayerCache(Cache):
 
 
 @torch.no_grad()
-def read_target(target: PreTrainedModel, layer: int, ids: Tensor, positions: Tensor) -> TargetStates:
-    """One forward pass of ``target`` without its LM head over ``ids`` (B, T) at ``positions`` (B, T)."""
-    decoder = target.get_decoder()
+def read_target(
+    target: PreTrainedModel, layer: int, ids: Tensor, positions: Tensor, masks: Any = None
+) -> TargetStates:
+    """One forward pass of ``target`` without its LM head over ``ids`` (B, T) at ``positions`` (B, T).
+
+    masks: as `documents.target_masks` makes them, where rows hold several documents.
+    """
     text_config = target.config.get_text_config(decoder=True)
     cache = OneLayerCache(text_config.num_hidden_layers, layer)
-    output = decoder(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+    output = target.get_decoder()(
+        input_ids=ids, position_ids=positions, attention_mask=masks, past_key_values=cache, use_cache=True
+    )
     kept = cache.layers[layer]
-    window = text_config.sliding_window if layer_kinds(text_config)[layer] == "sliding" else None
-    return TargetStates(output.last_hidden_state, kept.keys, kept.values, window)
+    return TargetStates(output.last_hidden_state, kept.keys, kept.values, window_of(text_config, layer))
+
+
+@torch.no_grad()
+def read_target_in_pieces(
+    target: PreTrainedModel, layer: int, ids: Tensor, positions: Tensor, piece: int
+) -> TargetStates:
+    """The same in forward passes over ``piece`` tokens each, behind a cache of what was read before.
+
+    What the layers make of a piece exists for that piece only; the cache holds keys and values of all layers.
+    """
+    cache = DynamicCache()  # made without a config it keeps the whole past of sliding layers
+    hidden = [
+        target.get_decoder()(
+            input_ids=part, position_ids=there, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        for part, there in zip(ids.split(piece, dim=1), positions.split(piece, dim=1), strict=True)
+    ]
+    kept = cache.layers[layer]
+    window = window_of(target.config.get_text_config(decoder=True), layer)
+    return TargetStates(torch.cat(hidden, dim=1), kept.keys, kept.values, window)
+
+
+def read_target_by_span(
+    read: Callable[[Tensor, Tensor], TargetStates], ids: Tensor, positions: Tensor, spans: Sequence[Span]
+) -> TargetStates:
+    """The documents of a batch one at a time, each by ``read`` (ids, positions), laid side by side as they were."""
+    rows: list[list[TargetStates]] = [[] for _ in range(len(ids))]
+    for row, start, end in spans:
+        rows[row].append(read(ids[row : row + 1, start:end], positions[row : row + 1, start:end]))
+
+    def together(name: str, dim: int) -> Tensor:
+        return torch.cat([torch.cat([getattr(states, name) for states in row], dim=dim) for row in rows])
+
+    return TargetStates(together("hidden", 1), together("key", 2), together("value", 2), rows[0][0].window)
+
+
+def window_of(text_config: PreTrainedConfig, layer: int) -> int | None:
+    """Reach of the queries of a sliding-window layer."""
+    return text_config.sliding_window if layer_kinds(text_config)[layer] == "sliding" else None

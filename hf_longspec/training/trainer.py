@@ -1,192 +1,171 @@
-"""Training of one draft against one frozen target, on one device.
+"""DraftTrainer: transformers' `Trainer` for a draft whose frozen target is read in the same step.
 
-The loop: take the batch of this step, read the target, run the draft, take the chunked loss, step. A run may be cut at
-any step and continued to the same losses, because batches depend on the step alone and the checkpoint holds the rest.
+What it changes of `Trainer`: the draft's forward pass is a `Distillation`; samples come in their order; checkpoints
+are whole or no checkpoints; evaluation decodes with `generate`. Everything else is as `TrainingArguments` say.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import copy
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from torch import Tensor
-from tqdm import tqdm
-from transformers import PreTrainedModel
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedModel, Trainer, TrainerControl, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
 from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM
 
-from .batches import Batch, Batches
-from .checkpoint import Checkpoint
-from .config import TrainingConfig
-from .forward import draft_hidden
-from .loss import DistillationLoss, chunk_sums, distillation_loss
-from .teacher import read_target
+from .checkpoints import CheckpointError, last_complete, mark_complete, mark_unfinished
+from .distillation import Distillation
+from .held_out import measure_acceptance, measure_loss, prompts_of
+from .models import with_lora
+from .recipe import Recipe
+from .samples import Collator
 
 
-def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
-    """Share of the peak learning rate in ``step`` (from 0) of ``steps``: linear warm-up, then cosine to zero."""
-    warm = round(warmup * steps)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+class DraftTrainer(Trainer):
+    """Trains `draft`, or a new adapter on it where the recipe says so.
 
-
-class Trainer:
-    """Trains ``draft`` (in float32, on the target's device) on windows of ``tokens``; logs to ``folder``.
-
-    Raises `ValueError` if the draft does not fit the target, or if ``folder`` holds another run's checkpoint.
+    Raises `ValueError` if the draft does not fit the target, or if `held_out` is too small for the evaluation.
     """
+
+    control: TrainerControl
 
     def __init__(
         self,
         target: PreTrainedModel,
         draft: LongSpecForCausalLM,
-        tokens: np.ndarray,
-        config: TrainingConfig,
-        folder: str | Path,
+        recipe: Recipe,
+        args: TrainingArguments,
+        train_dataset: Any,
+        held_out: Any = None,
     ):
-        self.bound = draft.bind(target)
-        self.target = target.eval().requires_grad_(False)
-        self.draft = draft.to(self.bound.device, torch.float32)
-        self.config, self.folder = config, Path(folder)
-        self.batches = Batches(tokens, config)
-        self.optimizer = torch.optim.AdamW(
-            decayed_and_other(self.draft, config.weight_decay),
-            lr=config.learning_rate,
-            betas=config.betas,
-            fused=self.bound.device.type == "cuda",
+        self.target, self.recipe = target, recipe
+        self.prompts = prompts_of(held_out, recipe.evaluation) if recipe.evaluates else []
+        distillation = Distillation(
+            target,
+            draft,
+            recipe.signal,
+            piece=recipe.target.piece,
+            compiled=recipe.compiled,
+            recompute=recipe.recompute,
         )
-        self.step = 0
-        compiled = compiler(config) if config.compile else lambda function: function
-        self._read_target, self._draft_hidden = compiled(read_target), compiled(draft_hidden)
-        self._chunk_sums = compiled(chunk_sums(self.bound.logits))
-        self._resume()
+        # Wrappers (DDP, FSDP, ZeRO, autocast, PEFT) act on a model's forward; no method, which autocast would rebind.
+        draft.forward = lambda **batch: distillation(**batch)  # type: ignore[method-assign, assignment]
+        model = draft if recipe.draft.lora is None else with_lora(draft, recipe.draft.lora)
+        self.keep_checkpoints, args.save_total_limit = args.save_total_limit, None
+        collator = Collator(recipe.signal.max_lag, args.seed)
+        super().__init__(model, args, collator, train_dataset, held_out if recipe.evaluates else None)
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the learned tokens of all that is accumulated
+        self._loss_shifts_labels = False  # ours stand under the tokens that guess them: all of them count
+        self.recent = RecentBatches(recipe.signal.max_lag, args.device)
 
-    def train(self) -> bool:
-        """Runs to the last step or to ``max_seconds``; True when the run is complete."""
-        config, started = self.config, time.monotonic()
-        last_checkpoint, recent = started, RecentSteps()
-        with tqdm(total=config.steps, initial=self.step, unit="step", dynamic_ncols=True, mininterval=5) as progress:
-            while self.step < config.steps:
-                batch = self.batches[self.step]
-                loss, norm = self.train_step(batch)
-                recent.add(batch, loss, norm)
-                self.step += 1
-                progress.update()
-                now = time.monotonic()
-                if self.step % config.log_steps == 0 or self.step == config.steps:
-                    record = recent.summary() | {"learning_rate": self.learning_rate(self.step - 1)}
-                    self._log({"step": self.step} | record)
-                    progress.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tok/s")
-                    recent = RecentSteps()
-                if now - last_checkpoint > config.checkpoint_seconds:
-                    self.save_checkpoint()
-                    last_checkpoint = now
-                if config.max_seconds is not None and now - started > config.max_seconds:
-                    break
-        self.save_checkpoint()
-        return self.step == config.steps
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return SequentialSampler(train_dataset or self.train_dataset)  # the data are shuffled: see `samples`
 
-    def train_step(self, batch: Batch) -> tuple[DistillationLoss, Tensor]:
-        """One optimizer step; returns the loss before it and the gradient's norm."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.step)
-        loss = self.loss(batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), self.config.max_grad_norm)
-        self.optimizer.step()
-        return loss, norm
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self.recent.add(inputs, outputs)
+        return (loss, outputs) if return_outputs else loss
 
-    def loss(self, batch: Batch) -> DistillationLoss:
-        ids, labels, positions = (x.to(self.bound.device, non_blocking=True) for x in batch[:3])
-        with self._autocast():
-            states = self._read_target(self.target, self.bound.layer, ids, positions)
-            hidden = self._draft_hidden(self.draft, self.bound, ids, positions, states, batch.lag)
-            return distillation_loss(
-                self._chunk_sums, hidden, states.hidden, labels, self.config.ce_weight, self.config.loss_chunk
-            )
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "grad_norm" in logs:  # the log of training steps
+            sums = self.accelerator.reduce(self.recent.sums, "sum")
+            logs |= self.recent.summary(sums, self.accelerator.num_processes)
+            self.recent = RecentBatches(self.recipe.signal.max_lag, self.args.device)
+        super().log(logs, start_time)
 
-    def learning_rate(self, step: int) -> float:
-        return self.config.learning_rate * learning_rate_factor(step, self.config.steps, self.config.warmup)
+    def snapshot(self) -> Any:
+        """A copy of the draft as it would be used: in eval mode and in the target's format.
 
-    def save_checkpoint(self) -> None:
-        states = self.draft.state_dict(), self.optimizer.state_dict()
-        Checkpoint(self.step, self.config.to_dict(), *states).save(self.folder)
+        All processes must call this; only the first gets the draft, the others None.
+        """
+        state = self.accelerator.get_state_dict(self.model_wrapped)
+        if not self.is_world_process_zero():
+            return None
+        with torch.device("meta"):
+            draft: Any = LongSpecForCausalLM(copy.deepcopy(self.accelerator.unwrap_model(self.model).config))
+            if self.recipe.draft.lora is not None:
+                draft = with_lora(draft, self.recipe.draft.lora)
+        draft.load_state_dict(state, assign=True)
+        return draft.to(self.target.device, self.target.dtype).eval()
 
-    def _resume(self) -> None:
-        checkpoint = Checkpoint.load(self.folder)
-        if checkpoint is None:
-            return
-        # These may change between the parts of a run; anything else would change its losses.
-        free = {"max_seconds", "checkpoint_seconds", "log_steps", "compile"}
-        ours = self.config.to_dict()
-        changed = [name for name in ours if name not in free and ours[name] != checkpoint.config.get(name)]
-        if changed:
-            raise ValueError(
-                f"{self.folder} holds the checkpoint of another run: {', '.join(changed)} differ; "
-                "choose another folder or the same settings"
-            )
-        self.step = checkpoint.step
-        self.draft.load_state_dict(checkpoint.draft)
-        self.optimizer.load_state_dict(checkpoint.optimizer)
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measures on the held-out split in the first process; the random generators are left as they were."""
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            draft = self.snapshot()
+            measured = [None if draft is None else self._measure(draft)]
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in broadcast_object_list(measured)[0].items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.config.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.bound.device.type, getattr(torch, self.config.autocast))
+    def _measure(self, draft: Any) -> dict[str, float]:
+        started, evaluation = time.monotonic(), self.recipe.evaluation
+        metrics = measure_acceptance(self.target, draft, self.prompts, evaluation)
+        if evaluation.loss_samples:
+            count = min(evaluation.loss_samples, len(self.eval_dataset))
+            samples = [self.eval_dataset[index] for index in range(count)]
+            distillation = Distillation(self.target, draft, self.recipe.signal, piece=self.recipe.target.piece)
+            metrics |= measure_loss(distillation, samples, self.recipe.signal)
+        return metrics | {"seconds": time.monotonic() - started}
 
-    def _log(self, record: dict[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
-
-
-class RecentSteps:
-    """Measurements since the last log line, left on the device until then so that no step waits for them."""
-
-    def __init__(self) -> None:
-        self.started, self.tokens = time.monotonic(), 0
-        self.lags: list[int] = []
-        self.values: list[Tensor] = []
-
-    def add(self, batch: Batch, loss: DistillationLoss, norm: Tensor) -> None:
-        self.tokens += batch.ids.numel()
-        self.lags.append(batch.lag)
-        self.values.append(torch.stack([*(value.detach() for value in loss), norm]))
-
-    def summary(self) -> dict[str, Any]:
-        rows = torch.stack(self.values).tolist()  # waits for the device
-        seconds = time.monotonic() - self.started
-        names = ("loss", "kl", "cross_entropy", "agreement", "grad_norm")
-        means = {name: sum(column) / len(rows) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
-        by_lag: dict[str, list[float]] = {}
-        for lag, row in sorted(zip(self.lags, rows, strict=True)):
-            by_lag.setdefault(str(lag), []).append(row[names.index("agreement")])
-        agreement = {lag: sum(values) / len(values) for lag, values in by_lag.items()}
-        return means | {"agreement_by_lag": agreement, "tokens_per_second": self.tokens / seconds, "seconds": seconds}
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As `Trainer` does, but a folder counts as a checkpoint only when it is whole, and none is deleted before."""
+        run = Path(str(self.args.output_dir))
+        folder = run / f"checkpoint-{self.state.global_step}"
+        writes = self.args.should_save
+        try:
+            if writes:
+                mark_unfinished(folder)
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if writes:
+                mark_complete(folder)
+        except (
+            OSError,
+            SafetensorError,
+            RuntimeError,
+        ) as error:  # a full disk, as torch, safetensors say it
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(
+                f"checkpoint {folder} could not be written ({reason}); the last whole one is {last_complete(run)}"
+            ) from error
+        if writes:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(run), self.keep_checkpoints, best_model_checkpoint=best, use_mtime=True)
 
 
-def compiler(config: TrainingConfig) -> Callable[..., Any]:
-    """`torch.compile` with one graph a sample length and lag: fixed shapes give the fastest kernels."""
-    graphs = config.max_lag * len({(stage.batch_size, stage.length) for stage in config.stages})
-    # beyond this limit (8) torch goes on uncompiled; imported here because it is slow
-    from torch._dynamo import config as dynamo
+class RecentBatches:
+    """Sums since the last log record, left on the device until then so that no step waits for them."""
 
-    dynamo.recompile_limit = max(dynamo.recompile_limit, graphs + 1)
-    return torch.compile(dynamic=False)
+    def __init__(self, max_lag: int, device: torch.device):
+        self.started, self.read = time.monotonic(), 0
+        # by lag: kl, cross-entropy, agreements, learned tokens
+        self.sums = torch.zeros(max_lag + 1, 4, dtype=torch.float64, device=device)
 
+    def add(self, inputs: dict[str, Any], outputs: dict[str, Tensor]) -> None:
+        self.read += inputs["input_ids"].numel()
+        learned = (inputs["labels"] >= 0).sum()
+        terms = [outputs[name].detach() for name in ("kl", "cross_entropy", "agreements")]
+        self.sums[inputs["lag"]] += torch.stack([*terms, learned])
 
-def decayed_and_other(draft: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: weight decay for matrices, none for biases and norms."""
-    parameters = [parameter for parameter in draft.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    others = [parameter for parameter in parameters if parameter.ndim < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    def summary(self, sums: Tensor, processes: int) -> dict[str, float]:
+        """Means over learned tokens, from the sums of all processes."""
+        kl, ce, agreement = (sums[:, :3].sum(0) / sums[:, 3].sum()).tolist()
+        by_lag = {
+            f"agreement_lag_{lag}": (found[2] / found[3]).item() for lag, found in enumerate(sums) if found[3] > 0
+        }
+        speed = self.read * processes / (time.monotonic() - self.started)
+        return {"kl": kl, "cross_entropy": ce, "agreement": agreement, **by_lag, "tokens_per_second": speed}

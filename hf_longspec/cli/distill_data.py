@@ -1,0 +1,126 @@
+"""`hf-longspec distill-data`: the target answers prompts, and the answers are training data."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import Dtype, RemoteCode, Target, fail, load_draft, load_model, load_tokenizer
+from .options import Format as NumberFormat
+from .sources import (
+    Config,
+    DocumentOption,
+    Field,
+    Format,
+    FormatOption,
+    HeldOutNames,
+    Kind,
+    KindOption,
+    Limit,
+    MaxBadShare,
+    Split,
+    Suffix,
+    Unit,
+    one_source,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..training.distill import Part
+
+
+def distill_data(
+    target: Target,
+    prompts: Annotated[str, typer.Option(help="File, folder, or Hub id of the prompts.")],
+    out: Annotated[Path, typer.Option(help="Folder for the data; the same command goes on where it was stopped.")],
+    format: FormatOption = Format.json,
+    kind: KindOption = Kind.chat,
+    field: Field = None,
+    config: Config = None,
+    split: Split = "train",
+    suffix: Suffix = [".py"],  # noqa: B006 (typer copies it)
+    document: DocumentOption = Unit.row,
+    held_out: HeldOutNames = [],  # noqa: B006
+    limit: Limit = None,
+    max_bad_share: MaxBadShare = 0.01,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Texts are cut to it, longer chats left out.")] = 1024,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="A prompt of a text begins at each multiple of it.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; above 0 samples.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of sampling; 1 keeps all tokens.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Of sampling; 0 keeps all tokens.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at a time.")] = 16,
+    shard_rows: Annotated[int, typer.Option(min=1, help="Prompts a file; a kill costs the file being made.")] = 512,
+    shard: Annotated[str, typer.Option(metavar="I/N", help="This process is number I (from 0) of N.")] = "0/1",
+    draft: Annotated[str | None, typer.Option(help="A LongSpec draft, for speed: the answers are the same.")] = None,
+    dtype: NumberFormat = Dtype.auto,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """The target answers prompts; token ids are kept, to be a recipe's source of `format: tokens`. Resumable."""
+    from transformers.utils import logging
+
+    from ..provenance import provenance
+    from ..training.data.report import SourceReport
+    from ..training.data.tokenized import origin
+    from ..training.distill import Answering, claim, distill, settings_of
+    from ..training.distill_prompts import prompts_sha256, read_prompts
+
+    part = parse_shard(shard)
+    logging.disable_progress_bar()
+    answering = Answering(max_new_tokens, temperature, top_p, top_k, seed, batch_size, shard_rows)
+    tokenizer = load_tokenizer("target", target, trust_remote_code)
+    model = load_model("target", target, dtype, trust_remote_code)
+    helper = None if draft is None else load_draft(draft, dtype, trust_remote_code)
+    require_room(model, max_prompt_tokens + max_new_tokens)
+    try:
+        section = one_source(
+            held_out,
+            max_bad_share,
+            path=prompts,
+            format=format,
+            kind=kind,
+            field=field,
+            config=config,
+            split=split,
+            suffixes=suffix,
+            document=document,
+            limit=limit,
+        )
+        report = SourceReport(prompts, max_bad_share)
+        found = read_prompts(section, tokenizer, max_prompt_tokens, stride, report)
+        about = {"target": target, "source": asdict(section.sources[0]), "prompts_sha256": prompts_sha256(found)}
+        claim(out, settings_of(answering, part, model, about | {"prompts": len(found)} | origin(tokenizer)))
+        started = time.monotonic()
+        counts = distill(model, found, out, answering, part, origin(tokenizer), helper)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    seconds = time.monotonic() - started
+    result: dict[str, Any] = {"out": str(out), "shard": shard} | counts
+    result |= {"seconds": seconds, "tokens_per_second": counts["new_tokens"] / seconds, "prompts": report.as_dict()}
+    typer.echo(json.dumps(result | provenance(model.device)))
+
+
+def parse_shard(text: str) -> Part:
+    """`"0/4"` is the first of four."""
+    from ..training.distill import Part
+
+    number, slash, parts = text.partition("/")
+    if not (slash and number.isdecimal() and parts.isdecimal() and int(number) < int(parts)):
+        raise typer.BadParameter(f"expected I/N with I from 0 to N-1, such as 0/4, got {text!r}")
+    return Part(int(number), int(parts))
+
+
+def require_room(model: PreTrainedModel, tokens: int) -> None:
+    """A prompt and its answer have to be within the target's context."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and tokens > longest:
+        fail(f"--max-prompt-tokens and --max-new-tokens make {tokens}, the target's context is {longest} tokens")

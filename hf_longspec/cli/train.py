@@ -1,0 +1,45 @@
+"""`hf-longspec train`: a draft from a recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import fail
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file, as those in hub_configs.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Overrides the recipe: signal.offset=false. Repeatable."),
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="Folder or Hub id of the target, for target.name.")] = None,
+    output_dir: Annotated[str | None, typer.Option(help="Folder of the run, for trainer.output_dir.")] = None,
+    max_seconds: Annotated[
+        float | None, typer.Option(help="Stop with a checkpoint after so long; the same command goes on.")
+    ] = None,
+) -> None:
+    """Train a draft as a recipe says, or go on with the run in its folder. Ends in one line of JSON.
+
+    Several GPUs: accelerate launch -m hf_longspec.cli train RECIPE.
+    """
+    from accelerate import PartialState
+
+    from ..training.checkpoints import CheckpointError
+    from ..training.recipe import Recipe
+    from ..training.run import train as run
+
+    flags = {"target.name": target, "trainer.output_dir": output_dir}
+    given = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
+    try:
+        outcome = run(Recipe.load(recipe, [*(settings or []), *given]), max_seconds)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        fail(str(error).strip())
+    except CheckpointError as error:
+        fail(str(error), code=1)
+    if PartialState().is_main_process:
+        typer.echo(json.dumps(outcome._asdict()))

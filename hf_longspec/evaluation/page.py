@@ -1,0 +1,108 @@
+"""A report as Markdown: for people, and for the cards of drafts. Knows the report alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .summary import ALL
+
+PICTURE = "report.png"
+EXPLANATION = """\
+τ is the mean of tokens that one forward of the target brings, with the lowest and highest of a single prompt; plain
+decoding has 1. Speeds are of decoding, prefill apart. Texts in 16-bit formats may part where the target's two best
+tokens tie within rounding: the last column counts texts that are equal, that part at such a tie, and that differ (of
+sampled texts, where rounding may move a draw, only whether they are equal is known)."""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The first column is words, the others are figures."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def speed_table(report: Mapping[str, Any]) -> str:
+    """A row for each task and context; peaks of memory where they were measured."""
+    buckets = report["buckets"]
+    head = ["task", "context", "prompts", "τ", "of a prompt"]
+    head += ["plain, tokens/s", "with the draft", "speed-up", "= / ~ / ≠"]
+    on_gpu = any(bucket["peak_bytes"] for bucket in buckets)
+    rows = []
+    for bucket in buckets:
+        cells = ["**all**" if bucket["task"] == ALL else bucket["task"]]
+        cells += [f"{bucket['context']:,}", str(bucket["prompts"]), f"{bucket['accept_length']:.2f}"]
+        cells += [f"{bucket['lowest']:.1f} – {bucket['highest']:.1f}"]
+        speeds = bucket["plain_tokens_per_second"], bucket["tokens_per_second"]
+        cells += [f"{speed:.1f}" if speed else "" for speed in speeds]
+        cells += [f"{bucket['speed_up']:.2f}×" if bucket["speed_up"] else ""]
+        cells += [f"{bucket['equal']} / {bucket['ties']} / {bucket['different']}"]
+        if on_gpu:
+            cells += [f"{bucket[name] / 2**30:.2f}" for name in ("plain_peak_bytes", "peak_bytes")]
+        rows.append(cells)
+    return table(head + (["peak, GiB", "with the draft"] if on_gpu else []), rows)
+
+
+def level_table(report: Mapping[str, Any]) -> str:
+    """Of the rounds that came to a level, the share in which a guess of it was accepted; all tasks together."""
+    widths = report["draft"]["tree"]
+    rows = []
+    for bucket in report["buckets"]:
+        if bucket["task"] == ALL:
+            shares = ("" if share is None else f"{share:.0%}" for share in bucket["acceptance_by_level"])
+            rows.append([f"{bucket['context']:,}", *shares])
+    return table(["context", *(f"level {level} ({width})" for level, width in enumerate(widths, start=1))], rows)
+
+
+def prefill_table(report: Mapping[str, Any]) -> str:
+    rows = [
+        [f"{bucket['context']:,}", f"{bucket['plain_prefill_seconds']:.2f}", f"{bucket['prefill_seconds']:.2f}"]
+        for bucket in report["buckets"]
+        if bucket["task"] == ALL
+    ]
+    return table(["context", "plain, s", "with the draft, s"], rows)
+
+
+def setting_sentence(report: Mapping[str, Any]) -> str:
+    """In one sentence: what ran where, and how."""
+    target, draft, setting, made = (report[name] for name in ("target", "draft", "setting", "provenance"))
+    how = f"sampled at temperature {setting['temperature']}" if setting["temperature"] else "greedy"
+    tree = " · ".join(map(str, draft["tree"])) or "none"
+    pair = f"{target['name']}, {target['dtype']}, {made['device']}; tree {tree}, attention backend {draft['backend']}"
+    return f"{pair}; {how}, one prompt at a time."
+
+
+def made_by(report: Mapping[str, Any]) -> str:
+    made = report["provenance"]
+    commit = f" (commit {made['commit'][:12]})" if made["commit"] else ""
+    versions = ", ".join(f"{name} {made[name]}" for name in ("torch", "transformers", "python"))
+    return f"```\n{made['command']}\n```\n\nhf-longspec {made['hf-longspec'] or 'from a checkout'}{commit}, {versions}"
+
+
+def page(report: Mapping[str, Any], picture: bool) -> str:
+    """The whole report. `picture`: it has one beside it."""
+    draft = report["draft"]
+    parts = [
+        f"# {draft['name']}, evaluated",
+        setting_sentence(report),
+        speed_table(report),
+        EXPLANATION,
+        *([f"![τ, speed-up and acceptance by level]({PICTURE})"] if picture else []),
+        "## Acceptance by level of the tree",
+        "Of the rounds that came to a level, the share in which one of its guesses was accepted:",
+        level_table(report),
+        "## Prefill and memory",
+        prefill_table(report),
+        f"The draft has {draft['parameters']:,} parameters ({draft['weights_bytes']:,} bytes); its state takes "
+        f"{draft['state_bytes']:,} bytes at any context.",
+        "## What was measured",
+        *(f"- {task} was left out: {reason}" for task, reason in report["left_out"].items()),
+        table(["task", "source", "version", "SHA-256 of the text"], map(source_row, report["sources"])),
+        "## How",
+        made_by(report),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def source_row(source: Mapping[str, Any]) -> list[str]:
+    checksum = f"`{source['sha256'][:16]}…`" if "sha256" in source else ""
+    return [source["task"], source["name"], source.get("version", ""), checksum]

@@ -1,0 +1,81 @@
+"""What is going to be measured: the prompts of all tasks, where they come from, and what was left out and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from ..packages import PackageError
+from . import held_out
+from .task import Sample, Task, Wanted
+from .tasks import TASKS, build, parse_task
+
+SUITES = (held_out.FOLDER,)
+
+
+@dataclass
+class Plan:
+    """samples: by context, then by task. sources: of each task, where its text is from. left_out: reasons by task."""
+
+    samples: list[Sample] = field(default_factory=list)
+    sources: list[dict[str, str]] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def chosen(suite: str | None, specs: Sequence[str], max_new_tokens: int | None) -> list[tuple[Task, str | None]]:
+    """Tasks and where they lie; None: in the suite. Raises `ValueError` for unknown names."""
+    if suite is not None and suite not in SUITES:
+        raise ValueError(f"unknown suite {suite!r}; known are {', '.join(SUITES)}")
+    tasks: list[tuple[Task, str | None]] = [(TASKS[name], None) for name in held_out.TASKS if suite is not None]
+    tasks += [parse_task(spec) for spec in specs]
+    if not tasks:
+        raise ValueError("nothing to measure: expected --suite held-out, or --task NAME or NAME=PATH")
+    if twice := [name for name, count in Counter(task.name for task, _ in tasks).items() if count > 1]:
+        raise ValueError(f"each task can be measured once in a run, got {', '.join(twice)} more than once")
+    if max_new_tokens is None:
+        return tasks
+    return [(replace(task, max_new_tokens=max_new_tokens), place) for task, place in tasks]
+
+
+def check_room(tasks: Sequence[tuple[Task, str | None]], contexts: Sequence[int], target: PreTrainedModel) -> None:
+    """Raises `ValueError` if the largest context and the new tokens of a task are more than the target can hold."""
+    positions = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    for task, _ in tasks:
+        if positions is not None and max(contexts) + task.max_new_tokens > positions:
+            raise ValueError(
+                f"task {task.name}: a context of {max(contexts)} and {task.max_new_tokens} new tokens are more than "
+                f"the target's {positions} positions; lower --contexts or --max-new-tokens"
+            )
+
+
+def plan(tasks: Sequence[tuple[Task, str | None]], wanted: Wanted, cache: Path) -> Plan:
+    """All prompts. A task of the suite whose packages cannot be had here is left out, and that is told.
+
+    Raises `ValueError` for whatever is wrong with a place or its rows, and if no prompt is left.
+    """
+    made = Plan()
+    for task, place in tasks:
+        if place is None:
+            try:
+                path, sources = held_out.fetch(task.name, cache)
+            except PackageError as error:
+                made.left_out[task.name] = str(error)
+                continue
+            place = str(path)
+        else:
+            sources = [{"task": task.name, "name": place}]
+        built = build(task, place, wanted)
+        made.samples += built.samples
+        made.sources += sources
+        if built.left_out:
+            made.left_out[f"some of {task.name}" if built.samples else task.name] = built.left_out
+    if not made.samples:
+        raise ValueError("no prompts: " + "; ".join(f"{task}: {reason}" for task, reason in made.left_out.items()))
+    if twice := [key for key, count in Counter(sample.key for sample in made.samples).items() if count > 1]:
+        raise ValueError(f"task {twice[0][0]}: expected each row to have an _id of its own, got {twice[0][2]!r} twice")
+    made.samples.sort(key=lambda sample: sample.context)
+    return made

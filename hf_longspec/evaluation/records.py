@@ -1,0 +1,72 @@
+"""What has been measured so far, a line a prompt, so that a run that was interrupted goes on where it stopped.
+
+The first line of the file holds the settings; with other ones the file is refused, never mixed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+class Records:
+    """The file of a run: opened with its settings, asked what is done, and given each record as it is made."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]):
+        """Makes the file, or reads it. Raises `ValueError` for other settings, or a damaged file; and `OSError`."""
+        self.path = path
+        self.done: dict[tuple[str, int, str], Record] = {}
+        settings = json.loads(json.dumps(settings))  # as they come back from the file
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._append({"settings": settings})
+            return
+        lines = self._whole_lines()
+        if not lines:
+            self._append({"settings": settings})
+            return
+        first, *records = (self._parsed(number, line) for number, line in enumerate(lines, start=1))
+        self._compare(first.get("settings", {}), settings)
+        self.done = {(record["task"], record["context"], record["id"]): record for record in records}
+
+    def add(self, record: Record) -> None:
+        self._append(record)
+        self.done[record["task"], record["context"], record["id"]] = record
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def _whole_lines(self) -> list[str]:
+        """All lines; one that was being written when the run was stopped is taken off the file."""
+        text = self.path.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
+        if len(whole) < len(text):
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+        return whole.decode("utf-8").splitlines()
+
+    def _parsed(self, number: int, line: str) -> Record:
+        try:
+            return json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.path}, line {number} is damaged: {error}; choose another --output") from error
+
+    def _compare(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+        old, new = flat(old), flat(new)
+        changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+        if changed:
+            told = "; ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in changed)
+            raise ValueError(f"{self.path} is of a run with other settings ({told}); choose another --output")
+
+
+def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Settings within settings as `outer.inner`."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
+    return found

@@ -1,0 +1,144 @@
+"""Rows of tasks: JSON lines in a file, a folder, a zip archive or a dataset repository on the Hub.
+
+Every mistake names the file and the line. Knows no tokenizer and no model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from .text import text_files
+
+Row = dict[str, Any]
+# As fsspec and `datasets` write it: hf://datasets/OWNER/NAME[@REVISION]/FILE
+HUB = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<file>.+)")
+TOLD = 3  # malformed lines that are told in full
+
+
+def local_path(place: str) -> Path:
+    """The file or folder that `place` means, downloaded from the Hub if it is there. `ValueError` if there is none."""
+    if not place.startswith("hf://"):
+        if not (path := Path(place).expanduser()).exists():
+            raise ValueError(f"{place}: no such file or folder")
+        return path
+    match = HUB.fullmatch(place)
+    if match is None:
+        raise ValueError(f"expected hf://datasets/OWNER/NAME/FILE, got {place!r}")
+    try:
+        return Path(hf_hub_download(match["repo"], match["file"], repo_type="dataset", revision=match["revision"]))
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{place}: access is granted to some accounts only; ask for it on "
+            f"https://huggingface.co/datasets/{match['repo']}, then `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"{place}: no such dataset, or a private one: `hf auth login` if it is yours") from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{place}: no such revision {match['revision']!r}") from error
+    except LocalEntryNotFoundError as error:  # before its parent: also what there is without a network
+        raise ValueError(f"{place}: not in the cache, and the Hub cannot be reached") from error
+    except EntryNotFoundError as error:
+        raise ValueError(f"{place}: no such file in the dataset") from error
+    except HfHubHTTPError as error:
+        raise ValueError(f"{place}: {str(error).strip().splitlines()[0]}") from error
+
+
+def read_rows(path: Path, name: str, fields: Sequence[str]) -> list[Row]:
+    """The rows of task `name`: of `path`, of `name`.jsonl in a folder or anywhere in a zip archive.
+
+    Each row gets an `_id` if it has none: the number of its line. Raises `ValueError` for malformed rows, and for
+    those that lack one of `fields`, all of which are texts.
+    """
+    if path.is_dir():
+        path = path / f"{name}.jsonl"
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file, where the rows of task {name} were expected")
+    if path.suffix == ".zip":
+        return parse_rows(*zip_member(path, f"{name}.jsonl"), partial(check_fields, fields))
+    return parse_rows(path.read_bytes(), str(path), partial(check_fields, fields))
+
+
+def read_prompts(path: Path) -> list[Row]:
+    """Prompts of one's own: rows with a `prompt` or `messages`, or text files that are a prompt each."""
+    if path.suffix == ".jsonl":
+        return parse_rows(path.read_bytes(), str(path), check_prompt)
+    return [
+        {"_id": str(file.relative_to(path.parent)), "prompt": utf8(file.read_bytes(), str(file))}
+        for file in text_files([path])
+    ]
+
+
+def zip_member(path: Path, name: str) -> tuple[bytes, str]:
+    """The one file of that name in an archive, and where it is, in words."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [member for member in archive.namelist() if Path(member).name == name]
+            if len(members) != 1:
+                raise ValueError(f"{path}: expected one {name} in it, got {members}")
+            return archive.read(members[0]), f"{path}, {members[0]}"
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is no zip archive: {error}") from error
+
+
+def parse_rows(content: bytes, place: str, check: Callable[[Any], None]) -> list[Row]:
+    rows, faults, lines = [], [], 0
+    for number, line in enumerate(utf8(content, place).split("\n"), start=1):
+        if not line.strip():
+            continue
+        lines += 1
+        try:
+            row = json.loads(line)
+            check(row)
+        except ValueError as error:  # json's own is one too
+            faults.append(f"line {number}: {error}")
+        else:
+            rows.append({"_id": str(number)} | row)
+    if faults:
+        more = f"; and {len(faults) - TOLD} more" if len(faults) > TOLD else ""
+        raise ValueError(f"{place}: {len(faults)} of {lines} rows are malformed; {'; '.join(faults[:TOLD])}{more}")
+    if not rows:
+        raise ValueError(f"{place}: no rows in it")
+    return rows
+
+
+def utf8(content: bytes, place: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place} is no UTF-8 text: {error}") from error
+
+
+def check_fields(fields: Iterable[str], row: Any) -> None:
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+    for field in fields:
+        if not isinstance(row.get(field), str):
+            raise ValueError(f"expected a text {field!r}, got {row.get(field)!r:.60}")
+
+
+def check_prompt(row: Any) -> None:
+    check_fields((), row)
+    if not isinstance(row.get("prompt"), str) and not is_conversation(row.get("messages")):
+        raise ValueError("expected a text 'prompt', or 'messages' with a text 'role' and 'content' each")
+
+
+def is_conversation(messages: Any) -> bool:
+    if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
+        return False
+    return all(isinstance(each.get(name), str) for each in messages for name in ("role", "content"))

@@ -1,0 +1,102 @@
+"""A task, the prompts that it is measured on, and how a prompt is made to fit a context.
+
+Knows tokenizers and their chat templates; loads nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+
+class Sample(NamedTuple):
+    """One prompt.
+
+    context: the bucket that it is reported in. stops: whether the text ends where the target ends it, or only at
+    `max_new_tokens`. cut: tokens that were taken out of its middle.
+    """
+
+    task: str
+    id: str
+    context: int
+    ids: list[int]
+    max_new_tokens: int
+    stops: bool
+    cut: int = 0
+
+    @property
+    def key(self) -> tuple[str, int, str]:
+        return self.task, self.context, self.id
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is wanted of every task: contexts in rising order, and so many prompts for each."""
+
+    tokenizer: PreTrainedTokenizerBase
+    contexts: tuple[int, ...]
+    prompts: int
+
+
+class Built(NamedTuple):
+    """The prompts of a task, and what was left out of it, in words; empty if nothing was."""
+
+    samples: list[Sample]
+    left_out: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    instructions: of a row, its fields in braces. fields: those that a row must have; `long` is the one of which the
+    middle may be cut out. chat: the prompt is a message, where the tokenizer has a template. stops: see `Sample`.
+    place: where its rows lie if nothing else is said.
+    """
+
+    name: str
+    make: Callable[[Task, Path, Wanted], Built]
+    max_new_tokens: int
+    instructions: str = ""
+    fields: tuple[str, ...] = ()
+    long: str | None = None
+    chat: bool = True
+    stops: bool = True
+    place: str | None = None
+
+    def sample(self, name: object, context: int, ids: list[int], cut: int = 0) -> Sample:
+        return Sample(self.name, str(name), context, ids, self.max_new_tokens, self.stops, cut)
+
+    def prompt(self, tokenizer: PreTrainedTokenizerBase, **fields: str) -> list[int]:
+        """Token ids of the instructions with these fields."""
+        return encode(tokenizer, self.instructions.format(**fields), self.chat)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> list[int]:
+    """Token ids of a prompt, as a user's message where `chat` is asked for and the tokenizer has a template."""
+    if chat and tokenizer.chat_template:
+        return encode_messages(tokenizer, [{"role": "user", "content": text}])
+    return tokenizer(text, verbose=False)["input_ids"]
+
+
+def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation that the assistant goes on with; the template writes all special tokens."""
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def fitted(render: Callable[[int], list[int]], amount: int, limit: int, name: str) -> list[int]:
+    """`render(amount)`, with as much less of it as is needed to keep within `limit` tokens.
+
+    amount: tokens of what may be shortened; text that is cut and read again may come out a little longer. Raises
+    `ValueError` if nothing of it can be left.
+    """
+    while len(ids := render(amount)) > limit:
+        amount -= len(ids) - limit
+        if amount <= 0:
+            raise ValueError(f"task {name}: a context of {limit} tokens has no place for more than the instructions")
+    return ids

@@ -1,0 +1,186 @@
+"""Published LongSpec drafts made into ours: read, checked against their target, written.
+
+All is checked before anything is written, and the folder appears under its name only when it is complete.
+`published.py` knows the format, `weight_files.py` the files.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HTTPError, StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig
+
+from ..modeling.configuration_longspec import LongSpecConfig
+from ..modeling.modeling_longspec import LongSpecForCausalLM
+from ..provenance import versions
+from .published import UNUSED, config_mismatches, draft_config, weight_mismatches
+from .weight_files import read_weights, sha256, weight_files
+
+RECORD = "conversion.json"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was converted, as `conversion.json` in the folder tells it.
+
+    source, target: as they were named, with their commits where they are on the Hub. files: SHA-256 of each file read.
+    dtype: of the written weights; source_dtypes: of the read ones. unused: names that were left out.
+    """
+
+    source: str
+    source_revision: str | None
+    files: dict[str, str]
+    target: str
+    target_revision: str | None
+    dtype: str
+    source_dtypes: list[str]
+    unused: list[str]
+    parameters: int
+    versions: dict[str, Any]
+
+
+def convert(source: str, target: str, out: Path, dtype: str = "float16") -> Conversion:
+    """Writes the published draft `source` as ours to the new folder `out`, for `target`; both are folders or Hub ids.
+
+    Raises `ValueError` for a checkpoint that is damaged, could run code, or is no draft for this target, with each
+    mismatch listed; `OSError` for what cannot be read or written. Either way `out` is left as it was.
+    """
+    check_out(out)
+    ours = config_for("target", target, read_config("target", target))
+    check_config(source, target, ours)
+    folder = local_folder(source)
+    files = weight_files(folder)
+    weights = read_weights(files)
+    draft = build(ours, weights, DTYPES[dtype], f"{source} is no published draft for {target}")
+    record = Conversion(
+        source=source,
+        source_revision=revision(source),
+        files={path.name: sha256(path) for path in files},
+        target=target,
+        target_revision=revision(target),
+        dtype=dtype,
+        source_dtypes=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}),
+        unused=sorted(weights.keys() & UNUSED),
+        parameters=draft.num_parameters(),
+        versions=versions(),
+    )
+    write(draft, record, out)
+    return record
+
+
+def check_out(out: Path) -> None:
+    """Raises `ValueError` where a new folder cannot go."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"expected --out to name a new or empty folder, got {out}, which exists")
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"cannot write {out}: no such folder: {out.parent}")
+
+
+def read_config(role: str, name: str) -> Any:
+    """The config of a folder or Hub id. Raises `ValueError` that says in one line why there is none."""
+    folder = Path(name)
+    if folder.is_file():
+        raise ValueError(f"{role} {name} is a file; expected its folder")
+    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ValueError(f"{role} {name}: no such folder")
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, StrictDataclassError, HTTPError) as error:
+        place = "has no config" if folder.is_dir() else "is no folder here, nor a repository on the Hub with a config"
+        raise ValueError(f"{role} {name} {place} that can be read: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """The first two lines of a message: transformers tells in the second what is wrong with a field, or what to do."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2])
+
+
+def config_for(role: str, name: str, config: Any) -> LongSpecConfig:
+    """`draft_config`, whose error then names the folder or Hub id."""
+    try:
+        return draft_config(config)
+    except ValueError as error:
+        raise ValueError(f"{role} {name}: {error}") from error
+
+
+def check_config(source: str, target: str, ours: LongSpecConfig) -> None:
+    """Raises `ValueError` where the config beside the checkpoint is not this target's."""
+    published = read_config("draft", source)
+    if published.model_type == "longspec":
+        raise ValueError(f"draft {source} is in our format already, there is nothing to convert")
+    theirs = config_for("draft", source, published)
+    if mismatches := config_mismatches(theirs, ours):
+        raise ValueError(f"{source} is no draft for {target}:\n  " + "\n  ".join(mismatches))
+
+
+def revision(name: str) -> str | None:
+    """The commit that the config of a Hub id was read from; None for a folder."""
+    cached = None if Path(name).is_dir() else try_to_load_from_cache(name, "config.json")
+    return Path(cached).parent.name if isinstance(cached, str) else None
+
+
+def local_folder(source: str) -> Path:
+    """The folder of a source: itself, or the Hub's, downloaded. Of two formats there only safetensors are fetched."""
+    if Path(source).is_dir():
+        return Path(source)
+    commit = revision(source)
+    for patterns in (["model*.safetensors*"], ["pytorch_model*.bin*"]):
+        try:
+            folder = Path(snapshot_download(source, revision=commit, allow_patterns=["config.json", *patterns]))
+        except (HTTPError, OSError) as error:
+            raise OSError(f"cannot download {source}: {one_line(error)}; try again") from error
+        if any(path for pattern in patterns for path in folder.glob(pattern)):
+            break
+    return folder
+
+
+def build(
+    config: LongSpecConfig, weights: Mapping[str, Tensor], dtype: torch.dtype, refusal: str
+) -> LongSpecForCausalLM:
+    """The draft with these weights, in `dtype`.
+
+    Raises `ValueError` that starts with `refusal`: for weights of another layer, with each mismatch, for packed ones,
+    and for numbers that `dtype` cannot hold.
+    """
+    with torch.device("meta"):
+        draft = LongSpecForCausalLM(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in draft.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if mismatches := weight_mismatches(found, expected):
+        raise ValueError(f"{refusal}:\n  " + "\n  ".join(mismatches))
+    formats = {str(weights[name].dtype) for name in expected if weights[name].dtype not in DTYPES.values()}
+    if formats:
+        raise ValueError(f"{refusal}: expected weights in {', '.join(DTYPES)}, got {', '.join(sorted(formats))}")
+    # copies: tensors of a pickle may share memory
+    cast = {name: weights[name].to(dtype, copy=True).contiguous() for name in expected}
+    if broken := [name for name, tensor in cast.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{refusal}: numbers that are not finite in {dtype}, in {', '.join(broken)}")
+    draft.load_state_dict(cast, assign=True)
+    return draft
+
+
+def write(draft: LongSpecForCausalLM, record: Conversion, out: Path) -> None:
+    """The draft's folder with its record, complete or not at all."""
+    out = out.absolute()
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+            folder = Path(scratch) / out.name
+            draft.save_pretrained(folder)
+            (folder / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+            folder.rename(out)
+    except SafetensorError as error:  # also for a full disk
+        raise OSError(f"cannot write {out}: {error}") from error
+    except OSError as error:
+        raise OSError(f"cannot write {out}: {error.strerror or error}") from error

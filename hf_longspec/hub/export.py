@@ -1,0 +1,115 @@
+"""A draft as a folder that is ready for the Hub: weights, config, code, the target's tokenizer, card and license.
+
+The folder appears whole or not at all. Whether it is fit to be pushed is `faults.py`'s to say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from ..modeling.modeling_longspec import LongSpecForCausalLM
+from .card import About, draft_card
+from .vocabulary import vocabulary_sha256
+
+CODE_LICENSE = "apache-2.0"  # of the code files that go along
+_LICENSE_TEXT = Path(__file__).with_name("LICENSE")
+
+
+def load_draft(name: str) -> LongSpecForCausalLM:
+    """The draft of a folder or Hub repository, as it was saved.
+
+    Raises `ValueError` if that is none, or its weights are not those of its config; `OSError` if it cannot be had.
+    """
+    with loading("draft", name):
+        kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+    if kind != "longspec":
+        raise ValueError(f"{name} is no LongSpec draft, its model type is {kind!r}")
+    with loading("draft", name):
+        draft, told = LongSpecForCausalLM.from_pretrained(
+            name, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    wrong = {kind: sorted(map(str, told[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(wrong.values()):
+        listed = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys)}" for kind, keys in wrong.items() if keys)
+        raise ValueError(f"the weights of {name} are not those that its config.json tells: {listed}")
+    return draft
+
+
+@contextmanager
+def loading(role: str, name: str) -> Iterator[None]:
+    """Says in one line whose files could not be had."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise OSError(f"{role} {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+def export(
+    draft: LongSpecForCausalLM,
+    folder: str | Path,
+    *,
+    target_folder_or_id: str,
+    about: About,
+    results: Sequence[Mapping[str, Any]],
+    recipe: Mapping[str, Any] | None = None,
+    repo_id: str | None = None,
+) -> list[Path]:
+    """Writes `draft` for the Hub and returns the files, in order.
+
+    target_folder_or_id: for its config, which the draft must fit, and its tokenizer. about, results, recipe, repo_id:
+    for the card, see `draft_card`. Raises `ValueError` if the draft does not fit, if `about` tells another vocabulary,
+    or if `folder` is there and not empty; `OSError` if the target cannot be had or the disk is full.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"expected a new or empty folder to write to, got {folder}")
+    with loading("target", target_folder_or_id):
+        target, tokenizer = target_shape(target_folder_or_id), AutoTokenizer.from_pretrained(target_folder_or_id)
+    draft.bind(target)
+    about = with_vocabulary(about, tokenizer, target_folder_or_id)
+    card = draft_card(draft.config, about, results, recipe=recipe, repo_id=repo_id)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
+        whole = Path(place) / folder.name
+        try:
+            draft.save_pretrained(whole)
+        except SafetensorError as error:  # no OSError, also where the disk is full
+            raise OSError(f"{folder} cannot be written: {error}") from error
+        tokenizer.save_pretrained(whole)
+        card.save(whole / "README.md")
+        shutil.copyfile(_LICENSE_TEXT, whole / license_name(about.license))
+        if folder.exists():
+            folder.rmdir()
+        whole.rename(folder)
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def target_shape(name: str) -> Any:
+    """A target on the meta device: its shape, without its weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+
+
+def with_vocabulary(about: About, tokenizer: PreTrainedTokenizerBase, target: str) -> About:
+    """`about` with the hash of this tokenizer's vocabulary. Raises `ValueError` if it tells another."""
+    found = vocabulary_sha256(tokenizer)
+    if about.vocabulary_sha256 not in (None, found):
+        raise ValueError(
+            f"vocabulary: card.json tells {about.vocabulary_sha256}, the tokenizer of {target} has {found}"
+        )
+    return dataclasses.replace(about, vocabulary_sha256=found)
+
+
+def license_name(of_weights: str) -> str:
+    """The file of the code's license: of all that is in the folder, where the weights have the same."""
+    return "LICENSE" if of_weights == CODE_LICENSE else "LICENSE.code"

@@ -1,0 +1,84 @@
+"""A folder to the Hub in one commit, and what the Hub or the network say against it in one line.
+
+Retrying is always right: the commit comes last, and large files that have arrived are not sent again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, HfApi, get_token
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ..modeling.sharing_longspec import commit_folder
+
+
+class HubError(Exception):
+    """The Hub could not be used as asked; the message is one line for the user."""
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    private: bool = False,
+    message: str = "Upload LongSpec draft",
+    api: HfApi | None = None,
+) -> CommitInfo:
+    """All files of `folder`, unchecked (see `hub_faults`), into `repo_id`, which is made if there is none.
+
+    revision: a branch, made if there is none. private: of a new repository. Raises `HubError`, after which the
+    repository holds what it held before.
+    """
+    api = api or HfApi()
+    if not (api.token or get_token()):
+        raise HubError("no token for the Hub; log in with `hf auth login`, or set HF_TOKEN")
+    try:
+        repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        if private and not api.model_info(repo_id).private:
+            raise HubError(f"{repo_id} is there already and public; `private` is for new repositories")
+        return commit_folder(api, folder, repo_id, message=message, revision=revision)
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        raise HubError(told(error, repo_id, api.endpoint)) from error
+
+
+def told(error: BaseException, repo_id: str, endpoint: str) -> str:
+    """One line of what went wrong. Raises `error` again if it is none of the Hub's, the network's or the disk's."""
+    if isinstance(error, RuntimeError):
+        if not isinstance(error.__cause__, (HTTPError, OSError)):
+            raise error
+        return f"{_first(error)} {told(error.__cause__, repo_id, endpoint)}"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "offline mode is on; unset HF_HUB_OFFLINE to push"
+    if isinstance(error, HfHubHTTPError):
+        return _refused(error, repo_id, endpoint)
+    if isinstance(error, (HTTPError, ConnectionError)):
+        return f"the Hub at {endpoint} cannot be reached ({_first(error)}); run the same command again"
+    return _first(error)
+
+
+def _refused(error: HfHubHTTPError, repo_id: str, endpoint: str) -> str:
+    status, said = error.response.status_code, error.server_message or ""
+    if isinstance(error, GatedRepoError):
+        return f"access to {repo_id} is restricted; ask for it at {endpoint}/{repo_id}"
+    if status == 401:
+        return f"the Hub does not accept the token; log in with `hf auth login`, or set HF_TOKEN ({said})"
+    if status == 403:
+        return f"this token may not write to {repo_id} ({said})"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo_id} has no such revision ({said})"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"the Hub has no repository {repo_id} that this token may see"
+    return f"the Hub answered {status} ({said or _first(error)}); run the same command again"
+
+
+def _first(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,59 @@
+"""Which of a run's checkpoint folders are whole: those that hold a list of their files, written last, and the files.
+
+`Trainer` fills a folder `checkpoint-N` file by file under its final name, so a kill leaves folders that look like
+checkpoints. The list names each file with its size, and is put in place by one rename.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+COMPLETE = "complete.json"
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be written; the message is one line for the user."""
+
+
+def mark_unfinished(folder: Path) -> None:
+    """Before a folder is written again: it is no checkpoint until `mark_complete`."""
+    (folder / COMPLETE).unlink(missing_ok=True)
+
+
+def mark_complete(folder: Path) -> None:
+    """Every file of `folder` is brought to the disk before the list that vouches for it."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != COMPLETE]
+    for path in files:
+        _sync(path)
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    unfinished = folder / (COMPLETE + ".tmp")
+    unfinished.write_text(json.dumps(sizes, indent=1))
+    _sync(unfinished)
+    os.replace(unfinished, folder / COMPLETE)
+    _sync(folder)
+
+
+def is_complete(folder: Path) -> bool:
+    if not (folder / COMPLETE).is_file():
+        return False
+    sizes = json.loads((folder / COMPLETE).read_text())
+    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
+
+
+def last_complete(run: Path) -> Path | None:
+    """The whole checkpoint with the most steps below the folder of a run, or None."""
+    numbered = [
+        (int(found[1]), path) for path in run.glob("checkpoint-*") if (found := re.search(r"-(\d+)$", path.name))
+    ]
+    return max(((steps, path) for steps, path in numbered if is_complete(path)), default=(0, None))[1]
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

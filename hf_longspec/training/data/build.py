@@ -1,0 +1,86 @@
+"""From the section `data` of a recipe to the samples of training and of the held-out split."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from .mix import HeldOutSamples, MixedSamples
+from .report import SHOWN, SourceReport
+from .section import DataSection
+from .store import TokenStore
+from .stored import StoredSamples, pack_stores
+from .stream import StreamedSamples, nothing_to_train_on, sample_of, streamed
+from .tokenized import stores_of
+
+
+def build_datasets(
+    section: DataSection, tokenizer: PreTrainedTokenizerBase, length: int, seed: int
+) -> tuple[MixedSamples | StreamedSamples, HeldOutSamples]:
+    """Samples of `length` tokens: (train, held_out).
+
+    `train` is a map-style dataset (`len`, `[i]`, reads memory-mapped tokens only), or an endless `IterableDataset`
+    with `streaming`. It is already shuffled and mixed: run it in order, `train_sampling_strategy="sequential"`.
+    Sample i of epoch e is a function of (section, seed, e, i) alone, for any number of workers, so skipping resumes
+    exactly. `train.set_epoch(e)` chooses the epoch; accelerate's data loaders call it. An epoch has as many samples as
+    the sources hold; sources seen less often by their weight go on in the next epoch where they stopped.
+    Streams skip by reading, and are refused with more than one worker.
+
+    `held_out` is map-style, in fixed order, the same for any seed; empty where nothing is held out.
+    Both have `summary`: a dict for JSON with the counts of rows, documents, tokens, what was left out and why, and the
+    bad rows by name.
+
+    With several processes, let one go first (`TrainingArguments.main_process_first`): it writes the cache.
+    Raises `ValueError`: one line that names the file, row or key at fault.
+    """
+    if length < 2:
+        raise ValueError(f"expected samples of at least 2 tokens, got {length}")
+    if section.streaming:
+        return StreamedSamples(section, tokenizer, length, seed), read_held_out(section, tokenizer, length)
+    train, held_out, records = [], [], []
+    for source in section.sources:
+        left_out: Counter[str] = Counter()
+        stores = stores_of(source, section, tokenizer)
+        sides = pack_stores(stores, source, section, length, left_out)
+        record = summarized(source.path, stores, left_out, sides)
+        if not len(sides[0]):
+            raise ValueError(nothing_to_train_on(length, record))
+        train.append(sides[0])
+        held_out.append(sides[1])
+        records.append(record)
+    weights = [source.weight or len(side) for source, side in zip(section.sources, train, strict=True)]
+    summary = {"length": length, "sources": records}
+    return MixedSamples(train, weights, seed, summary), HeldOutSamples(held_out, section.held_out.windows, summary)
+
+
+def read_held_out(section: DataSection, tokenizer: PreTrainedTokenizerBase, length: int) -> HeldOutSamples:
+    """The first held-out samples of each source of a stream, read now."""
+    sources, records = [], []
+    held_out = section.held_out
+    each = -(-held_out.windows // len(section.sources)) if held_out.share else 0
+    for number, source in enumerate(section.sources):
+        report = SourceReport(source.path, section.max_bad_share)
+        found = islice(streamed(section, number, tokenizer, length, True, report), each)
+        sources.append([sample_of(pieces, length) for pieces in found])
+        records.append(report.as_dict() | {"held_out_samples": len(sources[-1])})
+    return HeldOutSamples(sources, held_out.windows, {"length": length, "sources": records})
+
+
+def summarized(
+    path: str,
+    stores: list[TokenStore],
+    left_out: Counter[str],
+    sides: tuple[StoredSamples, StoredSamples],
+) -> dict[str, Any]:
+    """What became of a source: the counts of reading (which old packed folders have not), and of packing."""
+    read = [store.summary for store in stores]
+    record: dict[str, Any] = {"path": path, "documents": sum(len(store.names) for store in stores)}
+    record["tokens"] = sum(len(store.tokens) for store in stores)
+    record |= {name: sum(store.get(name, 0) for store in read) for name in ("rows", "bad")}
+    record["bad_rows"] = [row for store in read for row in store.get("bad_rows", ())][:SHOWN]
+    total = sum((Counter(store.get("left_out", {})) for store in read), left_out)
+    train, held_out = sides
+    return record | {"left_out": dict(total), "samples": len(train), "held_out_samples": len(held_out)}

@@ -1,0 +1,85 @@
+"""Which documents share a sample: short ones whole, long ones by the section's rule. Knows lengths and masks,
+not tokens.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .section import DataSection
+
+OPEN_SAMPLES = 64  # that wait for a piece that fits; more fill better, fewer keep the order of documents
+
+
+class Piece(NamedTuple):
+    """Tokens start..end of a document, whichever way `document` tells it."""
+
+    document: Any
+    start: int
+    end: int
+
+
+def pieces_of(
+    document: Any,
+    tokens: int,
+    loss_mask: np.ndarray | None,
+    section: DataSection,
+    length: int,
+    left_out: Counter[str],
+) -> Iterator[Piece]:
+    """Pieces of a document of so many tokens for samples of `length`; what is not used is counted in `left_out`."""
+    if tokens < section.min_tokens:
+        left_out["shorter than min_tokens"] += 1
+    elif tokens > length and section.long_documents == "drop":
+        left_out["longer than a sample"] += 1
+    else:
+        used = tokens if section.long_documents == "cut" else min(tokens, length)
+        for start in range(0, used, length):
+            end = min(start + length, used)
+            if loss_mask is None or loss_mask[start + 1 : end].any():
+                yield Piece(document, start, end)
+            else:
+                left_out["pieces with no token to learn"] += 1
+
+
+class Packer:
+    """Best fit, online: a piece goes where it leaves the least room, among at most `OPEN_SAMPLES` unfinished samples.
+
+    A sample is given out when it is full, or as the fullest when another must be begun. Depends on the order and the
+    sizes of pieces only, so a stream and a dataset on disk are packed alike.
+    """
+
+    def __init__(self, length: int):
+        self.length = length
+        self.rooms: list[tuple[int, int]] = []  # (tokens left, number of the sample), sorted
+        self.samples: dict[int, list[Piece]] = {}
+        self.begun = 0
+
+    def add(self, piece: Piece) -> Iterator[list[Piece]]:
+        """Samples that are finished by this piece: at most two."""
+        size = piece.end - piece.start
+        place = bisect_left(self.rooms, (size, -1))
+        if place < len(self.rooms):
+            room, number = self.rooms.pop(place)
+        else:
+            if len(self.rooms) == OPEN_SAMPLES:
+                yield self.samples.pop(self.rooms.pop(0)[1])
+            room, number = self.length, self.begun
+            self.samples[number] = []
+            self.begun += 1
+        self.samples[number].append(piece)
+        if room == size:
+            yield self.samples.pop(number)
+        else:
+            insort(self.rooms, (room - size, number))
+
+    def flush(self) -> Iterator[list[Piece]]:
+        """What is left, fullest first."""
+        for _, number in self.rooms:
+            yield self.samples.pop(number)
+        self.rooms = []

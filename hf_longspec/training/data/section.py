@@ -1,0 +1,134 @@
+"""The section `data` of a recipe: sources, weights, the held-out split, the rules for long and for bad documents.
+
+Only settings; what they do is in the modules that read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .fields import from_mapping
+
+
+@dataclass(frozen=True)
+class Source:
+    """One place where documents come from.
+
+    path: Hub id (or a local folder that looks like a dataset repository) for `hub`; else a file, or a folder, whose
+        fitting files are read in the order of their paths.
+    format: `hub`; `json` (JSON Lines, also .gz, .xz, .bz2); `parquet`; `text` (each file is a document); `tokens`
+        (folders written by `hf-longspec pack` or `hf-longspec distill-data`).
+    kind: what a row holds. `text`: the column `field`, a string. `chat`: the column `field`, a list of messages
+        (`role`/`content`, or `from`/`value`), or a string, the user's turn, answered by the column `answer_field`.
+    loss: which tokens are learned: `all`, or the `assistant`'s turns (chats only).
+    document: `row` (a row, or file, is a document), or `package`: the files of one top-level folder, in path order,
+        are one document, which is how code gives long contexts. Files end with the separator either way; a BOS, where
+        the tokenizer writes one, begins a document.
+    weight: this source's share of the samples, in proportion to the other weights; `None` for all: by size.
+    config, split, revision: of a dataset on the Hub.
+    suffixes: names of `text` files end with one of these.
+    longest_line: `text` files with longer lines are left out as generated ones.
+    limit: read only so many rows (documents for `tokens`).
+    """
+
+    path: str
+    format: Literal["hub", "json", "parquet", "text", "tokens"]
+    kind: Literal["text", "chat"] = "text"
+    field: str | None = None  # default: "text", or "messages" for chats
+    answer_field: str | None = None
+    loss: Literal["all", "assistant"] = "all"
+    document: Literal["row", "package"] = "row"
+    weight: float | None = None
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    suffixes: tuple[str, ...] = (".py",)
+    longest_line: int = 1000
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.loss == "assistant" and self.kind != "chat":
+            raise ValueError(f"`loss: assistant` needs `kind: chat`, got `kind: {self.kind}`")
+        if self.kind == "chat" and self.format in ("text", "tokens"):
+            raise ValueError(f"`kind: chat` needs rows (hub, json, parquet), got `format: {self.format}`")
+        if self.answer_field is not None and self.kind != "chat":
+            raise ValueError("`answer_field` needs `kind: chat`")
+        if self.document == "package" and self.format not in ("text", "tokens"):
+            raise ValueError(f"`document: package` needs files (text, tokens), got `format: {self.format}`")
+        if self.weight is not None and not self.weight > 0:
+            raise ValueError(f"`weight` must be positive, got {self.weight}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"`limit` must be at least 1, got {self.limit}")
+
+    @property
+    def column(self) -> str:
+        return self.field or ("messages" if self.kind == "chat" else "text")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Which documents are never trained on. Whole documents (packages), never windows of them.
+
+    share: of the documents, chosen by a hash of their content (of a package: its name), so the choice never moves.
+    names: documents with such a folder or file name in their path, wherever it stands.
+    windows: use at most so many samples of what is held out, spread evenly over it (of a stream, the first ones).
+    """
+
+    share: float = 0.0
+    names: tuple[str, ...] = ()
+    windows: int = 256
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise ValueError(f"`share` must be in [0, 1), got {self.share}")
+        if self.windows < 1:
+            raise ValueError(f"`windows` must be at least 1, got {self.windows}")
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """The section `data` of a recipe.
+
+    long_documents: those longer than a sample are `cut` into samples, all of them used, cut to the `first` sample, or
+        `drop`ped. Shorter ones are never cut.
+    min_tokens: documents (packages) with fewer tokens are left out: for samples of real long context.
+    max_bad_share: more unreadable rows than this share of a source's rows end the run with an error.
+    streaming: read, tokenize and pack while training, without a copy on disk; shuffled only within `shuffle_buffer`
+        samples.
+    separator: token that ends each text document and file; `None`: the tokenizer's `eos_token`.
+    cache: folder for tokenized sources; `None`: `tokens` in `$HF_LONGSPEC_CACHE` (`~/.cache/hf_longspec`).
+    """
+
+    sources: tuple[Source, ...]
+    held_out: HeldOut = HeldOut()
+    long_documents: Literal["cut", "first", "drop"] = "cut"
+    min_tokens: int = 2
+    max_bad_share: float = 0.01
+    streaming: bool = False
+    shuffle_buffer: int = 1024
+    separator: str | None = None
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("`sources` must name at least one source, got none")
+        weighted = sum(source.weight is not None for source in self.sources)
+        if 0 < weighted < len(self.sources):
+            raise ValueError("give all sources a `weight`, or none of them")
+        if self.streaming and len(self.sources) > 1 and not weighted:
+            raise ValueError("`streaming` of several sources needs a `weight` for each: their sizes are not known")
+        if self.streaming and self.held_out.names and not self.held_out.share:
+            raise ValueError("`streaming` holds out by `held_out.share`: give one beside the names")
+        if self.min_tokens < 2:
+            raise ValueError(f"`min_tokens` must be at least 2, got {self.min_tokens}")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"`max_bad_share` must be in [0, 1], got {self.max_bad_share}")
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"`shuffle_buffer` must be at least 1, got {self.shuffle_buffer}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "data") -> DataSection:
+        """From a recipe's mapping. Raises `ValueError`: one line that names the key."""
+        return from_mapping(cls, values, where)

@@ -1,0 +1,92 @@
+"""Sources tokenized into a folder: by `hf-longspec pack`, or into a cache that finds them again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from hf_longspec.demo.weights import cache_folder
+from hf_longspec.hub.vocabulary import vocabulary_sha256
+
+from .documents import read_documents, separator_id
+from .files import find_files, name_of
+from .report import SourceReport
+from .rows import JSON_SUFFIXES, load_hub
+from .section import DataSection, Source
+from .split import is_held_out
+from .store import StoreWriter, TokenStore
+from .stored import open_stores, vocabulary_size
+
+FORMAT = 1  # to be raised when the same source would give other tokens
+
+
+def write_store(
+    folder: Path,
+    source: Source,
+    section: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    with_held_out: bool = True,
+) -> TokenStore:
+    """Tokenizes a source into `folder`, which appears when it is whole, with a progress bar.
+
+    `with_held_out=False` leaves out, and counts, what the section holds out.
+    """
+    report = SourceReport(source.path, section.max_bad_share)
+    with StoreWriter(folder, vocabulary_size(tokenizer), masked=source.loss == "assistant") as writer:
+        documents = read_documents(source, section, tokenizer, report)
+        for document in tqdm(documents, unit=" documents", desc=source.path, mininterval=1, dynamic_ncols=True):
+            if with_held_out or not is_held_out(document, source, section.held_out):
+                writer.add(document)
+            else:
+                report.held_out(len(document.ids))
+        writer.summary = report.as_dict() | origin(tokenizer)
+    return TokenStore.load(folder)
+
+
+def origin(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What a store's summary says of its tokens, so that `open_stores` can refuse another target's."""
+    return {"tokenizer": tokenizer.name_or_path, "vocabulary_sha256": vocabulary_sha256(tokenizer)}
+
+
+def stores_of(source: Source, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> list[TokenStore]:
+    """The source's tokens on disk, made now if they are not there yet."""
+    if source.format == "tokens":
+        return open_stores(source, tokenizer)
+    cache = Path(section.cache).expanduser() if section.cache else cache_folder() / "tokens"
+    folder = cache / fingerprint(source, section, tokenizer)
+    if folder.exists():
+        return [TokenStore.load(folder)]
+    return [write_store(folder, source, section, tokenizer)]
+
+
+def fingerprint(source: Source, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of all that the tokens depend on: the source and its files, the tokenizer, the settings that matter."""
+    fields = dataclasses.asdict(source)
+    del fields["weight"]
+    parts: dict[str, Any] = {"format": FORMAT, "source": fields, "max_bad_share": section.max_bad_share}
+    parts["separator"] = None if source.kind == "chat" else separator_id(section, tokenizer)
+    parts["tokenizer"] = [tokenizer.chat_template, vocabulary_sha256(tokenizer)]
+    if tokenizer.is_fast:
+        parts["tokenizer"].append(tokenizer.backend_tokenizer.to_str())
+    if source.format == "text":  # their order depends on the split
+        parts["held_out"] = [section.held_out.share, section.held_out.names]
+    parts["files"] = load_hub(source, streaming=False)._fingerprint if source.format == "hub" else file_marks(source)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def file_marks(source: Source) -> list[Any]:
+    """Name, size and time of each file of a local source."""
+    root = Path(source.path)
+    suffixes = {"json": JSON_SUFFIXES, "parquet": (".parquet",), "text": source.suffixes}[source.format]
+    return [[name_of(file, root), *mark(file)] for file in find_files(root, suffixes)]
+
+
+def mark(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns

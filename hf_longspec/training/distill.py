@@ -1,0 +1,183 @@
+"""Self-distillation: the target answers prompts, and its answers become training data. Token ids only are kept.
+
+Prompts are answered shard by shard. A shard is a folder that appears when it is whole, and depends on the settings and
+its number alone, so after a kill at any moment the same command goes on and ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from .data.store import Document, StoreWriter, load_json
+from .distill_prompts import Prompt
+
+SETTINGS = "distill.json"
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How prompts are answered; a temperature of 0 is greedy. The target's own generation config says the rest."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all tokens
+    seed: int = 0
+    batch_size: int = 16
+    shard_rows: int = 512  # prompts of a shard: what a kill can cost
+
+    def options(self) -> dict[str, Any]:
+        """Keywords of `generate`."""
+        if not self.temperature:
+            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return {"max_new_tokens": self.max_new_tokens, "do_sample": True} | sampling
+
+
+class Part(NamedTuple):
+    """One of `parts` processes that share the prompts."""
+
+    number: int
+    parts: int
+
+    @property
+    def folder(self) -> str:
+        return f"part-{self.number}-of-{self.parts}"
+
+
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Writes the settings into `folder`, or checks that those there are the same; `ValueError` names the others."""
+    path = folder / SETTINGS
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        if other := sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".")):
+            raise ValueError(f"{folder}: expected an empty folder or one with {SETTINGS}, got {', '.join(other[:3])}")
+        unfinished = folder / f".{SETTINGS}.{os.getpid()}.tmp"
+        unfinished.write_text(json.dumps(settings, indent=1, sort_keys=True), encoding="utf-8")
+        os.replace(unfinished, path)
+    theirs, ours = load_json(path), json.loads(json.dumps(settings))
+    if changed := sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key)):
+        differences = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} now" for key in changed)
+        raise ValueError(f"{folder} holds data of other settings: {differences}. Choose another folder")
+
+
+def distill(
+    target: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    folder: Path,
+    answering: Answering,
+    part: Part,
+    origin: dict[str, str],
+    draft: Any = None,
+) -> dict[str, int]:
+    """Answers this part's prompts, those of every `part.parts` one, but for finished shards.
+
+    Shards are folders `part-i-of-n/00000`, … that a `tokens` source reads. Returns the counts over all of the part.
+    """
+    own = list(prompts[part.number :: part.parts])
+    place = folder / part.folder
+    place.mkdir(exist_ok=True)
+    for leftover in place.glob(".*.tmp"):
+        shutil.rmtree(leftover)
+    shards = [own[start : start + answering.shard_rows] for start in range(0, len(own), answering.shard_rows)]
+    totals = {"rows": 0, "prompt_tokens": 0, "answer_tokens": 0, "ended": 0, "new_tokens": 0}
+    with tqdm(total=len(own), unit=" prompts", mininterval=1, dynamic_ncols=True) as progress:
+        for number, rows in enumerate(shards):
+            shard = place / f"{number:05d}"
+            fresh = not shard.exists()
+            if fresh:
+                write_shard(target, rows, shard, answering, (part.number, number), origin, draft, progress)
+            else:
+                progress.update(len(rows))
+            summary = load_json(shard / "summary.json")
+            for name in ("rows", "prompt_tokens", "answer_tokens", "ended"):
+                totals[name] += summary[name]
+            totals["new_tokens"] += summary["answer_tokens"] * fresh
+    return totals
+
+
+def write_shard(
+    target: PreTrainedModel,
+    rows: Sequence[Prompt],
+    folder: Path,
+    answering: Answering,
+    numbers: tuple[int, int],
+    origin: dict[str, str],
+    draft: Any,
+    progress: Any,
+) -> None:
+    """One shard, in the order of its prompts. Its random numbers are its own: seeded by settings and number."""
+    torch.manual_seed(int(np.random.SeedSequence([answering.seed, *numbers]).generate_state(1)[0]))
+    answers: list[np.ndarray] = [np.empty(0, np.int64)] * len(rows)
+    for batch in batches(rows, answering.batch_size):
+        found = answer(target, [rows[index].ids for index in batch], answering, draft)
+        for index, ids in zip(batch, found, strict=True):
+            answers[index] = ids
+        progress.update(len(batch))
+    ends = set(end_ids(target))
+    vocabulary = target.config.get_text_config().vocab_size
+    with StoreWriter(folder, vocabulary, masked=True) as writer:
+        for prompt, ids in zip(rows, answers, strict=True):
+            mask = np.repeat([False, True], [len(prompt.ids), len(ids)])
+            writer.add(Document(prompt.name, np.concatenate([prompt.ids, ids]).astype(np.uint32), mask))
+        counts = {
+            "rows": len(rows),
+            "prompt_tokens": sum(len(prompt.ids) for prompt in rows),
+            "answer_tokens": sum(map(len, answers)),
+            "ended": sum(int(ids[-1]) in ends for ids in answers),
+        }
+        writer.summary = counts | origin
+
+
+def batches(rows: Sequence[Prompt], size: int) -> Iterator[list[int]]:
+    """Row numbers, like lengths together, so that little is padded; longest first, so that memory fails early."""
+    order = sorted(range(len(rows)), key=lambda index: (-len(rows[index].ids), index))
+    return (order[start : start + size] for start in range(0, len(order), size))
+
+
+@torch.no_grad()
+def answer(
+    target: PreTrainedModel, prompts: Sequence[np.ndarray], answering: Answering, draft: Any
+) -> list[np.ndarray]:
+    """What the target writes behind each prompt, up to its end token included: (tokens,) int64 each."""
+    longest = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):  # padded on the left
+        ids[row, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+        mask[row, longest - len(prompt) :] = 1
+    assistant = {} if draft is None else {"assistant_model": draft}
+    inputs = {"input_ids": ids.to(target.device), "attention_mask": mask.to(target.device)}
+    output = target.generate(**inputs, **answering.options(), pad_token_id=0, **assistant)
+    return [until_end(row, end_ids(target)) for row in output[:, longest:].cpu().numpy()]
+
+
+def end_ids(target: PreTrainedModel) -> list[int]:
+    """The tokens that end the target's texts."""
+    ends = target.generation_config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def until_end(ids: np.ndarray, ends: Sequence[int]) -> np.ndarray:
+    """Without the padding behind the first end token."""
+    found = np.flatnonzero(np.isin(ids, ends))
+    return ids[: found[0] + 1] if len(found) else ids
+
+
+def settings_of(answering: Answering, part: Part, target: PreTrainedModel, more: dict[str, Any]) -> dict[str, Any]:
+    """All that the data depends on, but not whether a draft helped: the text is the same."""
+    generation = target.generation_config.to_diff_dict()
+    generation.pop("transformers_version", None)
+    model = {"dtype": str(target.dtype), "generation_config": generation}
+    return asdict(answering) | {"parts": part.parts} | model | more

@@ -1,0 +1,107 @@
+"""What a draft's forward pass is while it is trained: read the frozen target, run the draft, take the chunked loss.
+
+The target is held beside the draft, never in it: no optimizer, checkpoint or wrapper (DDP, FSDP) finds its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM
+
+from .documents import LONGEST_MASKED, Span, spans_of, target_masks
+from .forward import draft_hidden
+from .loss import DistillationSums, LossWeights, chunk_sums, distillation_loss
+from .recipe import Signal
+from .teacher import TargetStates, read_target, read_target_by_span, read_target_in_pieces
+
+
+class Distillation:
+    """One draft, its target and the signal between them.
+
+    piece: tokens of a sample that the target reads at a time; None: all.
+    compiled: `torch.compile` target, draft and loss, a graph each for every lag and shape of batch.
+    recompute: keep none of the draft's activations for the backward pass.
+    Raises `ValueError` if the draft does not fit the target.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        draft: LongSpecForCausalLM,
+        signal: Signal,
+        *,
+        piece: int | None = None,
+        compiled: bool = False,
+        recompute: bool = False,
+    ):
+        self.bound = draft.bind(target)
+        self.target = target.eval().requires_grad_(False)
+        self.draft, self.signal, self.piece, self.recompute = draft, signal, piece, recompute
+        compiled_as = compiler(2 * signal.max_lag + 1) if compiled else lambda function: function
+        self._read_target, self._draft_hidden = compiled_as(read_target), compiled_as(draft_hidden)
+        self._sums = compiled_as(chunk_sums(self.bound.logits))
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        positions: Tensor,
+        lag: int,
+        document_ids: Tensor | None = None,
+        spans: Sequence[Span] = (),
+        num_items_in_batch: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss of a batch as a mapping, as `Trainer` wants it; see `samples.batch_of` for the arguments."""
+        states = self.read(input_ids, positions, document_ids, spans)
+        sums = self.sums(states, input_ids, labels, positions, lag, document_ids, spans, num_items_in_batch)
+        return sums._asdict()
+
+    def read(
+        self, ids: Tensor, positions: Tensor, document_ids: Tensor | None = None, spans: Sequence[Span] = ()
+    ) -> TargetStates:
+        """The target's states; long samples of several documents are read one document at a time."""
+        layer = self.bound.layer
+        if self.piece is not None:
+            by_piece = partial(read_target_in_pieces, self.target, layer, piece=self.piece)
+            # where documents are not told apart each row is one
+            every = spans or spans_of(torch.zeros_like(ids) if document_ids is None else document_ids)
+            return read_target_by_span(by_piece, ids, positions, every)
+        if spans:
+            return read_target_by_span(partial(read_target, self.target, layer), ids, positions, spans)
+        masks = None if document_ids is None else target_masks(self.target, document_ids)
+        return self._read_target(self.target, layer, ids, positions, masks)
+
+    def sums(
+        self,
+        states: TargetStates,
+        ids: Tensor,
+        labels: Tensor,
+        positions: Tensor,
+        lag: int,
+        document_ids: Tensor | None = None,
+        spans: Sequence[Span] = (),
+        items: Tensor | None = None,
+    ) -> DistillationSums:
+        # spans differ from batch to batch, and a graph for each would not pay
+        run = draft_hidden if ids.shape[1] > LONGEST_MASKED else self._draft_hidden
+        arguments = self.draft, self.bound, ids, positions, states, lag, document_ids, spans
+        hidden = checkpoint(run, *arguments, use_reentrant=False) if self.recompute else run(*arguments)
+        weights = LossWeights(self.signal.kl_weight, self.signal.ce_weight)
+        return distillation_loss(self._sums, hidden, states.hidden, labels, weights, self.signal.loss_chunk, items)
+
+
+def compiler(graphs: int) -> Callable[..., Any]:
+    """`torch.compile` with one graph for each shape and lag: fixed shapes give the fastest kernels."""
+    # beyond this limit (8) torch goes on uncompiled; imported here because it is slow
+    from torch._dynamo import config as dynamo
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, graphs)
+    return torch.compile(dynamic=False)

@@ -1,0 +1,149 @@
+"""One run of training, from a recipe to a draft: `hf-longspec train` without its options.
+
+The folder of the run (`trainer.output_dir`) holds the recipe, checkpoints, the learning curve and, in the end, the
+draft. Started again with the same recipe, a run goes on from its last whole checkpoint to the same losses.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from torch.utils.data import IterableDataset
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
+
+from .checkpoints import last_complete
+from .data import build_datasets
+from .learning_curve import LearningCurve
+from .models import check_lengths, load_target, load_tokenizer, make_draft, positions_of, whole_on_every_process
+from .recipe import OURS, Recipe
+from .samples import AnchorOffset, NumberedSamples, NumberedStream
+from .trainer import DraftTrainer
+
+RECIPE = "recipe.yaml"
+# Other defaults than those of TrainingArguments.
+DEFAULTS = {
+    "report_to": "none",
+    "logging_nan_inf_filter": False,  # it waits for the device at every step
+    "metric_for_best_model": "accept_length",
+    "greater_is_better": True,
+    "ddp_find_unused_parameters": False,
+    # each process reads streams itself: lags and spans cannot be cut in slices
+    "accelerator_config": {"dispatch_batches": False},
+}
+
+
+class Outcome(NamedTuple):
+    """complete: all steps are done, or no better accept length came for long; draft: its folder, then."""
+
+    complete: bool
+    step: int
+    steps: int
+    draft: str | None
+    best_accept_length: float | None
+    best_checkpoint: str | None
+
+
+class WallClock(TrainerCallback):
+    """Ends a part of a run with a checkpoint after so many seconds."""
+
+    def __init__(self, seconds: float):
+        self.end, self.expired = time.monotonic() + seconds, False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if time.monotonic() > self.end and state.global_step < state.max_steps:
+            self.expired = control.should_save = control.should_training_stop = True
+        return control
+
+
+def train(recipe: Recipe, max_seconds: float | None = None) -> Outcome:
+    """Starts a run, or goes on with it.
+
+    Raises `ValueError` or `OSError`, one line each, for what the recipe asks and cannot be had; `CheckpointError`
+    where the disk is full.
+    """
+    args = training_arguments(recipe)
+    checkpoint = resume_point(recipe, args)
+    with whole_on_every_process(args):
+        target = load_target(recipe.target, args.device)
+        tokenizer = load_tokenizer(recipe.target)
+        set_seed(args.seed)
+        draft = make_draft(recipe.draft, target, args.device)
+    check_lengths(recipe, draft.config)
+    with args.main_process_first():
+        samples, held_out = datasets(recipe, args, tokenizer, positions_of(draft.config))
+    trainer = DraftTrainer(target, draft, recipe, args, samples, held_out)
+    trainer.add_callback(LearningCurve())
+    if recipe.evaluation.patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(recipe.evaluation.patience))
+    clock = WallClock(max_seconds if max_seconds is not None else float("inf"))
+    trainer.add_callback(clock)
+    if trainer.is_world_process_zero():
+        write_recipe(recipe, Path(str(args.output_dir)))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    folder = None if clock.expired else export(trainer)
+    state = trainer.state
+    best = state.best_metric, state.best_model_checkpoint
+    return Outcome(not clock.expired, state.global_step, state.max_steps, folder, *best)
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    given = {key: value for key, value in recipe.trainer.items() if key not in OURS}
+    args = TrainingArguments(**(DEFAULTS | given | {"remove_unused_columns": False}))
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process trains on one GPU, got {args.n_gpu}: start `accelerate launch -m hf_longspec.cli train "
+            "RECIPE`, or set CUDA_VISIBLE_DEVICES"
+        )
+    return args
+
+
+def resume_point(recipe: Recipe, args: TrainingArguments) -> Path | None:
+    """The run's last whole checkpoint. Raises `ValueError` if it is of a run with another recipe."""
+    run = Path(str(args.output_dir))
+    checkpoint = last_complete(run)
+    if checkpoint is not None:
+        earlier = Recipe.from_dict(yaml.safe_load((run / RECIPE).read_text(encoding="utf-8")))
+        if changed := recipe.changes(earlier):
+            raise ValueError(
+                f"{run} holds a run with another recipe: {', '.join(sorted(changed))} differ; "
+                "choose another `trainer.output_dir`, or the same recipe"
+            )
+    return checkpoint
+
+
+def write_recipe(recipe: Recipe, run: Path) -> None:
+    text = yaml.safe_dump(_lists(recipe.to_dict()), sort_keys=False, allow_unicode=True)
+    (run / RECIPE).write_text(text, encoding="utf-8")
+
+
+def _lists(value: Any) -> Any:
+    """The same with lists for tuples, which YAML has not."""
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def datasets(recipe: Recipe, args: TrainingArguments, tokenizer: Any, positions: int) -> tuple[Any, Any]:
+    """All samples of the run in their order, and the held-out ones, as long as the longest context."""
+    signal = recipe.signal
+    train, held_out = build_datasets(recipe.data, tokenizer, signal.length, args.seed)
+    if recipe.evaluates:
+        _, held_out = build_datasets(recipe.data, tokenizer, recipe.evaluation.length, args.seed)
+    count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    move = AnchorOffset(signal, signal.max_position or positions, args.seed)
+    numbered = NumberedStream if isinstance(train, IterableDataset) else NumberedSamples
+    return numbered(train, count, move), held_out
+
+
+def export(trainer: DraftTrainer) -> str | None:
+    """Writes the draft, in the target's format and with its code, or the adapter; the folder, in the first process."""
+    draft = trainer.snapshot()
+    if draft is not None:
+        folder = Path(str(trainer.args.output_dir)) / "draft"
+        draft.save_pretrained(folder)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    return None if draft is None else str(folder)

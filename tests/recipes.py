@@ -1,0 +1,57 @@
+"""A tiny target, a text with a pattern, and a recipe of a few steps on them, as files."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tiny_folders import tiny_folders
+
+
+def tiny_recipe(folder: Path, **settings: Any) -> Path:
+    """A recipe file in `folder`; `settings` are its keys with two underscores for a dot: signal__length=32."""
+    if not (folder / "target").exists():
+        tiny_folders(folder)
+        write_text(folder / "text")
+    recipe: dict[str, Any] = {
+        "target": {"name": str(folder / "target"), "dtype": "float32"},
+        "draft": {"config": {"window": 16, "tree_shape": [2, 4, 4]}},
+        "data": {
+            "sources": [{"path": str(folder / "text"), "format": "text", "suffixes": [".txt"]}],
+            "held_out": {"share": 0.2},
+            "cache": str(folder / "cache"),
+            "separator": "Ā",
+        },
+        "signal": {"length": 64, "max_lag": 3, "max_position": 400, "loss_chunk": 100},
+        "evaluation": {"contexts": [16, 48], "prompts": 2, "max_new_tokens": 12, "loss_samples": 1},
+        "trainer": {
+            "output_dir": str(folder / "run"),
+            "max_steps": 6,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 0.01,
+            "logging_steps": 1,
+            "save_steps": 2,
+            "use_cpu": True,
+            "disable_tqdm": True,
+        },
+    }
+    for key, value in settings.items():
+        *parents, last = key.split("__")
+        place = recipe
+        for name in parents:
+            place = place.setdefault(name, {})
+        place[last] = value
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def write_text(folder: Path, files: int = 60) -> None:
+    """Files that each repeat a short string of their own."""
+    folder.mkdir()
+    letters = random.Random(0)
+    for number in range(files):
+        pattern = "".join(letters.choice("abcdefgh") for _ in range(17))
+        (folder / f"{number:02}.txt").write_text(pattern * letters.randint(3, 40))

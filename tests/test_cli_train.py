@@ -1,0 +1,106 @@
+"""`hf-longspec train` in processes of its own: killed in the middle of a checkpoint, and told of mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from recipes import tiny_recipe
+from typer.testing import CliRunner
+
+from hf_longspec import cli
+from hf_longspec.training.checkpoints import COMPLETE, last_complete
+from hf_longspec.training.learning_curve import read_log
+
+runner = CliRunner()
+
+
+def command(path, *options):
+    return [sys.executable, "-m", "hf_longspec.cli", "train", str(path), *options]
+
+
+def losses(folder):
+    return {record["step"]: record["loss"] for record in read_log(last_complete(folder)) if "loss" in record}
+
+
+def kill_while_writing(path, run):
+    """SIGKILL as soon as a checkpoint folder is there that is not whole; the steps of that one."""
+    process = subprocess.Popen(command(path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    old = set(run.glob("checkpoint-*"))
+    while process.poll() is None:
+        begun = [folder for folder in set(run.glob("checkpoint-*")) - old if not (folder / COMPLETE).exists()]
+        if begun and last_complete(run) not in (None, *old):
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            return
+        time.sleep(0.0005)
+    assert process.returncode == 0, "the run ended by itself before it could be killed"
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_losses(tmp_path):
+    settings = {"trainer__max_steps": 20, "trainer__save_steps": 1, "trainer__gradient_accumulation_steps": 2}
+    path = tiny_recipe(tmp_path, **settings)
+    kill_while_writing(path, tmp_path / "run")
+    interrupted = last_complete(tmp_path / "run")
+    result = subprocess.run(command(path), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1])["complete"]
+    assert 1 <= int(interrupted.name.removeprefix("checkpoint-")) < 20
+    whole = runner.invoke(cli.app, ["train", str(path), "--output-dir", str(tmp_path / "whole")])
+    assert whole.exit_code == 0, whole.output
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_flags_and_settings(tmp_path):
+    path = tiny_recipe(tmp_path, target__name="./nowhere")
+    options = ["--target", str(tmp_path / "target"), "--output-dir", str(tmp_path / "other"), "--max-seconds", "0"]
+    result = runner.invoke(cli.app, ["train", str(path), *options, "--set", "signal.max_lag=1"])
+    assert result.exit_code == 0, result.output
+    outcome = json.loads(result.stdout.splitlines()[-1])
+    assert (outcome["complete"], outcome["step"], outcome["steps"], outcome["draft"]) == (False, 1, 6, None)
+    assert "max_lag: 1" in (tmp_path / "other" / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (["signal.lenght=3"], "recipe.signal: unknown key 'lenght', did you mean 'length'"),
+        (["trainer.learning_rat=3"], "recipe.trainer: unknown key 'learning_rat', did you mean 'learning_rate'"),
+        (["target.name=./nowhere"], "./nowhere"),
+        (["draft.init=./stranger"], "./stranger"),
+        (["data.sources.0.path=./nowhere"], "nowhere: no such file or folder"),
+        (["data.min_tokens=100000"], "nothing to train on in samples of 64 tokens"),
+        (["trainer.save_strategy=never"], "never is not a valid SaveStrategy"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, settings, message):
+    path = tiny_recipe(tmp_path)
+    options = [option for setting in settings for option in ("--set", setting)]
+    result = runner.invoke(cli.app, ["train", str(path), *options])
+    assert result.exit_code == 2, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    last = [line for line in result.stderr.splitlines() if line.startswith("hf-longspec: ")]
+    assert len(last) == 1 and message in last[0], result.stderr
+
+
+def test_a_draft_that_does_not_fit(tmp_path):
+    path = tiny_recipe(tmp_path, draft__init=str(tmp_path / "stranger"), draft__config={})
+    result = runner.invoke(cli.app, ["train", str(path)])
+    assert result.exit_code == 2 and "hidden_size: draft has 64, target has 32" in result.stderr
+
+
+def test_two_processes_are_as_one(tmp_path):
+    """Data-parallel over gloo: the same samples in all, so with one lag the same losses to rounding."""
+    settings = {"signal__max_lag": 1, "trainer__max_steps": 3, "trainer__save_steps": 2}
+    path = tiny_recipe(tmp_path, **settings, trainer__eval_strategy="steps", trainer__eval_steps=3)
+    alone = runner.invoke(cli.app, ["train", str(path), "--output-dir", str(tmp_path / "alone")])
+    assert alone.exit_code == 0, alone.output
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = ["-m", "hf_longspec.cli", "train", str(path), "--set", "trainer.per_device_train_batch_size=2"]
+    result = subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count('{"complete": true') == 1, "one process speaks"
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)

@@ -1,0 +1,68 @@
+"""Published drafts converted straight from a Hub: the real client against the test Hub."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import Cut, HubServer
+from hub_store import LARGE, Blob
+from published_format import TARGETS, random_weights, tiny, write_checkpoint, write_config
+
+pytestmark = pytest.mark.slow  # each command is a process
+
+CONFIG = tiny(TARGETS["llama-3-8b-instruct-262k"])
+
+
+def published(hub: HubServer, repo_id: str, folder: Path) -> str:
+    """A repository with the files of a folder; its commit."""
+    blobs = {path.name: Blob(path.read_bytes(), path.suffix in LARGE) for path in folder.iterdir()}
+    hub.store.large |= {blob.oid: blob.data for blob in blobs.values() if blob.large}
+    return hub.store.create(repo_id, "me", private=False).commit("main", "upload", blobs).oid
+
+
+def convert(hub: HubServer, folder: Path, source: str, out: str, **environment: str):
+    settings = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(folder / "home"),
+        "HF_HUB_OFFLINE": "0",
+    }
+    command = [sys.executable, "-m", "hf_longspec.cli", "convert", source, "--target", "me/target", "--out", out]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env=os.environ | settings | environment, timeout=120
+    )
+
+
+def test_conversion_from_a_hub(tmp_path):
+    """Only the safetensors are fetched, a transfer that breaks off is taken up again, and commits are noted."""
+    weights = random_weights(CONFIG)
+    both = write_checkpoint(tmp_path / "both", CONFIG, weights, shards=2)
+    torch.save(weights, both / "pytorch_model.bin")
+    with HubServer(users={"hf_me": "me"}) as hub:
+        target = published(hub, "me/target", write_config(tmp_path / "target", CONFIG))
+        source = published(hub, "me/both", both)
+        hub.fault("GET", "/cdn/", Cut())
+        done = convert(hub, tmp_path, "me/both", "draft")
+        asked = {path for _, path in hub.requests}
+        offline = convert(hub, tmp_path, "me/both", "again", HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "draft" / "conversion.json").read_text())
+    assert (record["source_revision"], record["target_revision"]) == (source, target)
+    assert sorted(record["files"]) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert f"me/both at {source}" in done.stdout and not any("pytorch_model" in path for path in asked)
+    assert offline.returncode == 0, offline.stderr  # from the cache
+
+
+def test_repositories_that_cannot_be_had(tmp_path):
+    with HubServer(users={"hf_me": "me"}) as hub:
+        published(hub, "me/target", write_config(tmp_path / "target", CONFIG))
+        published(hub, "me/gated", write_checkpoint(tmp_path / "gated", CONFIG, random_weights(CONFIG), pickled=True))
+        hub.store.repos["me/gated"].gated = True
+        missing, gated = (convert(hub, tmp_path, name, "draft") for name in ("me/missing", "me/gated"))
+    for done, told in ((missing, "is not a valid model identifier"), (gated, "access a gated repo. Make sure")):
+        assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "draft").exists()

@@ -1,0 +1,63 @@
+"""Training on a CUDA device: compiled as uncompiled, documents apart by every way, resume."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from recipes import tiny_recipe
+
+from hf_longspec.training import documents
+from hf_longspec.training.checkpoints import last_complete
+from hf_longspec.training.learning_curve import read_log
+from hf_longspec.training.recipe import Recipe
+from hf_longspec.training.run import train
+
+pytestmark = pytest.mark.gpu
+SHORT = {"trainer__use_cpu": False, "trainer__max_steps": 6, "signal__max_lag": 2}
+
+
+def losses(folder, name="run", **settings):
+    path = tiny_recipe(folder, **(SHORT | {"trainer__output_dir": str(folder / name)} | settings))
+    assert train(Recipe.load(path)).complete
+    return [record["loss"] for record in read_log(last_complete(folder / name)) if "loss" in record]
+
+
+@pytest.fixture(autouse=True)
+def one_device():
+    if torch.cuda.device_count() > 1:
+        pytest.skip("a process trains on one device, and pytest is one process")
+
+
+def test_compiled_and_recomputed_losses_are_the_plain_ones(tmp_path):
+    plain = losses(tmp_path, "plain")
+    for setting in ("trainer__torch_compile", "trainer__gradient_checkpointing"):
+        assert losses(tmp_path, setting, **{setting: True}) == pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{}, {"target__dtype": "bfloat16", "trainer__bf16": True}], ids=["f32", "bf16"])
+def test_documents_apart_by_masks_spans_and_pieces(tmp_path, monkeypatch, settings):
+    tolerance = 1e-3 if not settings else 3e-2
+    masks = losses(tmp_path, "masks", **settings)
+    assert losses(tmp_path, "pieces", target__piece=24, **settings) == pytest.approx(masks, rel=tolerance)
+    for module in ("samples", "forward", "distillation"):
+        monkeypatch.setattr(f"hf_longspec.training.{module}.LONGEST_MASKED", 16)
+    assert documents.LONGEST_MASKED > 16
+    assert losses(tmp_path, "spans", **settings) == pytest.approx(masks, rel=tolerance)
+
+
+def test_a_resumed_run_repeats_the_losses(tmp_path):
+    settings = {"trainer__eval_strategy": "steps", "trainer__eval_steps": 2}
+    whole = losses(tmp_path, "whole", **settings)
+    path = tiny_recipe(tmp_path, **(SHORT | settings | {"trainer__output_dir": str(tmp_path / "parts")}))
+    while not train(Recipe.load(path), 0.0).complete:
+        pass
+    parts = [record["loss"] for record in read_log(last_complete(tmp_path / "parts")) if "loss" in record]
+    assert parts == pytest.approx(whole, rel=1e-3)
+
+
+def test_the_command_uses_the_device(tmp_path):
+    path = tiny_recipe(tmp_path, **SHORT)
+    command = [sys.executable, "-m", "hf_longspec.cli", "train", str(path), "--set", "trainer.bf16=true"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0 and '"complete": true' in result.stdout, result.stderr

@@ -1,0 +1,80 @@
+"""The entries of hub_configs/ against the numbers of their targets, derived apart from our classes."""
+
+import json
+
+import pytest
+import torch
+from published_format import DRAFTS, HUB_CONFIGS, TARGETS, UNUSED, published_shapes, write_config
+from transformers import AutoConfig
+
+from hf_longspec import LongSpecConfig, LongSpecForCausalLM
+from hf_longspec.hub.card import About, card_faults, draft_card
+from hf_longspec.hub.published import PUBLISHED
+from hf_longspec.modeling.modeling_longspec import rope_frequencies
+
+
+@pytest.fixture(params=TARGETS)
+def name(request):
+    return request.param
+
+
+def on_meta(config: LongSpecConfig) -> LongSpecForCausalLM:
+    with torch.device("meta"):
+        return LongSpecForCausalLM(config)
+
+
+def test_there_is_an_entry_for_each_target():
+    assert {path.parent.name for path in HUB_CONFIGS.glob("*/config.json")} == set(TARGETS)
+    assert {draft.folder: (draft.repo_id, draft.target) for draft in PUBLISHED} == DRAFTS
+
+
+def test_draft_has_the_published_names_and_shapes(name):
+    draft = on_meta(LongSpecConfig.from_pretrained(HUB_CONFIGS / name))
+    expected = {key: shape for key, shape in published_shapes(TARGETS[name]).items() if key not in UNUSED}
+    assert {key: tuple(tensor.shape) for key, tensor in draft.state_dict().items()} == expected
+    assert all(tensor.device.type == "meta" for tensor in draft.parameters())
+
+
+def test_config_is_made_from_its_targets(name, tmp_path):
+    config = LongSpecConfig.from_pretrained(HUB_CONFIGS / name)
+    target = AutoConfig.from_pretrained(write_config(tmp_path, TARGETS[name]))
+    expected = LongSpecConfig.from_target(target).to_dict()
+    differing = {key for key, value in config.to_dict().items() if expected.get(key) != value}
+    assert differing <= {"architectures", "auto_map", "dtype", "_name_or_path"}
+    assert config.target_layer == TARGETS[name]["num_hidden_layers"] - 1
+    assert (config.window, config.final_norm, config.tree_shape) == (512, False, (4, 16, 16, 16, 16))
+
+
+def test_angles_are_those_of_the_target(name):
+    target = TARGETS[name]
+    half = target["hidden_size"] // target["num_attention_heads"] // 2
+    factor = target.get("rope_scaling", {"factor": 1.0})["factor"]
+    speeds = [target.get("rope_theta", 10000.0) ** (-i / half) / factor for i in range(half)]
+    frequencies, scaling = rope_frequencies(LongSpecConfig.from_pretrained(HUB_CONFIGS / name))
+    assert scaling == 1.0 and frequencies[half:].tolist() == pytest.approx(speeds, rel=1e-6)
+
+
+def test_config_loads_as_remote_code_would(name):
+    """A draft of this entry only lacks weights and the code files."""
+    config = json.loads((HUB_CONFIGS / name / "config.json").read_text())
+    assert config["architectures"] == ["LongSpecForCausalLM"] and config["model_type"] == "longspec"
+    assert config["auto_map"] == {
+        "AutoConfig": "configuration_longspec.LongSpecConfig",
+        "AutoModelForCausalLM": "modeling_longspec.LongSpecForCausalLM",
+    }
+    assert config["dtype"] == ("float16" if name in DRAFTS else "bfloat16")
+
+
+def test_card_names_its_sources(name):
+    about = About.load(HUB_CONFIGS / name / "card.json")
+    assert about.base_model.split("/")[1].lower() == name
+    if name in DRAFTS:
+        repo, target = DRAFTS[name]
+        assert about.base_model == target and about.source.repo_id == repo
+        assert f"hf-longspec convert {repo} --target {target}" in about.source.note
+        assert about.license == "unknown"
+    else:
+        assert about.source is None and about.license == "apache-2.0"
+    card = draft_card(LongSpecConfig.from_pretrained(HUB_CONFIGS / name), about, [])
+    # what only an evaluation can tell is all that is missing
+    assert all("evaluation" in fault or "vocabulary" in fault for fault in card_faults(card))

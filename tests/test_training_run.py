@@ -1,0 +1,276 @@
+"""Whole runs on a tiny target: the loss falls, a cut run goes on to the same losses, mistakes are one line."""
+
+import json
+import math
+import resource
+
+import pytest
+import torch
+from helpers import tiny_target
+from recipes import tiny_recipe
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_longspec import LongSpecForCausalLM
+from hf_longspec.training.checkpoints import CheckpointError, last_complete
+from hf_longspec.training.learning_curve import draw, read_log
+from hf_longspec.training.recipe import Recipe
+from hf_longspec.training.run import train
+
+# peft asks transformers under a name that is going out of use
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+EVALUATED = {"trainer__eval_strategy": "steps", "trainer__eval_steps": 3}
+
+
+def run(folder, name="run", max_seconds=None, **settings):
+    """The outcome of a run in `folder/name` and its training losses by step."""
+    path = tiny_recipe(folder, **({"trainer__output_dir": str(folder / name)} | settings))
+    outcome = train(Recipe.load(path), max_seconds)
+    return outcome, losses(folder / name)
+
+
+def losses(folder):
+    return {record["step"]: record["loss"] for record in read_log(last_complete(folder)) if "loss" in record}
+
+
+def weights(folder):
+    return load_file(last_complete(folder) / "model.safetensors")
+
+
+def test_a_run_cut_after_every_step_repeats_the_uninterrupted_one_to_the_bit(tmp_path):
+    """With accumulated gradients; the cut one also evaluates in between, which draws nothing of the training's."""
+    settings = {"trainer__gradient_accumulation_steps": 2, "trainer__max_steps": 5}
+    whole, expected = run(tmp_path, "whole", **settings)
+    assert whole.complete and whole.step == 5 and list(expected) == [1, 2, 3, 4, 5]
+    for step in range(1, 6):
+        outcome, found = run(tmp_path, "parts", 0.0, **settings, **EVALUATED)
+        assert outcome.step == step and outcome.complete == (step == 5) and (outcome.draft is not None) == (step == 5)
+    assert found == expected
+    ours, theirs = weights(tmp_path / "parts"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_half_written_checkpoints_are_passed_over(tmp_path):
+    _, expected = run(tmp_path, "whole")
+    run(tmp_path, "cut", 0.0)
+    run(tmp_path, "cut", 0.0)
+    newest = last_complete(tmp_path / "cut")
+    with open(newest / "optimizer.pt", "r+b") as file:
+        file.truncate(1000)
+    (tmp_path / "cut" / "checkpoint-5").mkdir()
+    (tmp_path / "cut" / "checkpoint-5" / "model.safetensors").write_bytes(b"half")
+    assert last_complete(tmp_path / "cut").name == "checkpoint-1"
+    outcome, found = run(tmp_path, "cut")
+    assert outcome.complete and found == expected
+
+
+def test_a_run_with_another_recipe_is_refused(tmp_path):
+    run(tmp_path, max_seconds=0.0)
+    with pytest.raises(ValueError, match=r"holds a run with another recipe: signal.max_lag differ"):
+        run(tmp_path, signal__max_lag=2)
+    outcome, _ = run(tmp_path, trainer__save_steps=3, evaluation__prompts=1)
+    assert outcome.complete
+
+
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(tmp_path):
+    run(tmp_path, max_seconds=0.0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # every longer file ends there, as on a full disk
+    try:
+        with pytest.raises(CheckpointError, match=r"checkpoint-2 could not be written \(.*\); .* one is .*point-1$"):
+            run(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert run(tmp_path)[0].complete
+
+
+def test_the_target_is_left_alone_and_nowhere_written(tmp_path):
+    outcome, found = run(tmp_path)
+    assert all(math.isfinite(loss) for loss in found.values())
+    checkpoint = last_complete(tmp_path / "run")
+    draft = LongSpecForCausalLM.from_pretrained(outcome.draft)
+    assert set(weights(tmp_path / "run")) == set(draft.state_dict())
+    optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    assert len(optimizer["state"]) == len(list(draft.parameters()))
+    sizes = [path.stat().st_size for path in checkpoint.glob("*.safetensors")]
+    assert sum(sizes) < 1.1 * sum(x.numel() * 4 for x in draft.parameters()) + 10_000
+
+
+def test_accumulated_batches_are_one_large_one(tmp_path):
+    _, whole = run(tmp_path, "whole", signal__max_lag=1)
+    parts = {"trainer__per_device_train_batch_size": 1, "trainer__gradient_accumulation_steps": 4}
+    _, accumulated = run(tmp_path, "parts", signal__max_lag=1, **parts)
+    assert accumulated == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"trainer__gradient_checkpointing": True}, {"target__piece": 17}, {"trainer__dataloader_num_workers": 1}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_what_saves_memory_or_time_changes_no_loss(tmp_path, settings):
+    _, expected = run(tmp_path, "plain", trainer__max_steps=3)
+    _, found = run(tmp_path, "other", trainer__max_steps=3, **settings)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_bfloat16_keeps_float32_parameters(tmp_path):
+    outcome, found = run(tmp_path, trainer__bf16=True, trainer__max_steps=2, target__dtype="bfloat16")
+    assert all(math.isfinite(loss) for loss in found.values())
+    assert {x.dtype for x in weights(tmp_path / "run").values()} == {torch.float32}
+    assert LongSpecForCausalLM.from_pretrained(outcome.draft).dtype == torch.bfloat16
+
+
+def test_ablations_are_settings(tmp_path):
+    _, plain = run(tmp_path, "plain", trainer__max_steps=1)
+    _, without_offset = run(tmp_path, "real positions", trainer__max_steps=1, signal__offset=False)
+    assert without_offset != plain
+    _, only_text = run(tmp_path, "text", trainer__max_steps=1, signal__kl_weight=0.0, signal__ce_weight=1.0)
+    (record,) = (record for record in read_log(last_complete(tmp_path / "text")) if "loss" in record)
+    assert record["loss"] == pytest.approx(record["cross_entropy"], rel=1e-5)
+    (record,) = (record for record in read_log(last_complete(tmp_path / "plain")) if "loss" in record)
+    assert record["loss"] == pytest.approx(record["kl"] + 0.1 * record["cross_entropy"], rel=1e-5)
+    assert only_text[1] == pytest.approx(record["cross_entropy"], rel=1e-5)
+
+
+def test_the_log_says_what_happened(tmp_path):
+    run(tmp_path, trainer__logging_steps=3, **EVALUATED)
+    log = read_log(last_complete(tmp_path / "run"))
+    training = [record for record in log if "loss" in record]
+    assert [record["step"] for record in training] == [3, 6]
+    for record in training:
+        expected = record["kl"] + 0.1 * record["cross_entropy"]
+        assert record["loss"] == pytest.approx(expected, rel=0.01)  # a mean over steps, and one over tokens
+        assert {"agreement", "grad_norm", "tokens_per_second", "learning_rate"} <= set(record)
+    measured = [record for record in log if "eval_accept_length" in record]
+    assert [record["step"] for record in measured] == [3, 6]
+    lengths = [measured[0][f"eval_accept_length_{context}"] for context in (16, 48)]
+    assert measured[0]["eval_accept_length"] == pytest.approx(sum(lengths) / 2)
+    assert {"eval_loss", "eval_kl", "eval_agreement_lag_3", "eval_accept_level_3"} <= set(measured[0])
+    assert (tmp_path / "run" / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    draw({"with": log, "without": log}, tmp_path / "both.svg")
+    assert "<svg" in (tmp_path / "both.svg").read_text()
+
+
+def test_the_best_draft_is_kept_and_a_run_without_gain_stops(tmp_path):
+    """At a learning rate of zero no evaluation is better than the first."""
+    outcome, _ = run(
+        tmp_path,
+        trainer__learning_rate=0.0,
+        trainer__eval_strategy="steps",
+        trainer__eval_steps=1,
+        trainer__save_steps=1,
+        trainer__save_total_limit=1,
+        trainer__load_best_model_at_end=True,
+        evaluation__patience=2,
+    )
+    assert outcome.complete and outcome.step == 3 and outcome.best_checkpoint.endswith("checkpoint-1")
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
+
+
+def test_too_little_held_out_text(tmp_path):
+    message = r"recipe.evaluation: expected 2000 held-out samples with 48 tokens of text, the split has \d+"
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, evaluation__prompts=2000, **EVALUATED)
+
+
+def test_samples_longer_than_the_target(tmp_path):
+    with pytest.raises(ValueError, match="recipe.signal.length: the target has 512 positions, got 600 tokens"):
+        run(tmp_path, signal__length=600, signal__max_position=None)
+
+
+def test_a_draft_goes_on_from_an_earlier_stage(tmp_path):
+    first, _ = run(tmp_path, "short")
+    second, found = run(tmp_path, "long", draft__init=first.draft, signal__offset=False, signal__length=128)
+    fresh = run(tmp_path, "fresh", signal__offset=False, signal__length=128)[1]
+    assert found[1] < 0.95 * fresh[1]
+    with pytest.raises(ValueError, match="hidden_size: draft has 64, target has 32"):
+        run(tmp_path, "stranger", draft__init=str(tmp_path / "stranger"))
+
+
+def test_lora_on_a_draft(tmp_path):
+    peft = pytest.importorskip("peft")
+    base, _ = run(tmp_path, "base", trainer__max_steps=2)
+    lora = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+    settings = {"draft__init": base.draft, "draft__lora": lora, "draft__config": {}, **EVALUATED}
+    _, expected = run(tmp_path, "whole", **settings)
+    run(tmp_path, "adapter", 0.0, **settings)
+    outcome, found = run(tmp_path, "adapter", **settings)
+    assert found == expected and found[6] != found[1]
+    adapter = load_file(f"{outcome.draft}/adapter_model.safetensors")
+    assert adapter and all("lora_" in name for name in adapter)
+    draft = LongSpecForCausalLM.from_pretrained(base.draft)
+    adapted = peft.PeftModel.from_pretrained(draft, outcome.draft).eval()
+    target = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    prompt = torch.randint(2, 200, (1, 30))
+    options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    plain = target.generate(prompt, **options)
+    assert torch.equal(target.generate(prompt, assistant_model=adapted, **options), plain)
+    merged = adapted.merge_and_unload()
+    assert type(merged) is LongSpecForCausalLM
+    assert torch.equal(target.generate(prompt, assistant_model=merged, **options), plain)
+
+
+def test_a_draft_for_a_target_with_lora(tmp_path):
+    peft = pytest.importorskip("peft")
+    _, expected = run(tmp_path, "plain", trainer__max_steps=2)
+    target = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    peft.get_peft_model(target, config).save_pretrained(tmp_path / "adapter")
+    outcome, found = run(
+        tmp_path, "adapted", trainer__max_steps=2, target__adapter=str(tmp_path / "adapter"), **EVALUATED
+    )
+    assert outcome.complete and found != expected
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_a_draft_for_a_quantized_target(tmp_path):
+    pytest.importorskip("torchao")
+    outcome, found = run(tmp_path, trainer__max_steps=2, target__quantization="torchao-int8", **EVALUATED)
+    assert outcome.complete and all(math.isfinite(loss) for loss in found.values())
+
+
+def test_fields_of_peft_and_of_drafts_are_checked(tmp_path):
+    tiny_recipe(tmp_path)
+    with pytest.raises(ValueError, match="recipe.draft.config: unknown key 'windw', did you mean 'window'"):
+        run(tmp_path, draft__config={"windw": 3})
+    lora = {"draft__init": str(tmp_path / "draft"), "draft__config": {}, "draft__lora": {"target_module": ["q_proj"]}}
+    with pytest.raises(ValueError, match="recipe.draft.lora: unknown key 'target_module', did you mean"):
+        run(tmp_path, **lora)
+
+
+def test_end_to_end(tmp_path):
+    """A target that has learned a pattern, and a draft trained on it: its guesses are accepted."""
+    letters = "the quick brown fox jumps over a lazy dog; "
+    target = tiny_target("llama", vocab_size=256, max_position_embeddings=512)
+    path = tiny_recipe(tmp_path)
+    for file in (tmp_path / "text").iterdir():
+        file.write_text(letters[int(file.stem) % len(letters) :] + letters * 12)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "target")
+    text = torch.tensor(tokenizer(letters * 12)["input_ids"])
+    learn(target, text)
+    target.save_pretrained(tmp_path / "target")
+    settings = {"trainer__max_steps": 60, "trainer__eval_on_start": True, "trainer__logging_steps": 10}
+    evaluation = {"trainer__eval_strategy": "steps", "trainer__eval_steps": 30, "evaluation__max_new_tokens": 30}
+    outcome, found = run(tmp_path, **settings, **evaluation)
+    lengths = [
+        record["eval_accept_length"]
+        for record in read_log(last_complete(tmp_path / "run"))
+        if "eval_accept_length" in record
+    ]
+    assert lengths[0] < 1.4 and lengths[-1] > 1.5, lengths
+    assert found[60] < 0.5 * found[10]
+    assert path.exists() and json.dumps(outcome._asdict())
+
+
+def learn(target, text):
+    """The pattern of a text (N,), by heart."""
+    optimizer = torch.optim.AdamW(target.parameters(), lr=3e-3)
+    for step in range(150):
+        starts = torch.randint(len(text) - 64, (8,), generator=torch.Generator().manual_seed(step))
+        ids = torch.stack([text[start : start + 64] for start in starts])
+        target(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
