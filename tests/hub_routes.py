@@ -205,7 +205,7 @@ ROUTES: list[tuple[str, str, Callable[..., Reply]]] = [
     ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", batch),
     ("PUT", "/large/(?P<oid>[0-9a-f]{64})", receive),
     ("POST", "/verify/(?P<oid>[0-9a-f]{64})", verify),
-    ("GET", "/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", resolve),
+    ("GET", "(/datasets)?/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", resolve),
     ("GET", "/cdn/(?P<oid>[0-9a-f]{64})", download),
 ]
 

@@ -17,7 +17,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
+    HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -55,7 +55,10 @@ def local_path(place: str) -> Path:
         raise ValueError(f"{place}: not in the cache, and the Hub cannot be reached") from error
     except EntryNotFoundError as error:
         raise ValueError(f"{place}: no such file in the dataset") from error
-    except HfHubHTTPError as error:
+    except (
+        HTTPError,
+        OSError,
+    ) as error:  # of connection and answer; a file cut off, or without space
         raise ValueError(f"{place}: {str(error).strip().splitlines()[0]}") from error
 
 
