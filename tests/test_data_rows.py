@@ -10,8 +10,9 @@ import pytest
 
 from hf_longspec.training.data.files import text_rows
 from hf_longspec.training.data.report import SourceReport
-from hf_longspec.training.data.rows import Row, hub_rows, json_rows, parquet_rows
+from hf_longspec.training.data.rows import Row, json_rows
 from hf_longspec.training.data.section import Source
+from hf_longspec.training.data.tables import hub_rows, parquet_rows
 
 LINES = '{"text": "one"}\n\n{"text": 2}\n["three"]\n{"text": "four"\n{"text": "fünf"}\n'
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from .chat import BadRow, ChatEncoder, messages_of
 from .files import find_files, name_of, text_rows
 from .report import SourceReport
-from .rows import JSON_SUFFIXES, Row, hub_rows, json_rows, parquet_rows
+from .rows import JSON_SUFFIXES, Row, json_rows
 from .section import DataSection, HeldOut, Source
 from .split import is_held_out_package, is_named, package_of
 from .store import Document
@@ -66,12 +66,15 @@ def encoded(
 
 
 def read_rows(source: Source, section: DataSection, report: SourceReport) -> Iterator[Row]:
-    if source.format == "hub":
-        return hub_rows(source, report, section.streaming)
     if source.format == "text":
         return text_rows(source, report, lambda name: comes_first(name, source, section.held_out))
-    root = Path(source.path)
-    read, suffixes = (json_rows, JSON_SUFFIXES) if source.format == "json" else (parquet_rows, (".parquet",))
+    root, read, suffixes = Path(source.path), json_rows, JSON_SUFFIXES
+    if source.format in ("hub", "parquet"):
+        from .tables import hub_rows, parquet_rows
+
+        if source.format == "hub":
+            return hub_rows(source, report, section.streaming)
+        read, suffixes = parquet_rows, (".parquet",)
     files = find_files(root, suffixes)
     return chain.from_iterable(read(file, name_of(file, root), source, report) for file in files)
 

@@ -17,7 +17,7 @@ from hf_longspec.hub.vocabulary import vocabulary_sha256
 from .documents import read_documents, separator_id
 from .files import find_files, name_of
 from .report import SourceReport
-from .rows import JSON_SUFFIXES, load_hub
+from .rows import JSON_SUFFIXES
 from .section import DataSection, Source
 from .split import is_held_out
 from .store import StoreWriter, TokenStore
@@ -76,7 +76,12 @@ def fingerprint(source: Source, section: DataSection, tokenizer: PreTrainedToken
         parts["tokenizer"].append(tokenizer.backend_tokenizer.to_str())
     if source.format == "text":  # their order depends on the split
         parts["held_out"] = [section.held_out.share, section.held_out.names]
-    parts["files"] = load_hub(source, streaming=False)._fingerprint if source.format == "hub" else file_marks(source)
+    if source.format == "hub":
+        from .tables import load_hub
+
+        parts["files"] = load_hub(source, streaming=False)._fingerprint
+    else:
+        parts["files"] = file_marks(source)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
