@@ -199,6 +199,7 @@ def text(
 
     from ..benchmark import tables
     from ..benchmark import text as whole
+    from ..evaluation.room import check_room
     from ..evaluation.text import read_tokens
 
     logging.disable_progress_bar()
@@ -215,6 +216,7 @@ def text(
         "assistant": helper,
     }
     try:
+        check_room(model.config, context, max_new_tokens)
         tokens = read_tokens(text, tokenizer)
         results = [whole.measure(model, its_draft, tokens, context, size, **options) for size in batches]
     except (ValueError, OSError) as error:

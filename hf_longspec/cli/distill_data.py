@@ -23,6 +23,7 @@ from .sources import (
     KindOption,
     Limit,
     MaxBadShare,
+    Separator,
     Split,
     Suffix,
     Unit,
@@ -49,6 +50,7 @@ def distill_data(
     held_out: HeldOutNames = [],  # noqa: B006
     limit: Limit = None,
     max_bad_share: MaxBadShare = 0.01,
+    separator: Separator = None,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Texts are cut to it, longer chats left out.")] = 1024,
     stride: Annotated[
         int | None, typer.Option(min=1, help="A prompt of a text begins at each multiple of it.")
@@ -85,6 +87,7 @@ def distill_data(
         section = one_source(
             held_out,
             max_bad_share,
+            separator,
             path=prompts,
             format=format,
             kind=kind,

@@ -58,6 +58,7 @@ def evaluate(
     from ..demo.weights import cache_folder
     from ..evaluation import plan as planning
     from ..evaluation.records import Records
+    from ..evaluation.room import check_room
     from ..evaluation.settings import pair_settings, run_settings
     from ..evaluation.task import Wanted
     from ..provenance import provenance
@@ -71,7 +72,8 @@ def evaluate(
             its_draft.config.tree_shape = tree
         its_draft.config.check()
         its_draft.bind(model)  # a pair that does not fit is told before anything is fetched or measured
-        planning.check_room(tasks, contexts, model)
+        for each, _ in tasks:
+            check_room(model.config, contexts[-1], each.max_new_tokens, f"task {each.name}: ")
         made = planning.plan(tasks, Wanted(tokenizer, contexts, prompts), cache_folder())
         for name, reason in made.left_out.items():
             typer.echo(f"hf-longspec: {name} left out: {reason}", err=True)

@@ -80,10 +80,13 @@ def load_draft(name: str, dtype: Dtype, trust_remote_code: bool) -> Any:
 def load_tokenizer(role: str, name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    from ..loading import loading
+
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        cannot_load(role, name, error)
+        with loading(role, name):
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        fail(str(error))
 
 
 def load_model(role: str, name: str, dtype: Dtype, trust_remote_code: bool) -> Any:
@@ -91,17 +94,14 @@ def load_model(role: str, name: str, dtype: Dtype, trust_remote_code: bool) -> A
     import torch
     from transformers import AutoModelForCausalLM
 
-    if name.startswith((".", "/")) and not Path(name).is_dir():
-        fail(f"{role} {name}: no such folder")
+    from ..loading import loading
+
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype.value, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        cannot_load(role, name, error)
+        with loading(role, name):
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype.value, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        fail(str(error))
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-def cannot_load(role: str, name: str, error: Exception) -> NoReturn:
-    fail(f"{role} {name} cannot be loaded: {str(error).strip().splitlines()[0]}")
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

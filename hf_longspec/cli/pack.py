@@ -22,6 +22,7 @@ from .sources import (
     KindOption,
     Limit,
     MaxBadShare,
+    Separator,
     Split,
     Suffix,
     Unit,
@@ -51,6 +52,7 @@ def pack(
     held_out: HeldOutNames = [],  # noqa: B006
     limit: Limit = None,
     max_bad_share: MaxBadShare = 0.01,
+    separator: Separator = None,
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Tokenizes documents into a folder that a recipe names as a source of `format: tokens`."""
@@ -64,6 +66,7 @@ def pack(
         section = one_source(
             held_out,
             max_bad_share,
+            separator,
             path=path,
             format=format,
             kind=kind,

@@ -24,9 +24,12 @@ def push(
 
     Run it again after whatever went wrong; large files that have arrived are not sent again.
     """
+    from huggingface_hub.utils import validate_repo_id
+
     from ..hub.faults import hub_faults
 
     try:
+        validate_repo_id(repo_id)
         faults = hub_faults(folder, target=target, generate=generate)
     except (OSError, ValueError) as error:
         fail(str(error))
