@@ -17,7 +17,7 @@ from hf_longspec.evaluation.room import check_room, positions_of
             {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192},
             131072,
             131072,
-        ),  # Llama 3.1
+        ),
     ],
 )
 def test_positions(rope, stated, positions):

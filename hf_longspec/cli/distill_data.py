@@ -65,7 +65,10 @@ def distill_data(
     dtype: NumberFormat = Dtype.auto,
     trust_remote_code: RemoteCode = False,
 ) -> None:
-    """The target answers prompts; token ids are kept, to be a recipe's source of `format: tokens`. Resumable."""
+    """Let the target answer prompts: training data for a draft.
+
+    Token ids are kept, as a source of `format: tokens` in a recipe. The same command goes on where it was stopped.
+    """
     from transformers.utils import logging
 
     from ..evaluation.room import check_room

@@ -50,12 +50,16 @@ def numbers(help: str, metavar: str = "N,N,...") -> Any:
 
 Tree = Annotated[
     Any,
-    typer.Option(parser=parse_tree, metavar="W1,W2,...", help="Nodes of each tree level.  [default: the draft's own]"),
+    typer.Option(
+        parser=parse_tree, metavar="W1,W2,...", help="Guesses at each level of the tree.  [default: the draft's own]"
+    ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to write.")]
 Target = Annotated[str, typer.Option(help="Folder or Hub id of the target.")]
 Draft = Annotated[str, typer.Option(help="Folder or Hub id of its LongSpec draft.")]
-Text = Annotated[list[Path], typer.Option(help="Held-out text: a file, or a folder of text files. Repeatable.")]
+Text = Annotated[
+    list[Path], typer.Option(metavar="PATH", help="Held-out text: a file, or a folder of text files. Repeatable.")
+]
 Format = Annotated[Dtype, typer.Option(help="Number format; auto is the target's own.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python files of the two repositories.")]
 Profile = Annotated[bool, typer.Option("--profile", help="Show where the time of a round goes.")]

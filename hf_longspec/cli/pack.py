@@ -55,7 +55,10 @@ def pack(
     separator: Separator = None,
     trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Tokenizes documents into a folder that a recipe names as a source of `format: tokens`."""
+    """Turn documents into token ids, once, for training.
+
+    The folder is a source of `format: tokens` in a recipe.
+    """
     from ..training.data.tokenized import write_store
 
     if out.exists():

@@ -20,9 +20,10 @@ def push(
     generate: Generate = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List and check all files; send nothing.")] = False,
 ) -> None:
-    """A draft's folder to the Hub, checked first, in one commit: all files arrive or none does.
+    """Send a draft's folder to the Hub, checked first.
 
-    Run it again after whatever went wrong; large files that have arrived are not sent again.
+    In one commit: all files arrive or none does. Run it again after whatever went wrong; large files that have
+    arrived are not sent again.
     """
     from huggingface_hub.utils import validate_repo_id
 

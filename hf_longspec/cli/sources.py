@@ -43,10 +43,13 @@ DocumentOption = Annotated[
 ]
 Config = Annotated[str | None, typer.Option(help="Configuration of a dataset on the Hub.")]
 Split = Annotated[str, typer.Option(help="Split of a dataset on the Hub.")]
-Suffix = Annotated[list[str], typer.Option(help="Endings of the text files to read. Repeatable.")]
+Suffix = Annotated[list[str], typer.Option(metavar="SUFFIX", help="Endings of the text files to read. Repeatable.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Read only so many rows.")]
 HeldOutNames = Annotated[
-    list[str], typer.Option("--held-out", help="Leave out what lies in a folder, or file, of this name. Repeatable.")
+    list[str],
+    typer.Option(
+        "--held-out", metavar="NAME", help="Leave out what lies in a folder, or file, of this name. Repeatable."
+    ),
 ]
 MaxBadShare = Annotated[float, typer.Option(min=0, max=1, help="Stop if a larger share of the rows is unreadable.")]
 Separator = Annotated[
