@@ -1,5 +1,6 @@
 """The command line on a tiny pair of folders, and its answers to mistakes."""
 
+import shutil
 import subprocess
 import sys
 
@@ -85,6 +86,14 @@ def test_folder_without_a_model(folders, tmp_path):
     result = generate(folders, target=tmp_path)
     assert result.exit_code == 2 and f"target {tmp_path} cannot be loaded:" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_damaged_weights(folders, tmp_path):
+    shutil.copytree(folders / "draft", tmp_path / "draft")
+    weights = tmp_path / "draft" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:3000])
+    result = generate(folders, draft=tmp_path / "draft")
+    assert result.exit_code == 2 and f"draft {tmp_path / 'draft'} cannot be loaded: " in result.stderr
 
 
 def test_prompt_that_is_empty_or_not_text(folders, tmp_path):

@@ -150,6 +150,7 @@ def test_mistakes(command, wrong, message):
     [
         (["--batches", "1,x"], "expected numbers such as 16,64 (at least 1 each), got '1,x'"),
         (["--context", "50"], "at least 50"),
+        (["--context", "9999"], "new tokens are more than the target's 512 positions"),
         (["--max-new-tokens", "1"], "Invalid value for '--max-new-tokens'"),
         (["--assistant", "./missing"], "assistant ./missing: no such folder"),
     ],

@@ -58,7 +58,7 @@ def test_chats(folder):
         ("code", ("--suffix", ".c"), "expected files that end with .c, got none"),
         ("code", ("--format", "tokens"), "--format tokens is what pack writes"),
         ("code", ("--loss", "assistant"), "`loss: assistant` needs `kind: chat`"),
-        ("code", ("--tokenizer", "./none"), "tokenizer ./none cannot be loaded"),
+        ("code", ("--tokenizer", "./none"), "tokenizer ./none: no such folder"),
         (
             "chats.jsonl",
             ("--format", "json", "--kind", "chat"),

@@ -57,5 +57,7 @@ def test_of_copies_the_held_out_one_is_kept(folder):
 def test_a_tokenizer_without_an_end(folder):
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="the tokenizer has no `eos_token`; name a `separator`"):
+    with pytest.raises(
+        ValueError, match="the tokenizer has no `eos_token` to end a text with; name another token as `separator`"
+    ):
         read(folder, tokenizer)

@@ -181,7 +181,7 @@ def test_long_chats_and_held_out_files_are_left_out_and_counted(folder, tmp_path
         ({"prompts": "texts.jsonl", "kind": "text"}, "prompts: 8 there, 1 now; prompts_sha256: "),
         ({"shard": "2/2"}, "expected I/N with I from 0 to N-1, such as 0/4, got '2/2'"),
         ({"shard": "1"}, "expected I/N with I from 0 to N-1, such as 0/4, got '1'"),
-        ({"max_new_tokens": 500}, "make 560, the target's context is 512 tokens"),
+        ({"max_new_tokens": 500}, "a context of 60 and 500 new tokens are more than the target's 512 positions"),
         ({"prompts": "none.jsonl"}, "none.jsonl: no such file or folder"),
         ({"field": "conversation"}, "expected a list of messages in 'conversation', got none"),
         ({"draft": "./none"}, "draft ./none: no such folder"),

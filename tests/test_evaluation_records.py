@@ -56,11 +56,15 @@ def test_other_settings_are_refused_and_named(tmp_path):
         Records(tmp_path / "r.jsonl", other)
 
 
-def test_a_damaged_file_is_refused(tmp_path):
+@pytest.mark.parametrize("damage", ["nonsense", "[]", "null", '{"task": "lcc"}'])
+def test_a_damaged_file_is_refused(tmp_path, damage):
     Records(tmp_path / "r.jsonl", SETTINGS)
     with (tmp_path / "r.jsonl").open("a") as file:
-        file.write("nonsense\n")
+        file.write(damage + "\n")
     with pytest.raises(ValueError, match="line 2 is damaged"):
+        Records(tmp_path / "r.jsonl", SETTINGS)
+    (tmp_path / "r.jsonl").write_text(damage + "\n")
+    with pytest.raises(ValueError, match="line 1 is damaged"):
         Records(tmp_path / "r.jsonl", SETTINGS)
 
 

@@ -131,6 +131,7 @@ def test_solved_problems_fill_the_context(tokenizer, tmp_path):
         ),
         ("\n", "lcc.jsonl: no rows in it"),
         (b"\xff\xfe", "lcc.jsonl is no UTF-8 text"),
+        ('{"context": "\\ud800"}', "1 of 1 rows are malformed; line 1: .* surrogates not allowed"),
     ],
 )
 def test_malformed_rows_are_named(tmp_path, content, message):
@@ -143,6 +144,14 @@ def test_malformed_prompts_are_named(tmp_path):
     place = jsonl(tmp_path / "x.jsonl", {"prompt": "fine"}, {"messages": [{"role": "user"}]})
     with pytest.raises(ValueError, match="1 of 2 rows are malformed; line 2: expected a text 'prompt', or 'messages'"):
         rows.read_prompts(tmp_path / place)
+    (tmp_path / "list.json").write_text('[{"prompt": "fine"}]')
+    with pytest.raises(ValueError, match="line 1: expected a JSON object, got list"):
+        rows.read_prompts(tmp_path / "list.json")
+
+
+def test_a_mark_in_front_of_utf8_is_no_text(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "fine"}\r\n')
+    assert rows.read_prompts(tmp_path / "x.jsonl") == [{"_id": "1", "prompt": "fine"}]
 
 
 def test_rows_may_lie_in_an_archive(tmp_path):

@@ -187,6 +187,8 @@ def test_a_folder_with_faults_is_not_sent(hub, folders, tmp_path):
     assert "checked" not in result.output and not hub.requests
     result = runner.invoke(cli.app, ["push", str(tmp_path / "nothing"), REPO])
     assert result.exit_code == 2 and result.stderr == f"hf-longspec: {tmp_path / 'nothing'}: no such folder\n"
+    result = runner.invoke(cli.app, ["push", str(folders / "hub"), "me/no name", "--dry-run"])
+    assert result.exit_code == 2 and "Repo id must use alphanumeric chars" in result.stderr and not hub.requests
 
 
 def test_push_to_hub_of_a_draft(hub, folders):

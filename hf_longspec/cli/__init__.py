@@ -24,7 +24,11 @@ app.add_typer(benchmarks, name="bench")
 
 @app.callback()
 def main_help() -> None:
-    """Lossless LongSpec decoding: the text of plain `generate`, faster."""
+    """Faster text from a transformers model, behind long contexts, and the same text.
+
+    A draft is a small layer trained for one model, its target. It guesses tokens, and the target checks many guesses
+    at a time. Try it: hf-longspec demo. Use it: target.generate(..., assistant_model=draft).
+    """
 
 
 def main() -> None:

@@ -52,7 +52,10 @@ def attention(
     repeats: Annotated[int, typer.Option(min=1, help="Timed repeats; their median counts.")] = 20,
     plot: Plot = None,
 ) -> None:
-    """The attention of one layer over prefix and tree: all backends side by side, beside what is stock."""
+    """The attention of one layer, all backends side by side.
+
+    Over the text so far and the tree of guesses; beside what PyTorch and FlashAttention have in stock.
+    """
     check_plot(plot)
     if len(heads) != 3 or heads[0] % heads[1]:
         fail(f"expected query heads, K/V heads that divide them, head dimension, got --heads {listed(heads)}")
@@ -97,7 +100,10 @@ def children(
     dtype: RandomFormat = Dtype.auto,
     repeats: Annotated[int, typer.Option(min=1, help="Timed repeats; their median counts.")] = 20,
 ) -> None:
-    """The draft's choice of a level of its tree among all tokens; its LM head is not in it."""
+    """The draft's choice of guesses among all tokens.
+
+    Of one level of the tree; the LM head is not in it.
+    """
     from ..benchmark import children as level
     from ..benchmark import tables, timing
 
@@ -130,7 +136,10 @@ def latency(
     dtype: RandomFormat = Dtype.auto,
     plot: Plot = None,
 ) -> None:
-    """The steps of decoding behind a filled cache of random numbers; says nothing about acceptance."""
+    """What each step of decoding costs, by length of context.
+
+    Behind a filled cache of random numbers, so it says nothing about how well a draft guesses.
+    """
     check_plot(plot)
     from transformers.utils import logging
 
@@ -193,12 +202,16 @@ def text(
     trust_remote_code: RemoteCode = False,
     plot: Plot = None,
 ) -> None:
-    """Whole texts, greedy: the draft beside all that transformers offers, in turn. The fastest of these has a star."""
+    """Whole texts: a draft beside what transformers offers.
+
+    Greedy, one engine after the other. The fastest of transformers' own has a star.
+    """
     check_plot(plot)
     from transformers.utils import logging
 
     from ..benchmark import tables
     from ..benchmark import text as whole
+    from ..evaluation.room import check_room
     from ..evaluation.text import read_tokens
 
     logging.disable_progress_bar()
@@ -215,6 +228,7 @@ def text(
         "assistant": helper,
     }
     try:
+        check_room(model.config, context, max_new_tokens)
         tokens = read_tokens(text, tokenizer)
         results = [whole.measure(model, its_draft, tokens, context, size, **options) for size in batches]
     except (ValueError, OSError) as error:

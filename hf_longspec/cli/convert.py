@@ -27,7 +27,7 @@ def convert(
         WeightFormat, typer.Option(help="Number format of the weights; they are published in float16.")
     ] = WeightFormat.float16,
 ) -> None:
-    """Makes a published LongSpec draft into a folder that `generate` takes.
+    """A published LongSpec draft as one that `generate` takes.
 
     Six are published, for example: hf-longspec convert sail/longspec-QwQ-32B-Preview --target Qwen/QwQ-32B-Preview
     --out draft. Files may be safetensors or .bin, whole or in shards; all is checked against the target first.

@@ -23,6 +23,7 @@ from .sources import (
     KindOption,
     Limit,
     MaxBadShare,
+    Separator,
     Split,
     Suffix,
     Unit,
@@ -30,8 +31,6 @@ from .sources import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ..training.distill import Part
 
 
@@ -49,6 +48,7 @@ def distill_data(
     held_out: HeldOutNames = [],  # noqa: B006
     limit: Limit = None,
     max_bad_share: MaxBadShare = 0.01,
+    separator: Separator = None,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Texts are cut to it, longer chats left out.")] = 1024,
     stride: Annotated[
         int | None, typer.Option(min=1, help="A prompt of a text begins at each multiple of it.")
@@ -65,9 +65,13 @@ def distill_data(
     dtype: NumberFormat = Dtype.auto,
     trust_remote_code: RemoteCode = False,
 ) -> None:
-    """The target answers prompts; token ids are kept, to be a recipe's source of `format: tokens`. Resumable."""
+    """Let the target answer prompts: training data for a draft.
+
+    Token ids are kept, as a source of `format: tokens` in a recipe. The same command goes on where it was stopped.
+    """
     from transformers.utils import logging
 
+    from ..evaluation.room import check_room
     from ..provenance import provenance
     from ..training.data.report import SourceReport
     from ..training.data.tokenized import origin
@@ -80,11 +84,12 @@ def distill_data(
     tokenizer = load_tokenizer("target", target, trust_remote_code)
     model = load_model("target", target, dtype, trust_remote_code)
     helper = None if draft is None else load_draft(draft, dtype, trust_remote_code)
-    require_room(model, max_prompt_tokens + max_new_tokens)
     try:
+        check_room(model.config, max_prompt_tokens, max_new_tokens, "--max-prompt-tokens, --max-new-tokens: ")
         section = one_source(
             held_out,
             max_bad_share,
+            separator,
             path=prompts,
             format=format,
             kind=kind,
@@ -117,10 +122,3 @@ def parse_shard(text: str) -> Part:
     if not (slash and number.isdecimal() and parts.isdecimal() and int(number) < int(parts)):
         raise typer.BadParameter(f"expected I/N with I from 0 to N-1, such as 0/4, got {text!r}")
     return Part(int(number), int(parts))
-
-
-def require_room(model: PreTrainedModel, tokens: int) -> None:
-    """A prompt and its answer have to be within the target's context."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and tokens > longest:
-        fail(f"--max-prompt-tokens and --max-new-tokens make {tokens}, the target's context is {longest} tokens")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,11 +45,12 @@ def evaluate(
     plot: Annotated[bool, typer.Option(help="Draw a picture too; needs matplotlib.")] = True,
     trust_remote_code: RemoteCode = False,
 ) -> None:
-    """How well a draft guesses and how much faster its target writes, by length of context.
+    """Measure how well a draft guesses, and the speed-up.
 
-    Plain generate and the draft write on from the same prompts. Tokens per forward (τ), acceptance by level of the
-    tree, speed, memory and equality of the texts go into report.json, report.md and report.png; records.jsonl has a
-    line for each prompt, and the same command goes on where it was stopped.
+    By length of context and kind of text. Plain generate and the draft write on from the same prompts. τ (tokens
+    that one forward of the target brings; plain decoding has 1), acceptance by level of the tree, speed, memory
+    and equality of the texts go into report.json, report.md and report.png; records.jsonl has a line for each
+    prompt, and the same command goes on where it was stopped.
 
     Example: hf-longspec evaluate --target TARGET --draft DRAFT --suite held-out --contexts 1024,4096
     """
@@ -58,6 +61,7 @@ def evaluate(
     from ..demo.weights import cache_folder
     from ..evaluation import plan as planning
     from ..evaluation.records import Records
+    from ..evaluation.room import check_room
     from ..evaluation.settings import pair_settings, run_settings
     from ..evaluation.task import Wanted
     from ..provenance import provenance
@@ -71,7 +75,8 @@ def evaluate(
             its_draft.config.tree_shape = tree
         its_draft.config.check()
         its_draft.bind(model)  # a pair that does not fit is told before anything is fetched or measured
-        planning.check_room(tasks, contexts, model)
+        for each, _ in tasks:
+            check_room(model.config, contexts[-1], each.max_new_tokens, f"task {each.name}: ")
         made = planning.plan(tasks, Wanted(tokenizer, contexts, prompts), cache_folder())
         for name, reason in made.left_out.items():
             typer.echo(f"hf-longspec: {name} left out: {reason}", err=True)
@@ -126,6 +131,17 @@ def measure_all(model: Any, draft: Any, made: Plan, records: Records, temperatur
         fail(f"out of memory at {sample.task}, context {sample.context}, prompt {sample.id}", code=1)
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write what is to be `path`, which keeps what it held if that fails."""
+    part = path.with_name(f".{path.name}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def line(record: dict[str, Any]) -> str:
     """One prompt, for people who watch."""
     from ..evaluation.summary import bucket
@@ -145,11 +161,14 @@ def write_report(
 
     done = [records.done[sample.key] for sample in made.samples]
     told = report(done, settings, provenance, sources=made.sources, left_out=made.left_out)
-    (output / "report.json").write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (output / "report.md").write_text(page.page(told, plot), encoding="utf-8")
+    with whole(output / "report.json") as path:
+        path.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with whole(output / "report.md") as path:
+        path.write_text(page.page(told, plot), encoding="utf-8")
     if plot:
         from ..evaluation.plots import draw
 
-        draw(told, output / page.PICTURE)
+        with whole(output / page.PICTURE) as path:
+            draw(told, path)
     typer.echo(page.speed_table(told))
     typer.echo(f"\n{output / 'report.md'}")

@@ -24,7 +24,8 @@ def export(
         typer.Option(help="card.json: what the model card tells of the draft.  [default: the one beside the draft]"),
     ] = None,
     results: Annotated[
-        list[Path] | None, typer.Option(help="report.json of `hf-longspec evaluate`, for the card. Repeatable.")
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="report.json of `hf-longspec evaluate`, for the card. Repeatable."),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="How the draft was trained, YAML or JSON, for the card.")] = None,
     repo_id: Annotated[
@@ -32,10 +33,10 @@ def export(
     ] = None,
     generate: Generate = True,
 ) -> None:
-    """A folder to push: weights, config, code, the target's tokenizer, model card and license. It is checked then.
+    """Write a folder that is ready for the Hub, and check it.
 
-    The check loads the folder in a process without this package. Exit code 1 if the folder is written but something
-    keeps it from being pushed.
+    It holds weights, config, code, the target's tokenizer, model card and license. The check loads the folder in a
+    process without this package. Exit code 1 if the folder is written but something keeps it from being pushed.
     """
     from transformers.utils import logging
 

@@ -50,12 +50,16 @@ def numbers(help: str, metavar: str = "N,N,...") -> Any:
 
 Tree = Annotated[
     Any,
-    typer.Option(parser=parse_tree, metavar="W1,W2,...", help="Nodes of each tree level.  [default: the draft's own]"),
+    typer.Option(
+        parser=parse_tree, metavar="W1,W2,...", help="Guesses at each level of the tree.  [default: the draft's own]"
+    ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to write.")]
 Target = Annotated[str, typer.Option(help="Folder or Hub id of the target.")]
 Draft = Annotated[str, typer.Option(help="Folder or Hub id of its LongSpec draft.")]
-Text = Annotated[list[Path], typer.Option(help="Held-out text: a file, or a folder of text files. Repeatable.")]
+Text = Annotated[
+    list[Path], typer.Option(metavar="PATH", help="Held-out text: a file, or a folder of text files. Repeatable.")
+]
 Format = Annotated[Dtype, typer.Option(help="Number format; auto is the target's own.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python files of the two repositories.")]
 Profile = Annotated[bool, typer.Option("--profile", help="Show where the time of a round goes.")]
@@ -80,10 +84,13 @@ def load_draft(name: str, dtype: Dtype, trust_remote_code: bool) -> Any:
 def load_tokenizer(role: str, name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    from ..loading import loading
+
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        cannot_load(role, name, error)
+        with loading(role, name):
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        fail(str(error))
 
 
 def load_model(role: str, name: str, dtype: Dtype, trust_remote_code: bool) -> Any:
@@ -91,17 +98,14 @@ def load_model(role: str, name: str, dtype: Dtype, trust_remote_code: bool) -> A
     import torch
     from transformers import AutoModelForCausalLM
 
-    if name.startswith((".", "/")) and not Path(name).is_dir():
-        fail(f"{role} {name}: no such folder")
+    from ..loading import loading
+
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype.value, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        cannot_load(role, name, error)
+        with loading(role, name):
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype.value, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        fail(str(error))
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-def cannot_load(role: str, name: str, error: Exception) -> NoReturn:
-    fail(f"{role} {name} cannot be loaded: {str(error).strip().splitlines()[0]}")
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

@@ -22,6 +22,7 @@ from .sources import (
     KindOption,
     Limit,
     MaxBadShare,
+    Separator,
     Split,
     Suffix,
     Unit,
@@ -51,9 +52,13 @@ def pack(
     held_out: HeldOutNames = [],  # noqa: B006
     limit: Limit = None,
     max_bad_share: MaxBadShare = 0.01,
+    separator: Separator = None,
     trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Tokenizes documents into a folder that a recipe names as a source of `format: tokens`."""
+    """Turn documents into token ids, once, for training.
+
+    The folder is a source of `format: tokens` in a recipe.
+    """
     from ..training.data.tokenized import write_store
 
     if out.exists():
@@ -64,6 +69,7 @@ def pack(
         section = one_source(
             held_out,
             max_bad_share,
+            separator,
             path=path,
             format=format,
             kind=kind,

@@ -20,13 +20,17 @@ def push(
     generate: Generate = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List and check all files; send nothing.")] = False,
 ) -> None:
-    """A draft's folder to the Hub, checked first, in one commit: all files arrive or none does.
+    """Send a draft's folder to the Hub, checked first.
 
-    Run it again after whatever went wrong; large files that have arrived are not sent again.
+    In one commit: all files arrive or none does. Run it again after whatever went wrong; large files that have
+    arrived are not sent again.
     """
+    from huggingface_hub.utils import validate_repo_id
+
     from ..hub.faults import hub_faults
 
     try:
+        validate_repo_id(repo_id)
         faults = hub_faults(folder, target=target, generate=generate)
     except (OSError, ValueError) as error:
         fail(str(error))

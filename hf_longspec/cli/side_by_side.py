@@ -16,14 +16,17 @@ HUB_CONFIGS = PACKAGE / "hub_configs"
 def demo(
     tree: Annotated[
         Any,
-        typer.Option(parser=parse_tree, metavar="W1,W2,...", help="Nodes of each tree level; CPUs want few of them."),
+        typer.Option(parser=parse_tree, metavar="W1,W2,...", help="Guesses at each level of the tree; CPUs want few."),
     ] = "2,2,2,2",
     max_new_tokens: MaxNewTokens = 128,
     dtype: Annotated[Dtype, typer.Option(help="Number format of target and draft.")] = Dtype.bfloat16,
     draft: Annotated[str | None, typer.Option(help="Another draft for SmolLM2-135M-Instruct.")] = None,
     profile: Profile = False,
 ) -> None:
-    """SmolLM2-135M-Instruct goes on with a long Python file, without and with the draft shipped here."""
+    """A small model writes on, without and with its draft.
+
+    SmolLM2-135M-Instruct goes on with a long Python file; its draft is shipped here. Needs no GPU and no Hub.
+    """
     from ..demo.weights import NAME, WeightsError, smollm2_folder
 
     if draft is None and not (HUB_CONFIGS / NAME / "config.json").is_file():
@@ -48,7 +51,7 @@ def generate(
     profile: Profile = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Any target goes on with a text, without and with its draft."""
+    """Your model writes on, without and with its draft."""
     try:
         prompt = prompt_file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -43,18 +43,25 @@ DocumentOption = Annotated[
 ]
 Config = Annotated[str | None, typer.Option(help="Configuration of a dataset on the Hub.")]
 Split = Annotated[str, typer.Option(help="Split of a dataset on the Hub.")]
-Suffix = Annotated[list[str], typer.Option(help="Endings of the text files to read. Repeatable.")]
+Suffix = Annotated[list[str], typer.Option(metavar="SUFFIX", help="Endings of the text files to read. Repeatable.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Read only so many rows.")]
 HeldOutNames = Annotated[
-    list[str], typer.Option("--held-out", help="Leave out what lies in a folder, or file, of this name. Repeatable.")
+    list[str],
+    typer.Option(
+        "--held-out", metavar="NAME", help="Leave out what lies in a folder, or file, of this name. Repeatable."
+    ),
 ]
 MaxBadShare = Annotated[float, typer.Option(min=0, max=1, help="Stop if a larger share of the rows is unreadable.")]
+Separator = Annotated[
+    str | None, typer.Option(help="Token that ends each text.  [default: the tokenizer's end-of-sequence token]")
+]
 
 
-def one_source(held_out: list[str], max_bad_share: float, **source: Any) -> DataSection:
+def one_source(held_out: list[str], max_bad_share: float, separator: str | None, **source: Any) -> DataSection:
     """A section with one source, from the options of a command. Raises `ValueError` where they do not fit together."""
     from ..training.data.section import DataSection
 
     values = {key: value.value if isinstance(value, Enum) else value for key, value in source.items()}
     section = {"sources": [values], "held_out": {"names": held_out}, "max_bad_share": max_bad_share}
+    section["separator"] = separator
     return DataSection.from_dict(section, where="options")

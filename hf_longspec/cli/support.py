@@ -16,7 +16,10 @@ def support(
     ] = "",
     output: Annotated[Path | None, typer.Option(help="Markdown file for the table; else it is printed.")] = None,
 ) -> None:
-    """Which model families are served: each is tried on a tiny random model. Exit code 1 if any is WRONG."""
+    """Which model families are served.
+
+    Each is tried on a tiny random model. Exit code 1 if any is WRONG.
+    """
     import torch
     from rich.console import Console
     from transformers.utils import logging

@@ -23,7 +23,9 @@ def train(
         float | None, typer.Option(help="Stop with a checkpoint after so long; the same command goes on.")
     ] = None,
 ) -> None:
-    """Train a draft as a recipe says, or go on with the run in its folder. Ends in one line of JSON.
+    """Train a draft as a recipe says, or go on with its run.
+
+    The run lies in the folder `trainer.output_dir`. Ends in one line of JSON.
 
     Several GPUs: accelerate launch -m hf_longspec.cli train RECIPE.
     """

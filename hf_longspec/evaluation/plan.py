@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from transformers import PreTrainedModel
-
 from ..packages import PackageError
 from . import held_out
 from .rows import local_path
@@ -41,17 +39,6 @@ def chosen(suite: str | None, specs: Sequence[str], max_new_tokens: int | None) 
     if max_new_tokens is None:
         return tasks
     return [(replace(task, max_new_tokens=max_new_tokens), place) for task, place in tasks]
-
-
-def check_room(tasks: Sequence[tuple[Task, str | None]], contexts: Sequence[int], target: PreTrainedModel) -> None:
-    """Raises `ValueError` if the largest context and the new tokens of a task are more than the target can hold."""
-    positions = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    for task, _ in tasks:
-        if positions is not None and max(contexts) + task.max_new_tokens > positions:
-            raise ValueError(
-                f"task {task.name}: a context of {max(contexts)} and {task.max_new_tokens} new tokens are more than "
-                f"the target's {positions} positions; lower --contexts or --max-new-tokens"
-            )
 
 
 def plan(tasks: Sequence[tuple[Task, str | None]], wanted: Wanted, cache: Path) -> Plan:

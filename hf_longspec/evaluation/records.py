@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+KEYS = {True: {"settings"}, False: {"task", "context", "id"}}  # of the first line, and of all others
 
 
 class Records:
@@ -30,7 +31,7 @@ class Records:
             self._append({"settings": settings})
             return
         first, *records = (self._parsed(number, line) for number, line in enumerate(lines, start=1))
-        self._compare(first.get("settings", {}), settings)
+        self._compare(first["settings"], settings)
         self.done = {(record["task"], record["context"], record["id"]): record for record in records}
 
     def add(self, record: Record) -> None:
@@ -52,9 +53,12 @@ class Records:
 
     def _parsed(self, number: int, line: str) -> Record:
         try:
-            return json.loads(line)
-        except json.JSONDecodeError as error:
+            parsed = json.loads(line)
+            if not KEYS[number == 1].issubset(parsed if isinstance(parsed, dict) else ()):
+                raise ValueError(f"expected an object with {', '.join(sorted(KEYS[number == 1]))}")
+        except ValueError as error:  # json's own is one too
             raise ValueError(f"{self.path}, line {number} is damaged: {error}; choose another --output") from error
+        return parsed
 
     def _compare(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         old, new = flat(old), flat(new)

@@ -79,7 +79,7 @@ def read_rows(path: Path, name: str, fields: Sequence[str]) -> list[Row]:
 
 def read_prompts(path: Path) -> list[Row]:
     """Prompts of one's own: rows with a `prompt` or `messages`, or text files that are a prompt each."""
-    if path.suffix == ".jsonl":
+    if path.suffix in (".jsonl", ".json"):
         return parse_rows(path.read_bytes(), str(path), check_prompt)
     return [
         {"_id": str(file.relative_to(path.parent)), "prompt": utf8(file.read_bytes(), str(file))}
@@ -108,6 +108,7 @@ def parse_rows(content: bytes, place: str, check: Callable[[Any], None]) -> list
         try:
             row = json.loads(line)
             check(row)
+            json.dumps(row, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair is no text
         except ValueError as error:  # json's own is one too
             faults.append(f"line {number}: {error}")
         else:
@@ -122,7 +123,7 @@ def parse_rows(content: bytes, place: str, check: Callable[[Any], None]) -> list
 
 def utf8(content: bytes, place: str) -> str:
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")  # some editors write a mark in front
     except UnicodeDecodeError as error:
         raise ValueError(f"{place} is no UTF-8 text: {error}") from error
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from ..loading import loading
 from ..modeling.modeling_longspec import LongSpecForCausalLM
 from .card import About, draft_card
 from .vocabulary import vocabulary_sha256
@@ -45,15 +46,6 @@ def load_draft(name: str) -> LongSpecForCausalLM:
     return draft
 
 
-@contextmanager
-def loading(role: str, name: str) -> Iterator[None]:
-    """Says in one line whose files could not be had."""
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as error:
-        raise OSError(f"{role} {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-
-
 def export(
     draft: LongSpecForCausalLM,
     folder: str | Path,
@@ -70,6 +62,8 @@ def export(
     for the card, see `draft_card`. Raises `ValueError` if the draft does not fit, if `about` tells another vocabulary,
     or if `folder` is there and not empty; `OSError` if the target cannot be had or the disk is full.
     """
+    if repo_id is not None:
+        validate_repo_id(repo_id)
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"expected a new or empty folder to write to, got {folder}")

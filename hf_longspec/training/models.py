@@ -22,6 +22,8 @@ from transformers import (
 from hf_longspec.modeling.configuration_longspec import LongSpecConfig
 from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM
 
+from ..evaluation.room import positions_of
+from ..loading import loading
 from .data.fields import suggestion
 from .recipe import Draft, Recipe, Target
 
@@ -31,22 +33,25 @@ def load_target(target: Target, device: torch.device) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": target.dtype, "attn_implementation": target.attn_implementation}
     if target.quantization is not None:
         options |= {"quantization_config": quantization_config(target.quantization), "device_map": {"": device}}
-    model = AutoModelForCausalLM.from_pretrained(
-        target.name, revision=target.revision, trust_remote_code=target.trust_remote_code, **options
-    )
+    with loading("target", target.name):
+        model = AutoModelForCausalLM.from_pretrained(
+            target.name, revision=target.revision, trust_remote_code=target.trust_remote_code, **options
+        )
     if target.quantization is None and getattr(model, "quantization_method", None) is None:
         model = model.to(device)
     if target.adapter is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, target.adapter)
+        with loading("adapter", target.adapter):
+            model = PeftModel.from_pretrained(model, target.adapter)
     return model.eval().requires_grad_(False)
 
 
 def load_tokenizer(target: Target) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(
-        target.name, revision=target.revision, trust_remote_code=target.trust_remote_code
-    )
+    with loading("tokenizer", target.name):
+        return AutoTokenizer.from_pretrained(
+            target.name, revision=target.revision, trust_remote_code=target.trust_remote_code
+        )
 
 
 def quantization_config(name: str) -> Any:
@@ -66,7 +71,8 @@ def make_draft(draft: Draft, target: PreTrainedModel, device: torch.device) -> L
     if draft.init is None:
         model = LongSpecForCausalLM(LongSpecConfig.from_target(target.config, **draft.config))
     else:
-        model = LongSpecForCausalLM.from_pretrained(draft.init, dtype=torch.float32, **draft.config)
+        with loading("draft", draft.init):
+            model = LongSpecForCausalLM.from_pretrained(draft.init, dtype=torch.float32, **draft.config)
     return model.to(device, torch.float32)
 
 
@@ -85,13 +91,6 @@ def check_fields(cls: type, values: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where}: unknown key {unknown[0]!r}{suggestion(unknown[0], known)}")
 
 
-def positions_of(config: LongSpecConfig) -> int:
-    """How far the target's positions reach: models with linear scaling state the unscaled number."""
-    rope = config.rope_parameters or {}
-    scale = rope.get("factor", 1.0) if rope.get("rope_type") == "linear" else 1.0
-    return int(config.max_position_embeddings * scale)
-
-
 def check_lengths(recipe: Recipe, config: LongSpecConfig) -> None:
     """Raises `ValueError` where a recipe wants more positions than the target has."""
     most = positions_of(config)
@@ -99,7 +98,7 @@ def check_lengths(recipe: Recipe, config: LongSpecConfig) -> None:
     if recipe.evaluates:
         wanted["evaluation.contexts"] = recipe.evaluation.length + recipe.evaluation.max_new_tokens
     for name, length in wanted.items():
-        if length > most:
+        if most is not None and length > most:
             raise ValueError(f"recipe.{name}: the target has {most} positions, got {length} tokens")
 
 

@@ -14,10 +14,11 @@ import yaml
 from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
+from ..evaluation.room import positions_of
 from .checkpoints import last_complete
 from .data import build_datasets
 from .learning_curve import LearningCurve
-from .models import check_lengths, load_target, load_tokenizer, make_draft, positions_of, whole_on_every_process
+from .models import check_lengths, load_target, load_tokenizer, make_draft, whole_on_every_process
 from .recipe import OURS, Recipe
 from .samples import AnchorOffset, NumberedSamples, NumberedStream
 from .trainer import DraftTrainer
@@ -73,7 +74,9 @@ def train(recipe: Recipe, max_seconds: float | None = None) -> Outcome:
         draft = make_draft(recipe.draft, target, args.device)
     check_lengths(recipe, draft.config)
     with args.main_process_first():
-        samples, held_out = datasets(recipe, args, tokenizer, positions_of(draft.config))
+        positions = positions_of(draft.config)
+        assert positions is not None  # a draft's config states them
+        samples, held_out = datasets(recipe, args, tokenizer, positions)
     trainer = DraftTrainer(target, draft, recipe, args, samples, held_out)
     trainer.add_callback(LearningCurve())
     if recipe.evaluation.patience is not None:

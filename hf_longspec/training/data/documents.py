@@ -113,8 +113,12 @@ def unique(rows: Iterable[Row], report: SourceReport) -> Iterator[Row]:
     """Without empty texts, and without copies of what came before in this source."""
     seen: set[bytes] = set()
     for row in rows:
-        text = row.value if isinstance(row.value, str) else json.dumps(row.value)
-        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        text = row.value if isinstance(row.value, str) else json.dumps(row.value, ensure_ascii=False)
+        try:
+            digest = hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
+        except UnicodeEncodeError as error:
+            report.bad_row(row.name, f"half of a surrogate pair at character {error.start}, which is no text")
+            continue
         if not text.strip() or digest in seen:
             report.left_out["duplicate" if text.strip() else "empty"] += 1
             continue
@@ -156,7 +160,7 @@ def separator_id(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> in
     """Raises `ValueError` if there is no such token."""
     if section.separator is None:
         if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no `eos_token`; name a `separator`")
+            raise ValueError("the tokenizer has no `eos_token` to end a text with; name another token as `separator`")
         return tokenizer.eos_token_id
     vocabulary = tokenizer.get_vocab()
     if section.separator not in vocabulary:
