@@ -99,3 +99,9 @@ def interprets_triton() -> bool:
 
 
 interpreted = pytest.mark.skipif(not interprets_triton(), reason="needs Triton 3.9 and no CUDA device")
+
+
+def is_one_line(stderr: str) -> bool:
+    """Whether a command itself said just one line; packages such as torchao may add lines when they are first loaded."""
+    ours = [line for line in stderr.splitlines() if line.startswith("hf-longspec: ")]
+    return len(ours) == 1 and stderr.endswith(ours[0] + "\n") and "Traceback" not in stderr

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers import is_one_line
 from tiny_folders import tiny_folders
 from transformers import AutoConfig
 from typer.testing import CliRunner
@@ -85,7 +86,7 @@ def test_draft_that_is_no_draft(folders):
 def test_folder_without_a_model(folders, tmp_path):
     result = generate(folders, target=tmp_path)
     assert result.exit_code == 2 and f"target {tmp_path} cannot be loaded:" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+    assert is_one_line(result.stderr)
 
 
 def test_damaged_weights(folders, tmp_path):

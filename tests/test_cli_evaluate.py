@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+from helpers import is_one_line
 from tiny_folders import tiny_folders
 from typer.testing import CliRunner
 
@@ -101,7 +102,7 @@ def test_a_stopped_run_goes_on_exactly_where_it_stopped(folders, tmp_path, monke
 def test_other_settings_are_not_mixed(folders, tmp_path):
     assert evaluate(folders, tmp_path, *two_tasks(folders)).exit_code == 0
     again = evaluate(folders, tmp_path, *two_tasks(folders), seed=1, tree="2")
-    assert again.exit_code == 2 and len(again.stderr.splitlines()) == 1
+    assert again.exit_code == 2 and is_one_line(again.stderr)
     assert "draft.tree was [4, 8, 8], is [2]; setting.seed was 0, is 1" in again.stderr
 
 
@@ -137,7 +138,7 @@ def test_mistakes_are_one_line(folders, tmp_path, task, options, message):
     arguments = ["--task", task.format(folder=folders)] if task else []
     result = evaluate(folders, options.pop("output", tmp_path), *arguments, **options)
     assert result.exit_code in (1, 2) and message in result.stderr, result.output
-    assert len(result.stderr.splitlines()) == 1 and "Traceback" not in result.output
+    assert is_one_line(result.stderr) and "Traceback" not in result.output
     assert isinstance(result.exception, SystemExit)
 
 

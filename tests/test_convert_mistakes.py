@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conversions import CONFIG, assert_refused, command, convert, published_folders
+from helpers import is_one_line
 from published_format import random_weights, write_checkpoint, write_config
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -123,7 +124,7 @@ def test_hub_while_offline(folders, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     names = ["convert", "sail/longspec-vicuna-7b-v1.5-16k", "--target", "lmsys/vicuna-7b-v1.5-16k"]
     result = CliRunner().invoke(cli.app, [*names, "--out", str(folders / "draft")])
-    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
+    assert result.exit_code == 2 and is_one_line(result.stderr)
     assert "target lmsys/vicuna-7b-v1.5-16k is no folder here, nor a repository on the Hub" in result.stderr
     assert "We couldn't connect to" in result.stderr
 
@@ -132,7 +133,7 @@ def test_mistakes_are_told_without_a_traceback(folders):
     for options in ({"source": "missing"}, {"target": "missing"}, {"out": "gone/draft"}, {"out": "target"}):
         result = command(folders, **options)
         assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
-        assert result.stderr.startswith("hf-longspec: ") and len(result.stderr.splitlines()) == 1
+        assert result.stderr.startswith("hf-longspec: ") and is_one_line(result.stderr)
 
 
 def test_a_disk_that_is_full(folders):

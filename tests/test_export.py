@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_target
+from helpers import is_one_line, tiny_target
 from hub_folders import ABOUT, contents, hub_folders
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
@@ -180,7 +180,7 @@ def test_mistakes_end_in_one_line(folders, tmp_path, monkeypatch, changes, messa
     given = {"draft": "draft", "target": "target", "out": tmp_path / "hub", "card": "card.json"} | changes
     arguments = [text for name, value in given.items() if value for text in (f"--{name}", str(value))]
     result = runner.invoke(cli.app, ["export", *arguments])
-    assert result.exit_code == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
+    assert result.exit_code == 2 and message in result.stderr and is_one_line(result.stderr), result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
