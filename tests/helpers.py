@@ -102,6 +102,6 @@ interpreted = pytest.mark.skipif(not interprets_triton(), reason="needs Triton 3
 
 
 def is_one_line(stderr: str) -> bool:
-    """Whether a command itself said just one line; packages such as torchao may add lines when they are first loaded."""
+    """Whether a command itself said just one line; packages such as torchao may add lines at their first import."""
     ours = [line for line in stderr.splitlines() if line.startswith("hf-longspec: ")]
     return len(ours) == 1 and stderr.endswith(ours[0] + "\n") and "Traceback" not in stderr
