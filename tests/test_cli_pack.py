@@ -55,6 +55,7 @@ def test_chats(folder):
     [
         ("tokenizer/..", ("--out", "."), "hf-longspec: . exists already; choose a new folder"),
         ("none", (), "none: no such file or folder"),
+        ("code", ("--longest-line", "1"), "no documents are left of"),
         ("code", ("--suffix", ".c"), "expected files that end with .c, got none"),
         ("code", ("--format", "tokens"), "--format tokens is what pack writes"),
         ("code", ("--loss", "assistant"), "`loss: assistant` needs `kind: chat`"),

@@ -140,7 +140,8 @@ class DraftTrainer(Trainer):
         ) as error:  # a full disk, as torch, safetensors say it
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(
-                f"checkpoint {folder} could not be written ({reason}); the last whole one is {last_complete(run)}"
+                f"checkpoint {folder} could not be written ({reason}); "
+                f"the last whole one: {last_complete(run) or 'none'}"
             ) from error
         if writes:
             best = self.state.best_model_checkpoint

@@ -35,7 +35,7 @@ def write_store(
 ) -> TokenStore:
     """Tokenizes a source into `folder`, which appears when it is whole, with a progress bar.
 
-    `with_held_out=False` leaves out, and counts, what the section holds out.
+    `with_held_out=False` leaves out, and counts, what the section holds out. Raises `ValueError` if nothing is left.
     """
     report = SourceReport(source.path, section.max_bad_share)
     with StoreWriter(folder, vocabulary_size(tokenizer), masked=source.loss == "assistant") as writer:
@@ -45,6 +45,9 @@ def write_store(
                 writer.add(document)
             else:
                 report.held_out(len(document.ids))
+        if not report.documents:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in report.left_out.items())
+            raise ValueError(f"{source.path}: no documents are left of {report.rows} rows ({reasons or 'all bad'})")
         writer.summary = report.as_dict() | origin(tokenizer)
     return TokenStore.load(folder)
 
