@@ -79,6 +79,16 @@ def test_numbers_of_a_card_are_those_of_the_report(about):
         assert told in text
 
 
+def test_folders_of_the_machine_stay_out_of_a_card(about):
+    told = report()
+    told["target"]["name"], told["draft"]["name"] = "/home/me/models/tiny", "~/drafts/draft"
+    pair = "--target '/home/me/my models/tiny' --draft ~/drafts/draft"
+    told["provenance"]["command"] = f"hf-longspec evaluate {pair} --task text=/home/me/books --output out/a"
+    card = str(draft_card(LongSpecConfig(), about, [told]))
+    assert "/home" not in card and "/drafts" not in card
+    assert "evaluate --target tiny --draft draft --task text=books --output out/a" in card
+
+
 def test_a_converted_draft_names_its_source(about):
     source = Source(repo_id="sail/some-draft", format="one decoder layer", note="Weights as published.")
     text = draft_card(LongSpecConfig(), dataclasses.replace(about, source=source), []).text

@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation import page
 from ..evaluation.summary import ALL, FORMAT, VERSION
+from .bare import without_folders
 
 TAGS = ("longspec", "speculative-decoding", "draft-model", "long-context")
 # What the Hub knows as `base_model_relation`. A draft is none of these: its weights do not come from its target's, and
@@ -119,6 +120,7 @@ def draft_card(
                 f"got {report.get('format')!r}, version {report.get('version')!r}"
             )
     vocabulary = _vocabulary(about, results)
+    results = [without_folders(report) for report in results]
     data = ModelCardData(
         base_model=about.base_model,
         datasets=about.datasets or None,
