@@ -77,7 +77,7 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # every longer file ends there, as on a full disk
     try:
-        with pytest.raises(CheckpointError, match=r"checkpoint-2 could not be written \(.*\); .* one is .*point-1$"):
+        with pytest.raises(CheckpointError, match=r"checkpoint-2 could not be written \(.*\); .* one: .*point-1$"):
             run(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
