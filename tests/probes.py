@@ -42,6 +42,21 @@ class Streamed(BaseStreamer):
         self.log.append(["end"])
 
 
+class Stops(BaseStreamer):
+    """Raises at its `at`-th token."""
+
+    def __init__(self, at: int):
+        self.at = at
+
+    def put(self, value: Tensor) -> None:
+        self.at -= 1
+        if self.at == 0:
+            raise KeyboardInterrupt("stop")
+
+    def end(self) -> None:
+        pass
+
+
 class Written(TextStreamer):
     """A `TextStreamer` that writes into the log."""
 

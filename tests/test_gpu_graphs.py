@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from helpers import tiny_draft, tiny_target
+from probes import Stops
 
 from hf_longspec.modeling import graphs_longspec
 
@@ -142,21 +143,6 @@ def test_memory_is_given_back(how):
         return
     assert allocated() == base
     assert_same(target, draft, prompt_of(9))
-
-
-class Stops:
-    """A streamer that raises at its `at`-th token."""
-
-    def __init__(self, at):
-        self.at = at
-
-    def put(self, value):
-        self.at -= 1
-        if self.at == 0:
-            raise KeyboardInterrupt("stop")
-
-    def end(self):
-        pass
 
 
 @pytest.mark.parametrize("at", [2, 3, 4, 9])

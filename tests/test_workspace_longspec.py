@@ -11,6 +11,7 @@ import weakref
 import pytest
 import torch
 from helpers import tiny_draft, tiny_target
+from probes import Stops
 from texts import prompt_of
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
@@ -293,21 +294,6 @@ def test_a_cache_passed_in_between(captures, pair):
     for own in (False, True, False, True):
         assert_same(target, draft, prompt_of(9), own_cache=own)
         assert (draft.workspaces._kept is None) is own
-
-
-class Stops:
-    """A streamer that raises at its `at`-th token."""
-
-    def __init__(self, at):
-        self.at = at
-
-    def put(self, value):
-        self.at -= 1
-        if self.at == 0:
-            raise KeyboardInterrupt("stop")
-
-    def end(self):
-        pass
 
 
 @pytest.mark.parametrize("at", [2, 3, 4, 9])

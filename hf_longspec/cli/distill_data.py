@@ -103,9 +103,10 @@ def distill_data(
         report = SourceReport(prompts, max_bad_share)
         found = read_prompts(section, tokenizer, max_prompt_tokens, stride, report)
         about = {"target": target, "source": asdict(section.sources[0]), "prompts_sha256": prompts_sha256(found)}
-        claim(out, settings_of(answering, part, model, about | {"prompts": len(found)} | origin(tokenizer)))
+        tokens_of = origin(tokenizer)
+        claim(out, settings_of(answering, part, model, about | {"prompts": len(found)} | tokens_of))
         started = time.monotonic()
-        counts = distill(model, found, out, answering, part, origin(tokenizer), helper)
+        counts = distill(model, found, out, answering, part, tokens_of, helper)
     except (ValueError, OSError) as error:
         fail(str(error))
     seconds = time.monotonic() - started
