@@ -25,7 +25,9 @@ def dense(query, key, value, may_see, documents=None):
     """may_see(t, s): whether query t sees key s of its document. Rows that see nothing are zero."""
     key, value = (x.repeat_interleave(GROUPS, dim=1) for x in (key, value))
     length = query.shape[2]
+    # (T, T), or (T, T, B) of samples that see different things
     mask = torch.tensor([[may_see(t, s) for s in range(length)] for t in range(length)])
+    mask = mask if mask.dim() == 2 else mask.permute(2, 0, 1)[:, None]
     if documents is not None:
         rows = [[[a == b for b in row] for a in row] for row in documents.tolist()]
         mask = mask & torch.tensor(rows)[:, None]
@@ -58,32 +60,35 @@ def test_window_mask_by_hand():
     ]
 
 
-@pytest.mark.parametrize("lag", [1, 2, 5, 9, 12])
-def test_lagged_attention_equals_dense(lag):
-    query, key, value = random_qkv(9)
-    out = lagged_attention(query, key, value, lag)
-    torch.testing.assert_close(out, dense(query, key, value, lambda t, s: s <= t - lag))
-    assert (out[:, :, :lag] == 0).all()
+def within(distance, lags, window=None):
+    """Whether query t of each sample sees key s, by the definition of a lag."""
+    return [lag <= distance and (window is None or distance < window) for lag in lags]
 
 
-@pytest.mark.parametrize("lag", [1, 3, 4, 6])
-def test_lagged_attention_to_a_sliding_layer(lag):
-    query, key, value = random_qkv(15)
-    expected = dense(query, key, value, lambda t, s: t - 4 < s <= t - lag)
-    torch.testing.assert_close(lagged_attention(query, key, value, lag, window=4), expected)
+LAGS = [(1, 1), (1, 2), (5, 2), (9, 1), (12, 3)]
+
+
+@pytest.mark.parametrize("lags", LAGS, ids=str)
+@pytest.mark.parametrize("window", [None, 1, 4])
+def test_lagged_attention_equals_dense(lags, window):
+    inputs = [x.requires_grad_() for x in random_qkv(9)]
+    out = lagged_attention(*inputs, torch.tensor(lags), window)
+    expected = dense(*inputs, lambda t, s: within(t - s, lags, window))
+    torch.testing.assert_close(out, expected)
+    for row, lag in enumerate(lags):
+        assert (out[row, :, :lag] == 0).all()
+    weight = torch.randn_like(out)
+    if expected.any():
+        gradients = [torch.autograd.grad((x * weight).sum(), inputs) for x in (out, expected)]
+        torch.testing.assert_close(*gradients)
 
 
 def test_a_query_without_keys_gives_no_nan_gradient():
     query, key, value = random_qkv(6)
     query.requires_grad_()
-    lagged_attention(query, key, value, 4).sum().backward()
+    lagged_attention(query, key, value, torch.tensor([4, 6])).sum().backward()
     assert query.grad.isfinite().all()
-    assert (query.grad[:, :, :4] == 0).all()
-
-
-def test_lag_zero_is_refused():
-    with pytest.raises(ValueError, match="lag must be at least 1, got 0"):
-        lagged_attention(*random_qkv(4), 0)
+    assert (query.grad[0, :, :4] == 0).all() and (query.grad[1] == 0).all()
 
 
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 1 + [2] * 9, [0] * 1 + [1] * 12 + [2] * 2])
@@ -100,15 +105,16 @@ def test_windowed_attention_within_documents(window):
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("lag", [1, 3, 6])
+@pytest.mark.parametrize("lags", [(1, 1), (3, 1), (2, 6)], ids=str)
 @pytest.mark.parametrize("window", [None, 4])
-def test_lagged_attention_within_documents(lag, window):
+def test_lagged_attention_within_documents(lags, window):
     inputs = [x.requires_grad_() for x in random_qkv(15)]
-    expected = dense(*inputs, lambda t, s: s <= t - lag and (window is None or t - window < s), DOCUMENTS)
+    expected = dense(*inputs, lambda t, s: within(t - s, lags, window), DOCUMENTS)
+    lags = torch.tensor(lags)
     weight = torch.randn_like(expected)
     for out in (
-        lagged_attention_by_mask(*inputs, lag, window, DOCUMENTS),
-        lagged_attention_by_span(*inputs, lag, window, spans_of(DOCUMENTS)),
+        lagged_attention_by_mask(*inputs, lags, window, DOCUMENTS),
+        lagged_attention_by_span(*inputs, lags, window, spans_of(DOCUMENTS)),
     ):
         torch.testing.assert_close(out, expected)
         if expected.any():

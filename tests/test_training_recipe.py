@@ -35,6 +35,8 @@ LEAST = {
             "recipe.target.quantization: expected one of",
         ),
         ({"draft": {"lora": {"r": 4}}}, "recipe.draft: `lora` adapts a trained draft: expected `init`, got none"),
+        ({"draft": {"vocab": 0}}, "recipe.draft: `vocab` must be at least 1, got 0"),
+        ({"draft": {"init": "y", "lora": {}, "vocab": 9}}, "recipe.draft: an adapter holds no `vocab`"),
         ({"evaluation": {"contexts": []}}, "recipe.evaluation: `contexts` must be lengths of at least 1 token"),
         ({"trainer": {"max_step": 3}}, "recipe.trainer: unknown key 'max_step', did you mean 'max_steps'"),
         ({"trainer": {"output_dir": "run"}}, "recipe.trainer.max_steps: expected the steps of the run, got none"),

@@ -9,7 +9,7 @@ import torch
 from helpers import tiny_target
 from recipes import tiny_recipe
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_longspec import LongSpecForCausalLM
 from hf_longspec.training.checkpoints import CheckpointError, last_complete
@@ -97,9 +97,9 @@ def test_the_target_is_left_alone_and_nowhere_written(tmp_path):
 
 
 def test_accumulated_batches_are_one_large_one(tmp_path):
-    _, whole = run(tmp_path, "whole", signal__max_lag=1)
+    _, whole = run(tmp_path, "whole")
     parts = {"trainer__per_device_train_batch_size": 1, "trainer__gradient_accumulation_steps": 4}
-    _, accumulated = run(tmp_path, "parts", signal__max_lag=1, **parts)
+    _, accumulated = run(tmp_path, "parts", **parts)
     assert accumulated == pytest.approx(whole, rel=1e-5)
 
 
@@ -274,3 +274,20 @@ def learn(target, text):
         target(ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def test_a_draft_of_frequent_tokens(tmp_path):
+    """It learns and guesses among those of the text; a cut run and a second stage keep them."""
+    outcome, expected = run(tmp_path, "whole", draft__vocab=6, **EVALUATED)
+    draft = LongSpecForCausalLM.from_pretrained(outcome.draft)
+    text = "".join(path.read_text() for path in (tmp_path / "text").iterdir())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "target")
+    assert len(draft.draft_vocab) == 6 == draft.config.draft_vocab_size
+    assert set(draft.draft_vocab.tolist()) <= set(tokenizer(text, add_special_tokens=False).input_ids)
+    _, found = run(tmp_path, "whole", draft__vocab=6, **EVALUATED)
+    assert found == expected
+    run(tmp_path, "parts", 0.0, draft__vocab=6, **EVALUATED)
+    assert run(tmp_path, "parts", draft__vocab=6, **EVALUATED)[1] == expected
+    second, _ = run(tmp_path, "second", draft__init=outcome.draft, draft__config={})
+    later = LongSpecForCausalLM.from_pretrained(second.draft)
+    assert torch.equal(later.draft_vocab, draft.draft_vocab)

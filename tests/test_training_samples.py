@@ -83,11 +83,11 @@ def test_no_sample_at_all_is_refused():
         list(NumberedStream(Empty(), 8, AnchorOffset(SIGNAL, 50, 0)))
 
 
-def test_a_batch_has_one_lag_by_the_number_of_its_first_sample():
-    collate, again, other = Collator(3, seed=0), Collator(3, seed=0), Collator(3, seed=1)
-    lags = [collate([sample() | {"number": number}])["lag"] for number in range(200)]
-    assert lags == [again([sample() | {"number": number}])["lag"] for number in range(200)]
-    assert lags != [other([sample() | {"number": number}])["lag"] for number in range(200)]
+def test_a_sample_has_a_lag_by_its_number():
+    samples = [sample() | {"number": number} for number in range(200)]
+    lags = Collator(3, seed=0)(samples)["lags"].tolist()
+    assert lags == [int(Collator(3, seed=0)([one])["lags"]) for one in samples], "whatever batch it comes in"
+    assert lags != Collator(3, seed=1)(samples)["lags"].tolist()
     assert {lag: 40 < lags.count(lag) for lag in set(lags)} == {1: True, 2: True, 3: True}
 
 

@@ -61,7 +61,7 @@ def test_training_sees_what_a_decoding_step_sees(family, lag):
     ids, positions = torch.randint(13, (1, LENGTH)), plain_positions(1, LENGTH)
     states = read_target(target, bound.layer, ids, positions)
     with torch.no_grad():
-        trained = draft_hidden(draft, bound, ids, positions, states, lag)
+        trained = draft_hidden(draft, bound, ids, positions, states, torch.tensor([lag]))
         for t in (lag, 6, LENGTH - 1):
             torch.testing.assert_close(decoding_step(target, draft, bound, ids, t, lag)[0, 0], trained[0, t])
 
@@ -123,13 +123,13 @@ def test_documents_side_by_side_are_as_if_each_were_alone(family, way, monkeypat
     spans = spans_of(DOCUMENTS)
     states = together.read(ids, positions, DOCUMENTS, spans if way != "masks" else ())
     with torch.no_grad():
-        hidden = draft_hidden(draft, together.bound, ids, positions, states, 2, DOCUMENTS, spans)
+        hidden = draft_hidden(draft, together.bound, ids, positions, states, torch.tensor([2, 3]), DOCUMENTS, spans)
         for row, start, end in spans:
             one = slice(row, row + 1), slice(start, end)
             alone = read_target(target, together.bound.layer, ids[one], positions[one])
             torch.testing.assert_close(states.hidden[one], alone.hidden)
             torch.testing.assert_close(states.key[one[0], :, one[1]], alone.key)
-            expected = draft_hidden(draft, together.bound, ids[one], positions[one], alone, 2)
+            expected = draft_hidden(draft, together.bound, ids[one], positions[one], alone, torch.tensor([2 + row]))
             torch.testing.assert_close(hidden[one], expected)
 
 

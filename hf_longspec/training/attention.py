@@ -7,6 +7,7 @@ sample holds several documents, no token sees those of another.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,23 +28,38 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) ->
 
 
 def windowed_attention(
-    query: Tensor, key: Tensor, value: Tensor, window: int, document_ids: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+    document_ids: Tensor | None = None,
+    reach: Tensor | None = None,
 ) -> Tensor:
     """Causal attention to the last ``window`` tokens, the current one included, in time and memory linear in T.
 
     Queries go in blocks of ``window``: a block needs its own keys and those of the block before. Without documents,
     one (window, 2·window) mask serves all blocks but the first, which is plain causal attention; with document_ids
-    (B, T) each block has its own, B·T·2·window bytes in all. Returns (B, H, T, D).
+    (B, T), or with reach (B,), 1..window, tokens that each sample sees, each block has its own, B·T·2·window bytes in
+    all. Returns (B, H, T, D).
     """
+    if reach is not None and document_ids is None:
+        document_ids = torch.zeros_like(query[:, 0, :, 0], dtype=torch.long)
     if document_ids is not None:
-        return _blocks(query, key, value, window, document_ids)
+        return _blocks(query, key, value, window, document_ids, reach)
     first = causal_attention(query[:, :, :window], key[:, :, :window], value[:, :, :window])
     if query.shape[2] <= window:
         return first
     return torch.cat([first, _blocks(query[:, :, window:], key, value, window)], dim=2)
 
 
-def _blocks(query: Tensor, key: Tensor, value: Tensor, window: int, document_ids: Tensor | None = None) -> Tensor:
+def _blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+    document_ids: Tensor | None = None,
+    reach: Tensor | None = None,
+) -> Tensor:
     """Attention of queries (B, H, Q, D), the last Q of the T tokens, in blocks of ``window``.
 
     Q is T - window, or T where documents are told apart: then a block of no document stands before the first.
@@ -64,6 +80,10 @@ def _blocks(query: Tensor, key: Tensor, value: Tensor, window: int, document_ids
         own = pad(document_ids, (window, missing), value=-1).unflatten(1, (-1, window))  # (B, 1 + blocks, window)
         seen = torch.cat([own[:, :-1], own[:, 1:]], dim=2)
         mask = mask & (own[:, 1:, :, None] == seen[:, :, None, :]).flatten(0, 1)[:, None]
+    if reach is not None:
+        places = torch.arange(2 * window, device=query.device)
+        near = places > places[window:, None] - reach[:, None, None]
+        mask = mask & near.repeat_interleave(len(blocks) // batch, dim=0)[:, None]
     out = masked_attention(blocks, pairs(key), pairs(value), mask)
     return out.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
@@ -75,30 +95,56 @@ def window_mask(window: int, device: torch.device) -> Tensor:
     return (key <= query) & (key > query - window)
 
 
-def lagged_attention(query: Tensor, key: Tensor, value: Tensor, lag: int, window: int | None = None) -> Tensor:
+def lagged_attention(query: Tensor, key: Tensor, value: Tensor, lags: Tensor, window: int | None = None) -> Tensor:
     """Attention of query t to the target's keys 0..t-lag; the first ``lag`` queries see nothing and get zeros.
 
-    Shifting the keys by the lag makes it plain causal attention without a mask (LongSpec's Flash Noisy Training).
-    A node at depth j of the tree has lag j + 1. Where the target's layer has a sliding ``window``, query t sees no key
-    before t-window+1 either. Returns (B, H, T, D).
+    lags (B,) are at least 1 and may differ from sample to sample. Turning each sample's queries by its lag makes it
+    plain causal attention without a mask (LongSpec's Flash Noisy Training shifts the keys), and shapes are the same
+    for all lags. A node at depth j of the tree has lag j + 1. Where the target's layer has a sliding ``window``, query
+    t sees no key before t-window+1 either. Returns (B, H, T, D).
     """
-    if lag < 1:
-        raise ValueError(f"a draft never sees the target's key of its own token: lag must be at least 1, got {lag}")
-    seen = query.shape[2] - lag
-    if seen <= 0 or (window is not None and window <= lag):
-        return torch.zeros_like(query)
-    shifted = query[:, :, lag:], key[:, :, :seen], value[:, :, :seen]
-    out = causal_attention(*shifted) if window is None else windowed_attention(*shifted, window - lag)
-    return pad(out, (0, 0, lag, 0))
+    turned = Turn.apply(query, lags)
+    blind = torch.arange(query.shape[2], device=query.device) < lags[:, None]
+    if window is None:
+        out = causal_attention(turned, key, value)
+    else:
+        reach = (window - lags).clamp(min=1)
+        out = windowed_attention(turned, key, value, max(window - 1, 1), reach=reach)
+        blind = blind | (lags >= window)[:, None]
+    return Turn.apply(out, -lags).masked_fill(blind[:, None, :, None], 0.0)
+
+
+class Turn(torch.autograd.Function):
+    """x (B, H, T, D) whose token t is that of t + by[b], behind the last token the first again.
+
+    Its gradient is turned back, which no two threads write to: `gather` alone would add it up in no certain order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, by: Tensor) -> Tensor:
+        ctx.save_for_backward(by)
+        return _turned(x, by)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (by,) = ctx.saved_tensors
+        return _turned(gradient, -by), None
+
+
+def _turned(x: Tensor, by: Tensor) -> Tensor:
+    source = (torch.arange(x.shape[2], device=x.device) + by[:, None]) % x.shape[2]
+    return x.gather(2, source[:, None, :, None].expand_as(x))
 
 
 def lagged_attention_by_mask(
-    query: Tensor, key: Tensor, value: Tensor, lag: int, window: int | None, document_ids: Tensor
+    query: Tensor, key: Tensor, value: Tensor, lags: Tensor, window: int | None, document_ids: Tensor
 ) -> Tensor:
     """The same within each document, by a mask of (B, T, T) bytes; document_ids: (B, T)."""
     places = torch.arange(query.shape[2], device=query.device)
     distance = places[:, None] - places
-    near = distance >= lag if window is None else (distance >= lag) & (distance < window)
+    near = distance >= lags[:, None, None]
+    if window is not None:
+        near = near & (distance < window)
     mask = near & (document_ids[:, :, None] == document_ids[:, None, :])
     # A query without keys would give NaN: it is shown its own key, and what it reads is dropped.
     empty = ~mask.any(dim=-1, keepdim=True)
@@ -107,11 +153,11 @@ def lagged_attention_by_mask(
 
 
 def lagged_attention_by_span(
-    query: Tensor, key: Tensor, value: Tensor, lag: int, window: int | None, spans: Sequence[Span]
+    query: Tensor, key: Tensor, value: Tensor, lags: Tensor, window: int | None, spans: Sequence[Span]
 ) -> Tensor:
     """The same within each document, one at a time and without any mask; spans: all documents of the batch."""
     rows: list[list[Tensor]] = [[] for _ in range(len(query))]
     for row, start, end in spans:
         own_query, own_key, own_value = (x[row : row + 1, :, start:end] for x in (query, key, value))
-        rows[row].append(lagged_attention(own_query, own_key, own_value, lag, window))
+        rows[row].append(lagged_attention(own_query, own_key, own_value, lags[row : row + 1], window))
     return torch.cat([torch.cat(row, dim=2) for row in rows])

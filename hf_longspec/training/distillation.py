@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from hf_longspec.modeling.compiled_longspec import compiled_layers
 from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM
 
 from .documents import LONGEST_MASKED, Span, spans_of, target_masks
 from .forward import draft_hidden
-from .loss import DistillationSums, LossWeights, chunk_sums, distillation_loss
+from .loss import DistillationSums, LossWeights, distillation_loss, token_terms
 from .recipe import Signal
 from .teacher import TargetStates, read_target, read_target_by_span, read_target_in_pieces
 
@@ -27,7 +27,7 @@ class Distillation:
     """One draft, its target and the signal between them.
 
     piece: tokens of a sample that the target reads at a time; None: all.
-    compiled: `torch.compile` target, draft and loss, a graph each for every lag and shape of batch.
+    compiled: `torch.compile` the target's layers, the draft and the loss, for each shape of batch.
     recompute: keep none of the draft's activations for the backward pass.
     Raises `ValueError` if the draft does not fit the target.
     """
@@ -45,23 +45,33 @@ class Distillation:
         self.bound = draft.bind(target)
         self.target = target.eval().requires_grad_(False)
         self.draft, self.signal, self.piece, self.recompute = draft, signal, piece, recompute
-        compiled_as = compiler(2 * signal.max_lag + 1) if compiled else lambda function: function
-        self._read_target, self._draft_hidden = compiled_as(read_target), compiled_as(draft_hidden)
-        self._sums = compiled_as(chunk_sums(self.bound.logits))
+        self.compiled = compiled
+        compiled_as = torch.compile(dynamic=False) if compiled else lambda function: function
+        self._draft_hidden, self._terms = compiled_as(draft_hidden), compiled_as(token_terms(*self._guesses()))
+
+    def _guesses(self) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
+        """The LM head that is guessed with, and which of its rows each token has if these are not all."""
+        bound, vocabulary = self.bound, self.draft.draft_vocab
+        rows = self.draft.head_rows(bound)
+        if rows is None or vocabulary is None:
+            return bound.logits, None
+        places = torch.full((self.draft.config.vocab_size,), -1, device=bound.device)
+        places[vocabulary] = torch.arange(len(vocabulary), device=bound.device)
+        return (lambda hidden: bound.scaled(rows(hidden))), places
 
     def __call__(
         self,
         input_ids: Tensor,
         labels: Tensor,
         positions: Tensor,
-        lag: int,
+        lags: Tensor,
         document_ids: Tensor | None = None,
         spans: Sequence[Span] = (),
         num_items_in_batch: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss of a batch as a mapping, as `Trainer` wants it; see `samples.batch_of` for the arguments."""
         states = self.read(input_ids, positions, document_ids, spans)
-        sums = self.sums(states, input_ids, labels, positions, lag, document_ids, spans, num_items_in_batch)
+        sums = self.sums(states, input_ids, labels, positions, lags, document_ids, spans, num_items_in_batch)
         return sums._asdict()
 
     def read(
@@ -77,7 +87,8 @@ class Distillation:
         if spans:
             return read_target_by_span(partial(read_target, self.target, layer), ids, positions, spans)
         masks = None if document_ids is None else target_masks(self.target, document_ids)
-        return self._read_target(self.target, layer, ids, positions, masks)
+        with compiled_layers(self.target, self.compiled):
+            return read_target(self.target, layer, ids, positions, masks)
 
     def sums(
         self,
@@ -85,23 +96,14 @@ class Distillation:
         ids: Tensor,
         labels: Tensor,
         positions: Tensor,
-        lag: int,
+        lags: Tensor,
         document_ids: Tensor | None = None,
         spans: Sequence[Span] = (),
         items: Tensor | None = None,
     ) -> DistillationSums:
         # spans differ from batch to batch, and a graph for each would not pay
         run = draft_hidden if ids.shape[1] > LONGEST_MASKED else self._draft_hidden
-        arguments = self.draft, self.bound, ids, positions, states, lag, document_ids, spans
+        arguments = self.draft, self.bound, ids, positions, states, lags, document_ids, spans
         hidden = checkpoint(run, *arguments, use_reentrant=False) if self.recompute else run(*arguments)
         weights = LossWeights(self.signal.kl_weight, self.signal.ce_weight)
-        return distillation_loss(self._sums, hidden, states.hidden, labels, weights, self.signal.loss_chunk, items)
-
-
-def compiler(graphs: int) -> Callable[..., Any]:
-    """`torch.compile` with one graph for each shape and lag: fixed shapes give the fastest kernels."""
-    # beyond this limit (8) torch goes on uncompiled; imported here because it is slow
-    from torch._dynamo import config as dynamo
-
-    dynamo.recompile_limit = max(dynamo.recompile_limit, graphs)
-    return torch.compile(dynamic=False)
+        return distillation_loss(self._terms, hidden, states.hidden, labels, weights, self.signal.loss_chunk, items)

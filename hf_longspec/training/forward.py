@@ -21,19 +21,19 @@ def draft_hidden(
     ids: Tensor,
     positions: Tensor,
     states: TargetStates,
-    lag: int,
+    lags: Tensor,
     document_ids: Tensor | None = None,
     spans: Sequence[Span] = (),
 ) -> Tensor:
     """Hidden states (B, T, hidden) that the target's LM head turns into guesses of each next token.
 
     ``ids`` and ``positions`` are (B, T), those that ``states`` were made from; so are ``document_ids`` (B, T) and
-    their ``spans``, given where a row holds several documents.
+    their ``spans``, given where a row holds several documents. lags: (B,), see `lagged_attention`.
     """
 
     def cross_attend(query: Tensor) -> Tensor:
         query = bound.rotate(query, bound.angles(query, positions))
-        given = query, states.key.to(query.dtype), states.value.to(query.dtype), lag, states.window
+        given = query, states.key.to(query.dtype), states.value.to(query.dtype), lags, states.window
         if document_ids is None:
             return lagged_attention(*given)
         if ids.shape[1] <= LONGEST_MASKED:

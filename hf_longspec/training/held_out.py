@@ -90,9 +90,10 @@ def measure_loss(distillation: Distillation, samples: Sequence[Any], signal: Sig
         ids, positions = given.pop("input_ids"), given.pop("positions")
         states = distillation.read(ids, positions, **given)
         for lag in range(1, signal.max_lag + 1):
-            found = distillation.sums(states, ids, labels, positions, lag, **given)
-            tokens = (labels >= 0).sum()
-            sums[lag - 1] += torch.stack([found.kl, found.cross_entropy, found.agreements, tokens]).double().cpu()
+            found = distillation.sums(states, ids, labels, positions, torch.full_like(ids[:, 0], lag), **given)
+            tokens = (labels >= 0).sum(1)
+            terms = torch.stack([found.kl, found.cross_entropy, found.agreements, tokens])
+            sums[lag - 1] += terms.sum(1).double().cpu()
     kl, ce = (sums[:, :2].sum(0) / sums[:, 3].sum()).tolist()
     metrics = {"loss": signal.kl_weight * kl + signal.ce_weight * ce, "kl": kl, "cross_entropy": ce}
     agreements = (sums[:, 2] / sums[:, 3]).tolist()

@@ -17,8 +17,8 @@ from torch.nn.functional import log_softmax
 
 IGNORED = -100  # the label of a token that is not learned, as everywhere in transformers
 
-# draft hidden (n, hidden), target hidden (n, hidden), labels (n,) -> kl, cross-entropy, agreements, each summed over n
-ChunkSums = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+# draft hidden (n, hidden), target hidden (n, hidden), labels (n,) -> kl, cross-entropy, agreements, each (n,)
+Terms = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 class LossWeights(NamedTuple):
@@ -27,7 +27,7 @@ class LossWeights(NamedTuple):
 
 
 class DistillationSums(NamedTuple):
-    """``loss`` is a mean over tokens and alone carries a gradient; the others are sums over the learned tokens."""
+    """``loss`` is a mean over tokens and alone has a gradient; the others (B,) are sums over the learned tokens."""
 
     loss: Tensor
     kl: Tensor
@@ -35,26 +35,31 @@ class DistillationSums(NamedTuple):
     agreements: Tensor  # tokens where the draft's first guess is the target's
 
 
-def chunk_sums(logits: Callable[[Tensor], Tensor]) -> ChunkSums:
-    """The loss terms of one chunk through the target's LM head ``logits``: what may be compiled."""
+def token_terms(logits: Callable[[Tensor], Tensor], places: Tensor | None = None) -> Terms:
+    """The loss of each token of a chunk: what may be compiled.
 
-    def sums(draft_hidden: Tensor, target_hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logits: of the target's LM head, or of those of its rows that the draft guesses with. Then `places` (vocab,) says
+    which row a token has, or -1: the target's distribution is that among the rows, and a text that goes on beyond them
+    adds no cross-entropy.
+    """
+
+    def terms(draft_hidden: Tensor, target_hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         learned = labels != IGNORED
+        labels = labels.clamp(min=0) if places is None else places[labels.clamp(min=0)]
         with torch.no_grad():
             target_logits = logits(target_hidden)
             target_logp = log_softmax(target_logits, dim=-1, dtype=_wide(target_logits))
         draft_logits = logits(draft_hidden)
         draft_logp = log_softmax(draft_logits, dim=-1, dtype=_wide(draft_logits))
-        kl = ((target_logp.exp() * (target_logp - draft_logp)).sum(-1) * learned).sum()
-        ce = -(draft_logp.gather(-1, labels.clamp(min=0)[:, None])[:, 0] * learned).sum()
-        agreements = ((draft_logits.argmax(-1) == target_logits.argmax(-1)) & learned).sum()
-        return kl, ce, agreements
+        kl = (target_logp.exp() * (target_logp - draft_logp)).sum(-1) * learned
+        ce = -draft_logp.gather(-1, labels.clamp(min=0)[:, None])[:, 0] * (learned & (labels >= 0))
+        return kl, ce, (draft_logits.argmax(-1) == target_logits.argmax(-1)) & learned
 
-    return sums
+    return terms
 
 
 def distillation_loss(
-    sums: ChunkSums,
+    terms: Terms,
     draft_hidden: Tensor,
     target_hidden: Tensor,
     labels: Tensor,
@@ -66,13 +71,10 @@ def distillation_loss(
 
     items: what the loss is divided by, where these samples are a part of a larger batch; else their learned tokens.
     """
-    labels = labels.flatten()
     items = (labels != IGNORED).sum().clamp(min=1) if items is None else items
-    return DistillationSums(
-        *_ChunkedLoss.apply(
-            draft_hidden.flatten(0, 1), target_hidden.flatten(0, 1), labels, items, sums, weights, chunk
-        )
-    )
+    given = draft_hidden.flatten(0, 1), target_hidden.flatten(0, 1), labels.flatten()
+    loss, *every = _ChunkedLoss.apply(*given, items, terms, weights, chunk)
+    return DistillationSums(loss, *(term.view_as(labels).sum(1) for term in every))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -83,24 +85,25 @@ class _ChunkedLoss(torch.autograd.Function):
         target: Tensor,
         labels: Tensor,
         items: Tensor,
-        sums: ChunkSums,
+        terms: Terms,
         weights: LossWeights,
         chunk: int,
     ) -> tuple[Tensor, ...]:
         gradient = torch.empty_like(draft)
-        totals = torch.zeros(3, dtype=_wide(draft), device=draft.device)
+        every = torch.empty(3, len(labels), dtype=_wide(draft), device=draft.device)
         for start in range(0, len(labels), chunk):
             part = slice(start, start + chunk)
             leaf = draft[part].detach().requires_grad_(ctx.needs_input_grad[0])
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-                kl, ce, agreements = sums(leaf, target[part], labels[part])
+                kl, ce, agreements = terms(leaf, target[part], labels[part])
                 if ctx.needs_input_grad[0]:
-                    loss = (weights.kl * kl + weights.ce * ce) / items
+                    loss = (weights.kl * kl + weights.ce * ce).sum() / items
                     (gradient[part],) = torch.autograd.grad(loss, leaf)
-            totals += torch.stack([kl.detach(), ce.detach(), agreements])
+            for row, term in zip(every, (kl, ce, agreements), strict=True):
+                row[part] = term.detach()
         ctx.save_for_backward(gradient)
-        kl, ce, agreements = totals.unbind()
-        loss = (weights.kl * kl + weights.ce * ce) / items
+        kl, ce, agreements = every
+        loss = (weights.kl * kl + weights.ce * ce).sum() / items
         ctx.mark_non_differentiable(kl, ce, agreements)
         return loss, kl, ce, agreements
 

@@ -80,14 +80,20 @@ class Draft:
 
     init: folder or Hub id of a draft to go on with, as from an earlier stage; None: random weights.
     config: fields of `LongSpecConfig`, beside those that follow from the target.
+    vocab: it learns to guess, and guesses, among so many tokens only, the most frequent ones of the data: the LM head
+        is most of what a step costs. None: all, or those that `init` has.
     lora: fields of peft's `LoraConfig`: train an adapter on the draft of `init`, and save that only.
     """
 
     init: str | None = None
     config: dict = field(default_factory=dict)
+    vocab: int | None = None
     lora: dict | None = None
 
     def __post_init__(self) -> None:
+        _at_least(self, 1, "vocab")
+        if self.lora is not None and self.vocab is not None:
+            raise ValueError("an adapter holds no `vocab`: expected it to be left to the draft of `init`")
         if self.lora is not None and self.init is None:
             raise ValueError("`lora` adapts a trained draft: expected `init`, got none")
 
@@ -99,7 +105,7 @@ class Signal:
     length: tokens of a sample.
     offset, sink, max_position: Anchor-Offset positions below `max_position` (None: all that the target has), where
         0 to `sink` first tokens of a document keep theirs; off for samples of real long context.
-    max_lag: a batch's queries see the target's keys up to 1..max_lag tokens before their own; a tree of n levels is
+    max_lag: a sample's queries see the target's keys up to 1..max_lag tokens before their own; a tree of n levels is
         drafted at lags 1..n. 1: no lag but the one that cannot be avoided.
     kl_weight, ce_weight: of KL(target ‖ draft) and of the cross-entropy to the text.
     loss_chunk: tokens whose logits exist at a time.

@@ -22,6 +22,7 @@ from .models import check_lengths, load_target, load_tokenizer, make_draft, whol
 from .recipe import OURS, Recipe
 from .samples import AnchorOffset, NumberedSamples, NumberedStream
 from .trainer import DraftTrainer
+from .vocabulary import frequent_tokens
 
 RECIPE = "recipe.yaml"
 # Other defaults than those of TrainingArguments.
@@ -77,6 +78,8 @@ def train(recipe: Recipe, max_seconds: float | None = None) -> Outcome:
         positions = positions_of(draft.config)
         assert positions is not None  # a draft's config states them
         samples, held_out = datasets(recipe, args, tokenizer, positions)
+    if recipe.draft.vocab is not None:
+        draft.set_draft_vocab(frequent_tokens(samples, draft.config.vocab_size)[: recipe.draft.vocab])
     trainer = DraftTrainer(target, draft, recipe, args, samples, held_out)
     trainer.add_callback(LearningCurve())
     if recipe.evaluation.patience is not None:

@@ -86,14 +86,15 @@ class NumberedStream(IterableDataset[NumberedSample]):
 
 @dataclass(frozen=True)
 class Collator:
-    """Samples to the arguments of `Distillation`; each batch has one lag, drawn by the number of its first sample."""
+    """Samples to the arguments of `Distillation`; each sample has a lag, drawn by its number."""
 
     max_lag: int
     seed: int
 
     def __call__(self, samples: list[NumberedSample]) -> dict[str, Any]:
-        lag = random.Random(f"{self.seed} {samples[0]['number']}").randint(1, self.max_lag)
-        return batch_of(samples) | {"lag": lag}
+        draws = (random.Random(f"{self.seed} {sample['number']}") for sample in samples)
+        lags = torch.tensor([draw.randint(1, self.max_lag) for draw in draws])
+        return batch_of(samples) | {"lags": lags}
 
 
 def batch_of(samples: list[Any]) -> dict[str, Any]:

@@ -65,6 +65,10 @@ class OneLayerCache(Cache):
     def __init__(self, layers: int, kept: int):
         super().__init__(layers=[PassThroughLayer(keep=index == kept) for index in range(layers)])
 
+    @torch.compiler.disable  # or each layer of a target would be compiled for its own place here
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return super().update(*args, **kwargs)
+
 
 @torch.no_grad()
 def read_target(

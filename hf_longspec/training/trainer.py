@@ -158,9 +158,9 @@ class RecentBatches:
 
     def add(self, inputs: dict[str, Any], outputs: dict[str, Tensor]) -> None:
         self.read += inputs["input_ids"].numel()
-        learned = (inputs["labels"] >= 0).sum()
+        learned = (inputs["labels"] >= 0).sum(1)
         terms = [outputs[name].detach() for name in ("kl", "cross_entropy", "agreements")]
-        self.sums[inputs["lag"]] += torch.stack([*terms, learned])
+        self.sums.index_add_(0, inputs["lags"], torch.stack([*terms, learned], dim=1).double())
 
     def summary(self, sums: Tensor, processes: int) -> dict[str, float]:
         """Means over learned tokens, from the sums of all processes."""

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 PART = 1 << 22  # tokens counted at a time: counting widens them to 64 bits
+COUNTED = 1 << 24  # tokens of the samples that are counted
+
+
+def frequent_tokens(samples: Iterable[Mapping[str, Any]], vocab_size: int) -> Tensor:
+    """All token ids (vocab_size,), ranked by the first samples of a run, which hold its sources by their weights."""
+    parts: list[np.ndarray] = []
+    for sample in samples:
+        parts.append(sample["input_ids"].numpy())
+        if len(parts) * len(parts[0]) >= COUNTED:
+            break
+    return rank_by_frequency(np.concatenate(parts), vocab_size)
 
 
 def rank_by_frequency(tokens: np.ndarray, vocab_size: int) -> Tensor:

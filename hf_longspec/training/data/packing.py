@@ -38,7 +38,9 @@ def pieces_of(
     elif tokens > length and section.long_documents == "drop":
         left_out["longer than a sample"] += 1
     else:
-        used = tokens if section.long_documents == "cut" else min(tokens, length)
+        used = {"first": min(tokens, length), "full": tokens - tokens % length}.get(section.long_documents, tokens)
+        if section.long_documents == "full" and used < tokens:
+            left_out["ends shorter than a sample"] += 1
         for start in range(0, used, length):
             end = min(start + length, used)
             if loss_mask is None or loss_mask[start + 1 : end].any():

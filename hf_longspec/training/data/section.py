@@ -92,7 +92,8 @@ class DataSection:
     """The section `data` of a recipe.
 
     long_documents: those longer than a sample are `cut` into samples, all of them used, cut to the `first` sample, or
-        `drop`ped. Shorter ones are never cut.
+        `drop`ped. Shorter ones are never cut. `full`: cut into full samples; ends and documents shorter than that are
+        left out, so that every sample is of one document and needs no mask.
     min_tokens: documents (packages) with fewer tokens are left out: for samples of real long context.
     max_bad_share: more unreadable rows than this share of a source's rows end the run with an error.
     streaming: read, tokenize and pack while training, without a copy on disk; shuffled only within `shuffle_buffer`
@@ -103,7 +104,7 @@ class DataSection:
 
     sources: tuple[Source, ...]
     held_out: HeldOut = HeldOut()
-    long_documents: Literal["cut", "first", "drop"] = "cut"
+    long_documents: Literal["cut", "first", "drop", "full"] = "cut"
     min_tokens: int = 2
     max_bad_share: float = 0.01
     streaming: bool = False
