@@ -50,6 +50,17 @@ def test_a_run_cut_after_every_step_repeats_the_uninterrupted_one_to_the_bit(tmp
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_cut_run_with_muon_repeats_the_uninterrupted_one_to_the_bit(tmp_path):
+    settings = {"trainer__optim": "muon", "trainer__lr_scheduler_type": "cosine", "trainer__weight_decay": 0.1}
+    _, expected = run(tmp_path, "whole", **settings)
+    run(tmp_path, "parts", 0.0, **settings)
+    run(tmp_path, "parts", 0.0, **settings)
+    assert run(tmp_path, "parts", **settings)[1] == expected
+    ours, theirs = weights(tmp_path / "parts"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert run(tmp_path, "adamw", trainer__optim="adamw_torch")[1] != expected
+
+
 def test_half_written_checkpoints_are_passed_over(tmp_path):
     _, expected = run(tmp_path, "whole")
     run(tmp_path, "cut", 0.0)

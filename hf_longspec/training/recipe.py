@@ -160,7 +160,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Recipe:
-    """trainer: fields of transformers' `TrainingArguments`, and the two of `OURS`; `max_steps` must be among them."""
+    """trainer: fields of transformers' `TrainingArguments`, and the two of `OURS`; `max_steps` must be among them.
+
+    Its `optim` may be `muon` too.
+    """
 
     target: Target
     data: DataSection
@@ -172,6 +175,11 @@ class Recipe:
     @property
     def compiled(self) -> bool:
         return self.trainer.get("torch_compile", False)
+
+    @property
+    def muon(self) -> bool:
+        """`trainer.optim: muon`, which `TrainingArguments` know nothing of; see `MuonAdamW`."""
+        return self.trainer.get("optim") == "muon"
 
     @property
     def recompute(self) -> bool:

@@ -97,6 +97,8 @@ def train(recipe: Recipe, max_seconds: float | None = None) -> Outcome:
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     given = {key: value for key, value in recipe.trainer.items() if key not in OURS}
+    if recipe.muon:
+        del given["optim"]  # `DraftTrainer` makes it
     args = TrainingArguments(**(DEFAULTS | given | {"remove_unused_columns": False}))
     if args.n_gpu > 1:
         raise ValueError(

@@ -25,6 +25,7 @@ from .checkpoints import CheckpointError, last_complete, mark_complete, mark_unf
 from .distillation import Distillation
 from .held_out import measure_acceptance, measure_loss, prompts_of
 from .models import with_lora
+from .optimizer import make_muon
 from .recipe import Recipe
 from .samples import Collator
 
@@ -36,6 +37,7 @@ class DraftTrainer(Trainer):
     """
 
     control: TrainerControl
+    optimizer: Any
 
     def __init__(
         self,
@@ -65,6 +67,11 @@ class DraftTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is divided by the learned tokens of all that is accumulated
         self._loss_shifts_labels = False  # ours stand under the tokens that guess them: all of them count
         self.recent = RecentBatches(recipe.signal.max_lag, args.device)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        if self.optimizer is None and self.recipe.muon:
+            self.optimizer = make_muon(self.model, self.args)
+        return super().create_optimizer(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return SequentialSampler(train_dataset or self.train_dataset)  # the data are shuffled: see `samples`

@@ -1,0 +1,73 @@
+"""`trainer.optim: muon`: Muon for matrices, AdamW for gains and biases, as one optimizer with one learning rate.
+
+Muon (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982) makes each step of a matrix nearly orthogonal; docs/LOG.md
+says how many steps that saves a draft. torch's takes matrices only, and `Trainer` wants one optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+from transformers import TrainingArguments
+
+
+class MuonAdamW(Optimizer):
+    """Steps of equal size in both parts: Muon's are scaled to those that AdamW would make at this learning rate.
+
+    Weight decay is for matrices only.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float,
+    ):
+        every = list(parameters)
+        matrices, others = ([x for x in every if (x.dim() == 2) == wanted] for wanted in (True, False))
+        self.parts: list[Optimizer] = []
+        if matrices:
+            self.parts.append(Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        if others:
+            self.parts.append(AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=0.0))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        """A schedule that writes to a group here writes to that of the part."""
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self._share_groups()
+
+
+def make_muon(model: nn.Module, args: TrainingArguments) -> MuonAdamW:
+    """For the parameters of `model` that are trained. Raises `ValueError` where their matrices are not whole."""
+    if args.deepspeed_plugin is not None or args.fsdp:
+        raise ValueError("trainer.optim: muon needs whole matrices, which DeepSpeed and FSDP shard; use adamw_torch")
+    return MuonAdamW(
+        (x for x in model.parameters() if x.requires_grad),
+        lr=args.learning_rate,
+        weight_decay=args.weight_decay,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+    )
