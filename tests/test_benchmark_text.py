@@ -7,7 +7,7 @@ import torch
 from helpers import tiny_draft, tiny_target
 
 from hf_longspec.benchmark import tables, text
-from hf_longspec.benchmark.engines import chosen, engines_for
+from hf_longspec.benchmark.engines import engines_for
 
 
 def test_prompts_of_a_batch_are_padded_on_the_left():
@@ -80,12 +80,13 @@ def test_an_engine_leaves_target_and_draft_as_they_were():
     target = tiny_target("llama")
     draft = tiny_draft(target, tree_shape=(2, 3))
     own = target.config._attn_implementation
-    engine = engines_for(target, draft, 1, None)[-2]
-    assert engine.tree == ()
-    with pytest.raises(KeyError, match="any"), chosen(target, draft, engine._replace(attention="eager")):
-        assert draft.config.tree_shape == () and target.config._attn_implementation == "eager" != own
+    *_, idle, ours = engines_for(target, draft, 1, None)
+    assert ours.options["assistant_model"] is draft and draft.config.tree_shape == (2, 3)
+    assert idle.options["assistant_model"].config.tree_shape == ()
+    with pytest.raises(KeyError, match="any"), ours._replace(attention="eager").chosen(target):
+        assert target.config._attn_implementation == "eager" != own
         raise KeyError("any")
-    assert draft.config.tree_shape == (2, 3) and target.config._attn_implementation == own
+    assert target.config._attn_implementation == own
 
 
 def test_a_row_that_differs_is_told():
@@ -94,15 +95,12 @@ def test_a_row_that_differs_is_told():
     draft = tiny_draft(target, tree_shape=(2,))
     honest = draft.assisted_decoding
 
-    class Liar:
-        def __getattr__(self, name):
-            return getattr(draft, name)
+    def lying(*args, **kwargs):
+        output = honest(*args, **kwargs)
+        output.sequences[1, -1] = (output.sequences[1, -1] + 1) % 13
+        return output
 
-        def assisted_decoding(self, *args, **kwargs):
-            output = honest(*args, **kwargs)
-            output.sequences[1, -1] = (output.sequences[1, -1] + 1) % 13
-            return output
-
-    result = text.measure(target, Liar(), torch.randint(2, 13, (99,)), 9, 3, max_new_tokens=6, repeats=1)
+    draft.assisted_decoding = lying
+    result = text.measure(target, draft, torch.randint(2, 13, (99,)), 9, 3, max_new_tokens=6, repeats=1)
     ours = result.engines[-1]
     assert (ours.equal, ours.ties, ours.different) == (2, 0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -14,19 +15,21 @@ DEFAULT, OURS = "generate", "LongSpec"
 
 
 class Engine(NamedTuple):
-    """One way to write a text: by these options of `generate`, or by the draft with a tree of its own if there is one.
+    """One way to write a text: these options of `generate`.
 
-    attention: an implementation of transformers other than the target's.
+    attention: an implementation of transformers other than the target's. stock: it is no LongSpec draft.
     """
 
     name: str
     options: dict[str, Any]
     attention: str | None = None
-    tree: tuple[int, ...] | None = None
+    stock: bool = True
 
-    @property
-    def stock(self) -> bool:
-        return self.tree is None
+    @contextmanager
+    def chosen(self, target: PreTrainedModel) -> Iterator[None]:
+        """Within it, `target` is set as this engine wants it."""
+        with attending_by(target, self.attention) if self.attention else nullcontext():
+            yield
 
 
 def engines_for(target: PreTrainedModel, draft: Any, batch: int, assistant: PreTrainedModel | None) -> list[Engine]:
@@ -39,21 +42,10 @@ def engines_for(target: PreTrainedModel, draft: Any, batch: int, assistant: PreT
         engines.append(Engine("prompt lookup", {"prompt_lookup_num_tokens": 10}))
         if assistant is not None:
             engines.append(Engine("assistant", {"assistant_model": assistant}))
-    ours = {"assistant_model": draft}
-    engines.append(Engine(f"{OURS}, no guesses", ours, tree=()))
-    return [*engines, Engine(OURS, ours, tree=tuple(draft.config.tree_shape))]
-
-
-@contextmanager
-def chosen(target: PreTrainedModel, draft: Any, engine: Engine) -> Iterator[None]:
-    """Within it, target and draft are set as an engine wants them."""
-    tree = draft.config.tree_shape
-    draft.config.tree_shape = tree if engine.tree is None else engine.tree
-    try:
-        with attending_by(target, engine.attention) if engine.attention else nullcontext():
-            yield
-    finally:
-        draft.config.tree_shape = tree
+    idle = copy.deepcopy(draft)  # not the same one with another tree: each keeps the graphs of its last call
+    idle.config.tree_shape = ()
+    engines.append(Engine(f"{OURS}, no guesses", {"assistant_model": idle}, stock=False))
+    return [*engines, Engine(OURS, {"assistant_model": draft}, stock=False)]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..evaluation import side_by_side
 from ..evaluation.text import places
-from .engines import DEFAULT, chosen, engines_for
+from .engines import DEFAULT, engines_for
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def measure(
     outputs: dict[str, list[Any]] = {}
     for repeat in range(repeats + 1):
         for engine in engines:
-            with chosen(target, draft, engine):
+            with engine.chosen(target):
                 given = options | engine.options
                 seconds, outputs[engine.name] = timed(target, prompts, given | {"max_new_tokens": max_new_tokens})
                 prefill, _ = timed(target, prompts, given | {"max_new_tokens": 1})

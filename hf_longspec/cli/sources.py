@@ -43,7 +43,8 @@ DocumentOption = Annotated[
 ]
 Config = Annotated[str | None, typer.Option(help="Configuration of a dataset on the Hub.")]
 Split = Annotated[str, typer.Option(help="Split of a dataset on the Hub.")]
-Suffix = Annotated[list[str], typer.Option(metavar="SUFFIX", help="Endings of the text files to read. Repeatable.")]
+# not SUFFIX: typer 0.27 takes an option whose name is its metavar for one of capitals
+Suffix = Annotated[list[str], typer.Option(metavar=".EXT", help="Endings of the text files to read. Repeatable.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Read only so many rows.")]
 HeldOutNames = Annotated[
     list[str],
