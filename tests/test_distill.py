@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer, ids
+from full_disk import full_disk
 from helpers import tiny_draft, tiny_target
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -193,6 +194,17 @@ def test_mistakes(folder, greedy, options, message):
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.stderr.split())
     assert tree(greedy[0]) == before
+
+
+@pytest.mark.parametrize("size", [0, 2000])
+def test_a_disk_that_is_full(folder, tmp_path, size):
+    """At the settings; and at the first shard, where the same command goes on when there is room."""
+    out, options = tmp_path / "out", {"max_new_tokens": 300, "shard_rows": 8}
+    with full_disk(size):
+        result = CliRunner().invoke(cli.app, command(folder, out, **options))
+    assert result.exit_code == 1 and "cannot be written: File too large" in result.stderr, result.output
+    assert [path.name for path in out.rglob("*") if path.is_file()] == ["distill.json"] * (size > 0)
+    assert run(folder, out, **options)["rows"] == 8
 
 
 def test_a_folder_of_something_else(folder):

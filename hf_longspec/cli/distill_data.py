@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Dtype, RemoteCode, Target, fail, load_draft, load_model, load_tokenizer
+from .options import Dtype, RemoteCode, Target, fail_with, load_draft, load_model, load_tokenizer
 from .options import Format as NumberFormat
 from .sources import (
     Config,
@@ -108,7 +108,7 @@ def distill_data(
         started = time.monotonic()
         counts = distill(model, found, out, answering, part, tokens_of, helper)
     except (ValueError, OSError) as error:
-        fail(str(error))
+        fail_with(error)
     seconds = time.monotonic() - started
     result: dict[str, Any] = {"out": str(out), "shard": shard} | counts
     result |= {"seconds": seconds, "tokens_per_second": counts["new_tokens"] / seconds, "prompts": report.as_dict()}

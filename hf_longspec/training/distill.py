@@ -19,6 +19,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from hf_longspec.writing import writing
+
 from .data.store import Document, StoreWriter, load_json
 from .distill_prompts import Prompt
 
@@ -59,13 +61,18 @@ class Part(NamedTuple):
 def claim(folder: Path, settings: dict[str, Any]) -> None:
     """Writes the settings into `folder`, or checks that those there are the same; `ValueError` names the others."""
     path = folder / SETTINGS
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         if other := sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".")):
             raise ValueError(f"{folder}: expected an empty folder or one with {SETTINGS}, got {', '.join(other[:3])}")
         unfinished = folder / f".{SETTINGS}.{os.getpid()}.tmp"
-        unfinished.write_text(json.dumps(settings, indent=1, sort_keys=True), encoding="utf-8")
-        os.replace(unfinished, path)
+        try:
+            with writing(path):
+                unfinished.write_text(json.dumps(settings, indent=1, sort_keys=True), encoding="utf-8")
+                os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
     theirs, ours = load_json(path), json.loads(json.dumps(settings))
     if changed := sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key)):
         differences = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} now" for key in changed)
@@ -87,7 +94,8 @@ def distill(
     """
     own = list(prompts[part.number :: part.parts])
     place = folder / part.folder
-    place.mkdir(exist_ok=True)
+    with writing(place):
+        place.mkdir(exist_ok=True)
     for leftover in place.glob(".*.tmp"):
         shutil.rmtree(leftover)
     shards = [own[start : start + answering.shard_rows] for start in range(0, len(own), answering.shard_rows)]
