@@ -37,6 +37,10 @@ def folder(tmp_path_factory):
     target.save_pretrained(folder / "target")
     byte_tokenizer().save_pretrained(folder / "target")
     tiny_draft(target, tree_shape=(2, 2)).save_pretrained(folder / "draft")
+    tiny_draft(tiny_target("llama", vocab_size=258, hidden_size=64)).save_pretrained(folder / "stranger")
+    target.generation_config.num_beams = 4
+    target.save_pretrained(folder / "beams")
+    byte_tokenizer().save_pretrained(folder / "beams")
     rows = [{"messages": [{"role": "user", "content": question}]} for question in QUESTIONS]
     (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "texts.jsonl").write_text(json.dumps({"text": "0123456789" * 3}) + "\n")
@@ -194,6 +198,20 @@ def test_mistakes(folder, greedy, options, message):
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.stderr.split())
     assert tree(greedy[0]) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draft": "stranger"}, "hidden_size: draft has 64, target has 32"),
+        ({"target": "beams", "draft": "draft"}, "LongSpec needs num_beams=1, got num_beams=4"),
+    ],
+)
+def test_what_generate_refuses_leaves_nothing(folder, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(folder)
+    result = CliRunner().invoke(cli.app, command(folder, tmp_path / "out", **options))
+    assert result.exit_code == 2 and message in result.stderr, result.output
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("size", [0, 2000])

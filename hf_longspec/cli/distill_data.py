@@ -75,7 +75,7 @@ def distill_data(
     from ..provenance import provenance
     from ..training.data.report import SourceReport
     from ..training.data.tokenized import origin
-    from ..training.distill import Answering, claim, distill, settings_of
+    from ..training.distill import Answering, claim, distill, settings_of, try_once
     from ..training.distill_prompts import prompts_sha256, read_prompts
 
     part = parse_shard(shard)
@@ -104,6 +104,7 @@ def distill_data(
         found = read_prompts(section, tokenizer, max_prompt_tokens, stride, report)
         about = {"target": target, "source": asdict(section.sources[0]), "prompts_sha256": prompts_sha256(found)}
         tokens_of = origin(tokenizer)
+        try_once(model, found, answering, helper)
         claim(out, settings_of(answering, part, model, about | {"prompts": len(found)} | tokens_of))
         started = time.monotonic()
         counts = distill(model, found, out, answering, part, tokens_of, helper)

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,6 +56,12 @@ class Part(NamedTuple):
     @property
     def folder(self) -> str:
         return f"part-{self.number}-of-{self.parts}"
+
+
+def try_once(target: PreTrainedModel, prompts: Sequence[Prompt], answering: Answering, draft: Any) -> None:
+    """One token, before anything is written: raises what `generate` has against target, draft or options."""
+    shortest = min(prompts, key=lambda prompt: len(prompt.ids))
+    answer(target, [shortest.ids], replace(answering, max_new_tokens=1), draft)
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> None:
