@@ -49,3 +49,15 @@ def number_of(error: Exception) -> int | None:
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found else None
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write what is to be `path`, which keeps what it held if that fails. Raises what `writing` does."""
+    unfinished = path.with_name(f".{path.name}")
+    with writing(path):
+        try:
+            yield unfinished
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)

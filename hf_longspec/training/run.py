@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
 from ..evaluation.room import positions_of
+from ..writing import whole_file, writing
 from .checkpoints import last_complete
 from .data import build_datasets
 from .learning_curve import LearningCurve
@@ -63,8 +64,8 @@ class WallClock(TrainerCallback):
 def train(recipe: Recipe, max_seconds: float | None = None) -> Outcome:
     """Starts a run, or goes on with it.
 
-    Raises `ValueError` or `OSError`, one line each, for what the recipe asks and cannot be had; `CheckpointError`
-    where the disk is full.
+    Raises `ValueError` or `OSError`, one line each, for what the recipe asks and cannot be had; `MachineError`, of
+    which `CheckpointError` is one, where the disk is full.
     """
     args = training_arguments(recipe)
     checkpoint = resume_point(recipe, args)
@@ -124,7 +125,8 @@ def resume_point(recipe: Recipe, args: TrainingArguments) -> Path | None:
 
 def write_recipe(recipe: Recipe, run: Path) -> None:
     text = yaml.safe_dump(_lists(recipe.to_dict()), sort_keys=False, allow_unicode=True)
-    (run / RECIPE).write_text(text, encoding="utf-8")
+    with whole_file(run / RECIPE) as path:
+        path.write_text(text, encoding="utf-8")
 
 
 def _lists(value: Any) -> Any:
@@ -151,7 +153,8 @@ def export(trainer: DraftTrainer) -> str | None:
     draft = trainer.snapshot()
     if draft is not None:
         folder = Path(str(trainer.args.output_dir)) / "draft"
-        draft.save_pretrained(folder)
+        with writing(folder):
+            draft.save_pretrained(folder)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     return None if draft is None else str(folder)
