@@ -108,7 +108,7 @@ def distill_data(
         claim(out, settings_of(answering, part, model, about | {"prompts": len(found)} | tokens_of))
         started = time.monotonic()
         counts = distill(model, found, out, answering, part, tokens_of, helper)
-    except (ValueError, OSError) as error:
+    except (ValueError, ImportError, OSError) as error:
         fail_with(error)
     seconds = time.monotonic() - started
     result: dict[str, Any] = {"out": str(out), "shard": shard} | counts
