@@ -36,7 +36,9 @@ def commit(folder: Path = Path(__file__).parents[1]) -> str | None:
 
     def git(*arguments: str) -> str:
         # a checkout of another user's is answered by an error: then there is no commit to tell
-        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True).stdout.strip()
+        # without locks `status` only looks; it would write the index, and leave its lock behind where it is killed
+        command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
     head = git("rev-parse", "--verify", "--quiet", "HEAD")
     return (head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")) or None

@@ -1,5 +1,6 @@
 """Where a figure comes from."""
 
+import os
 import subprocess
 import sys
 
@@ -31,6 +32,9 @@ def test_commit(tmp_path):
     git("add", "file")
     git("commit", "-m", "first")
     head = git("rev-parse", "HEAD").stdout.strip()
+    os.utime(tmp_path / "file", (0, 0))  # git would note in its index that the file is the same
+    index = (tmp_path / ".git" / "index").read_bytes()
     assert len(head) == 40 and commit(tmp_path) == head
+    assert (tmp_path / ".git" / "index").read_bytes() == index
     (tmp_path / "file").write_text("two")
     assert commit(tmp_path) == head + "+"
