@@ -9,6 +9,7 @@ import torch
 from helpers import tiny_target
 from recipes import tiny_recipe
 from safetensors.torch import load_file
+from tiny_folders import ALPHABET
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_longspec import LongSpecForCausalLM
@@ -235,9 +236,13 @@ def test_a_draft_for_a_target_with_lora(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-def test_a_draft_for_a_quantized_target(tmp_path):
-    pytest.importorskip("torchao")
-    outcome, found = run(tmp_path, trainer__max_steps=2, target__quantization="torchao-int8", **EVALUATED)
+@pytest.mark.parametrize("name", ["torchao-int8", "bitsandbytes-4bit", "bitsandbytes-8bit"])
+def test_a_draft_for_a_quantized_target(name, tmp_path):
+    pytest.importorskip(name.partition("-")[0])
+    tiny_recipe(tmp_path)
+    size = {"vocab_size": len(ALPHABET), "hidden_size": 64, "intermediate_size": 64}  # bitsandbytes wants no less
+    tiny_target("llama", **size).save_pretrained(tmp_path / "target")
+    outcome, found = run(tmp_path, trainer__max_steps=2, target__quantization=name, **EVALUATED)
     assert outcome.complete and all(math.isfinite(loss) for loss in found.values())
 
 
