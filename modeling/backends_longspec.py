@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from packaging.version import Version
 from torch import Tensor
+from transformers.utils import logging
 
 from .attention_longspec import Nodes, Prefix, PrefixAttention, eager_prefix, merged_attention
 from .children_longspec import Children, best_children
 from .slots_longspec import Move, move_slots
 from .torch_flash_longspec import torch_prefix
 
+logger = logging.get_logger(__name__)
 Attention = Callable[[Tensor, Prefix, Nodes | None, float, float | None, Tensor | None], Tensor]
 # Up to 64 queries a key/value head our kernel is faster than FlashAttention-3, with 256 slower (H200, heads of 128).
 FEW = 64
@@ -63,9 +65,12 @@ def load_backend(name: str) -> Backend:
     from .triton_topk_longspec import fused_best_children
 
     try:
-        flash = load_flash_2() if name == "flash_attn_2" else load_flash_3(installed_flash_3() or FLASH_3[0])
-    except (ImportError, OSError) as error:  # also of a wheel that was built for another torch
-        raise ImportError(f"attention_backend={name!r}: its package cannot be imported: {error}") from error
+        if name == "flash_attn_2":
+            flash = load_flash_2(imported("flash_attn"))
+        else:
+            flash = load_flash_3(imported(installed_flash_3() or FLASH_3[0]))
+    except (ImportError, AttributeError) as error:  # of a package that is too old
+        raise ImportError(f"attention_backend={name!r} cannot be loaded: {error}") from error
     attention = functools.partial(flash_attention, flash)
     return Backend(name, functools.partial(flash_prefix, flash), attention, triton_move, fused_best_children)
 
@@ -73,16 +78,36 @@ def load_backend(name: str) -> Backend:
 def resolve_backend(name: str, demand: Demand) -> Backend:
     """The backend for a call: `name`, or the fastest that fits for `"auto"`.
 
-    Raises `ValueError` with the reason where a backend asked for by name cannot run.
+    Raises `ValueError` with the reason where a backend asked for by name cannot run, `ImportError` where its package
+    is installed but broken.
     """
     if name == "auto":
-        fastest = ("flash_attn_3", "triton", "torch") if demand.device.type == "cuda" else ("torch",)
-        name = next((name for name in fastest if MISFITS[name](demand) is None), "eager")
-        if name == "flash_attn_3":
-            return by_size(load_backend("triton"), load_backend(name))
-    elif name != "eager" and (reason := MISFITS[name](demand)):
+        return fastest(demand)
+    if name != "eager" and (reason := MISFITS[name](demand)):
         raise ValueError(f"attention_backend={name!r} cannot run here: {reason}; use 'auto' or 'eager'")
     return load_backend(name)
+
+
+def fastest(demand: Demand) -> Backend:
+    """The fastest backend that fits. One whose package is installed but broken is passed over, and told of once."""
+    for name in ("flash_attn_3", "triton", "torch") if demand.device.type == "cuda" else ("torch",):
+        try:
+            if MISFITS[name](demand) is None:
+                backend = load_backend(name)
+                return by_size(load_backend("triton"), backend) if name == "flash_attn_3" else backend
+        except ImportError as error:
+            logger.warning_once(f"LongSpec goes on with another attention backend: {error}")
+    return load_backend("eager")
+
+
+def imported(module: str) -> Any:
+    """A package. Raises `ImportError` also for one that was built for another torch and fails in another way."""
+    # not an import statement: transformers would ask all who load a draft's code for the package
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ImportError(f"the package {module} cannot be imported: {reason}") from error
 
 
 def by_size(small: Backend, large: Backend) -> Backend:
@@ -117,8 +142,7 @@ def triton_misfit(demand: Demand) -> str | None:
     device, head_dim = demand.device, demand.head_dim
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    # not an import statement: transformers would ask all who load a draft's code for the package
-    triton = importlib.import_module("triton")
+    triton = imported("triton")
     if device.type != "cuda" and not triton.knobs.runtime.interpret:
         return f"it needs a CUDA device (or TRITON_INTERPRET=1, to try it slowly), got {device.type}"
     if device.type == "cuda" and not torch.cuda.is_available():

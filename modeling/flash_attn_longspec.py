@@ -7,7 +7,6 @@ captured in a CUDA graph. Their packages are imported only when chosen; the tail
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,14 +34,13 @@ class Partial(NamedTuple):
 Flash = Callable[[Tensor, Prefix, float, float | None], Partial]
 
 
-def load_flash_2() -> Flash:
-    """Raises `ImportError` if its package cannot be imported."""
-    return functools.partial(flash_2, importlib.import_module("flash_attn").flash_attn_with_kvcache)
+def load_flash_2(package: Any) -> Flash:
+    """package: flash_attn. Raises `AttributeError` if it is too old."""
+    return functools.partial(flash_2, package.flash_attn_with_kvcache)
 
 
-def load_flash_3(module: str) -> Flash:
-    """module: the one of the packages that is installed. Raises `ImportError` if it cannot be imported."""
-    package = importlib.import_module(module)
+def load_flash_3(package: Any) -> Flash:
+    """package: the one that is installed. Raises `AttributeError` if it is too old."""
     return functools.partial(flash_3, package.flash_attn_with_kvcache, package.get_scheduler_metadata)
 
 

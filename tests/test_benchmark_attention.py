@@ -6,7 +6,8 @@ import torch
 from hf_longspec.benchmark import attention, tables
 from hf_longspec.benchmark.attention import Heads
 from hf_longspec.benchmark.timing import Speed, milliseconds
-from hf_longspec.modeling.backends_longspec import load_backend
+from hf_longspec.modeling import backends_longspec
+from hf_longspec.modeling.backends_longspec import Demand, load_backend
 
 CPU = torch.device("cpu")
 HEADS = Heads(4, 2, 16)
@@ -88,3 +89,12 @@ def test_attention_on_a_gpu():
         case = attention.measure(Heads(8, 2, 64), 1000, nodes, found, Speed(4e12, 8e14), device, dtype, repeats=3)
         assert all(timed.milliseconds > 0 for timed in case.timed)
         assert all(timed.error < 0.05 for timed in case.timed if timed.error is not None)
+
+
+def test_a_broken_package_has_no_row(monkeypatch, tmp_path):
+    """FlashAttention-3 without a mask stands beside our backends where it can run."""
+    (tmp_path / "fa3_fwd_interface.py").write_text("raise OSError('built for another torch')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(backends_longspec, "FLASH_3", ("fa3_fwd_interface",))
+    monkeypatch.setattr(attention, "flash_3_misfit", lambda demand: None)  # as on a Hopper GPU
+    assert attention.flash_3(Demand(CPU, torch.bfloat16, 64, None)) is None

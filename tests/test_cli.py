@@ -78,6 +78,28 @@ def test_draft_for_another_target(folders):
     assert result.exit_code == 2 and "hidden_size: draft has 64, target has 32" in result.stderr
 
 
+def test_a_backend_whose_package_is_broken(folders, tmp_path, monkeypatch):
+    """A draft may name its backend."""
+    draft = shutil.copytree(folders / "draft", tmp_path / "draft")
+    config = AutoConfig.from_pretrained(draft)
+    config.attention_backend = "triton"
+    config.save_pretrained(draft)
+    (tmp_path / "triton.py").write_text("raise OSError('built for another torch')")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    del sys.modules["triton"]
+    monkeypatch.syspath_prepend(tmp_path)
+    pair = ["--target", folders / "target", "--draft", draft, "--max-new-tokens", "2", "--dtype", "float32"]
+    text = ["bench", "text", "--text", folders / "prompt.txt", "--context", "8", "--batches", "1", "--repeats", "1"]
+    distilled = ["distill-data", "--prompts", folders / "prompt.txt", "--format", "text", "--suffix", ".txt"]
+    distilled += ["--kind", "text", "--max-prompt-tokens", "8", "--separator", "Ā", "--out", tmp_path / "out"]
+    for command in (["generate", "--prompt-file", folders / "prompt.txt"], text, distilled):
+        given = ["--backend", "triton"] if command is text else []
+        result = runner.invoke(cli.app, [str(word) for word in (*command, *pair, *given)])
+        assert result.exit_code == 2 and is_one_line(result.stderr), result.output
+        assert "the package triton cannot be imported: built for another torch" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_draft_that_is_no_draft(folders):
     result = generate(folders, draft=folders / "target")
     assert result.exit_code == 2 and "is no LongSpec draft, its model type is 'llama'" in result.stderr

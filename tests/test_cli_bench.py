@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+from full_disk import full_disk
 from helpers import interpreted
 from tiny_folders import tiny_folders
 from typer.testing import CliRunner
@@ -108,6 +109,17 @@ def test_pictures(folders, tmp_path):
     for name, command in (("attention", ATTENTION), ("latency", LATENCY), ("text", text(folders))):
         bench(*command, "--plot", str(tmp_path / f"{name}.png"))
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_full_disk_costs_the_picture_only(tmp_path):
+    pytest.importorskip("matplotlib")
+    command = ["attention", "--contexts", "64", "--nodes", "1", "--heads", "2,1,16", "--backends", "torch"]
+    with full_disk(1000):
+        result = runner.invoke(cli.app, ["bench", *command, "--repeats", "1", "--plot", str(tmp_path / "a.png")])
+    assert result.exit_code == 1 and json.loads(result.stdout.splitlines()[-1])["bench"] == "attention"
+    last = result.stderr.splitlines()[-1]
+    assert last == f"hf-longspec: {tmp_path / 'a.png'} cannot be written: File too large"
+    assert not any(tmp_path.iterdir())
 
 
 def test_pictures_without_matplotlib(monkeypatch, tmp_path):

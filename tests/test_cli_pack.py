@@ -4,6 +4,7 @@ import json
 
 import pytest
 from byte_tokenizer import END, byte_tokenizer, ids
+from full_disk import full_disk
 from typer.testing import CliRunner
 
 from hf_longspec import cli
@@ -72,3 +73,10 @@ def test_mistakes(folder, path, options, message):
     assert result.exit_code == 2, result.output
     assert message in result.stderr and not (folder / "out").exists()
     assert not list(folder.glob(".out*"))
+
+
+def test_a_disk_that_is_full(folder):
+    with full_disk(100):
+        result = pack(folder, "code")
+    assert result.exit_code == 1 and "cannot be written: File too large" in result.stderr, result.output
+    assert not list(folder.glob("*out*"))

@@ -3,13 +3,12 @@
 import argparse
 import json
 import os
-import resource
-import signal
 from pathlib import Path
 
 import pytest
 import torch
-from conversions import CONFIG, assert_refused, command, convert, published_folders
+from conversions import CONFIG, assert_refused, command, published_folders
+from full_disk import full_disk
 from helpers import is_one_line
 from published_format import random_weights, write_checkpoint, write_config
 from safetensors.torch import save_file
@@ -98,13 +97,13 @@ def test_folders_that_are_not_there(folders):
     assert_refused(folders, "draft .*empty has no config that can be read: ", source="empty")
     assert_refused(folders, "target .*empty has no config that can be read: ", target="empty")
     assert_refused(folders, "holds no weights: expected one of", source="target")
-    assert_refused(folders, "cannot write .*: no such folder: .*gone", out="gone/draft")
 
 
 def test_folders_that_are_in_use(folders):
-    assert_refused(folders, "expected --out to name a new or empty folder, got .*target, which exists", out="target")
+    assert_refused(folders, "expected a new or empty folder to write to, got .*target", out="target")
     (folders / "file").write_text("")
-    assert_refused(folders, "got .*file, which exists", out="file")
+    for out in ("file", "file/draft"):
+        assert_refused(folders, f"expected a new or empty folder to write to, got .*{out}", out=out)
 
 
 @pytest.mark.parametrize(
@@ -130,19 +129,22 @@ def test_hub_while_offline(folders, monkeypatch):
 
 
 def test_mistakes_are_told_without_a_traceback(folders):
-    for options in ({"source": "missing"}, {"target": "missing"}, {"out": "gone/draft"}, {"out": "target"}):
+    for options in (
+        {"source": "missing"},
+        {"target": "missing"},
+        {"out": "target/config.json/draft"},
+        {"out": "target"},
+    ):
         result = command(folders, **options)
         assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
         assert result.stderr.startswith("hf-longspec: ") and is_one_line(result.stderr)
 
 
 def test_a_disk_that_is_full(folders):
-    """Told by a limit on the size of files, which fails as a full disk does."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    try:
-        assert_refused(folders, "cannot write .*draft: .*File too large")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-    convert(folders)
+    before = sorted(folders.rglob("*"))
+    with full_disk(20_000):
+        result = command(folders, out="new/draft")
+    assert result.exit_code == 1 and is_one_line(result.stderr)
+    assert f"{folders / 'new' / 'draft'} cannot be written: " in result.stderr and "File too large" in result.stderr
+    assert sorted(folders.rglob("*")) == before
+    assert command(folders, out="new/draft").exit_code == 0

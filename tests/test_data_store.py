@@ -3,15 +3,16 @@
 import json
 import lzma
 import pickle
-import resource
 
 import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
+from full_disk import full_disk
 
 from hf_longspec.training.data.section import Source
 from hf_longspec.training.data.store import Document, StoreWriter, TokenStore
 from hf_longspec.training.data.stored import open_stores, token_folders
+from hf_longspec.writing import MachineError
 
 DOCUMENTS = [("a", [1, 2, 3], [0, 1, 1]), ("b", [], []), ("c", [300, 0], None)]
 
@@ -125,14 +126,18 @@ def test_tokens_of_another_tokenizer(tmp_path):
         open_stores(source, byte_tokenizer())
 
 
-@pytest.mark.parametrize("tokens", [1_000_000, 100])
-def test_a_disk_that_takes_no_more(tmp_path, tokens):
-    """A limit on the size of files stands for it; the fewer tokens are noticed only when the file is closed."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
-    try:
-        with pytest.raises(ValueError, match="tokens.npy: cannot be written: File too large"):
-            write(tmp_path / "store", documents=[("a", [1] * tokens, None)])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+@pytest.mark.parametrize(
+    "tokens, documents, name, file",
+    [
+        (1_000_000, 1, "a", "tokens.npy"),
+        (100, 1, "a", "tokens.npy"),
+        (1, 30, "a", "offsets.npy"),
+        (0, 9, "a" * 40, "store"),
+    ],
+)
+def test_a_disk_that_takes_no_more(tmp_path, tokens, documents, name, file):
+    """Little is noticed only when a file is closed, and by `np.save` not even then."""
+    rows = [(name, [1] * tokens, None)] * documents
+    with full_disk(300), pytest.raises(MachineError, match=f"{file} cannot be written: File too large"):
+        write(tmp_path / "store", documents=rows)
     assert not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer, ids
+from full_disk import full_disk
 from helpers import tiny_draft, tiny_target
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -36,6 +37,10 @@ def folder(tmp_path_factory):
     target.save_pretrained(folder / "target")
     byte_tokenizer().save_pretrained(folder / "target")
     tiny_draft(target, tree_shape=(2, 2)).save_pretrained(folder / "draft")
+    tiny_draft(tiny_target("llama", vocab_size=258, hidden_size=64)).save_pretrained(folder / "stranger")
+    target.generation_config.num_beams = 4
+    target.save_pretrained(folder / "beams")
+    byte_tokenizer().save_pretrained(folder / "beams")
     rows = [{"messages": [{"role": "user", "content": question}]} for question in QUESTIONS]
     (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "texts.jsonl").write_text(json.dumps({"text": "0123456789" * 3}) + "\n")
@@ -193,6 +198,31 @@ def test_mistakes(folder, greedy, options, message):
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.stderr.split())
     assert tree(greedy[0]) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draft": "stranger"}, "hidden_size: draft has 64, target has 32"),
+        ({"target": "beams", "draft": "draft"}, "LongSpec needs num_beams=1, got num_beams=4"),
+    ],
+)
+def test_what_generate_refuses_leaves_nothing(folder, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(folder)
+    result = CliRunner().invoke(cli.app, command(folder, tmp_path / "out", **options))
+    assert result.exit_code == 2 and message in result.stderr, result.output
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [0, 2000])
+def test_a_disk_that_is_full(folder, tmp_path, size):
+    """At the settings; and at the first shard, where the same command goes on when there is room."""
+    out, options = tmp_path / "out", {"max_new_tokens": 300, "shard_rows": 8}
+    with full_disk(size):
+        result = CliRunner().invoke(cli.app, command(folder, out, **options))
+    assert result.exit_code == 1 and "cannot be written: File too large" in result.stderr, result.output
+    assert [path.name for path in out.rglob("*") if path.is_file()] == ["distill.json"] * (size > 0)
+    assert run(folder, out, **options)["rows"] == 8
 
 
 def test_a_folder_of_something_else(folder):

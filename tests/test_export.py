@@ -1,12 +1,12 @@
 """The folder for the Hub: what is in it, that it is checked as a stranger would, and what it is refused for."""
 
 import json
-import resource
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from full_disk import full_disk
 from helpers import is_one_line, tiny_target
 from hub_folders import ABOUT, contents, hub_folders
 from huggingface_hub import ModelCard
@@ -185,15 +185,12 @@ def test_mistakes_end_in_one_line(folders, tmp_path, monkeypatch, changes, messa
 
 
 def test_a_disk_that_is_full(folders, tmp_path):
-    """The same error comes from a limit on the size of files, which a process may set for itself."""
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    draft = load_draft(str(folders / "draft"))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
-    try:
-        with pytest.raises(OSError, match=f"{tmp_path / 'hub'} cannot be written: .*I/O error"):
-            write(folders, tmp_path / "hub", draft=draft)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    arguments = ["--draft", folders / "draft", "--target", folders / "target", "--out", tmp_path / "deep" / "hub"]
+    arguments += ["--card", folders / "card.json"]
+    with full_disk(30_000):
+        result = runner.invoke(cli.app, ["export", *map(str, arguments)])
+    assert result.exit_code == 1 and is_one_line(result.stderr), result.output
+    assert f"{tmp_path / 'deep' / 'hub'} cannot be written: " in result.stderr and "File too large" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 

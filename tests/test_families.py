@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from full_disk import full_disk
 from helpers import tiny_draft
 from transformers import LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -232,6 +233,15 @@ def test_command_prints_the_table_and_fails_if_a_family_is_wrong(monkeypatch):
     result = CliRunner().invoke(cli.app, ["support", "--families", "llama"])
     assert result.exit_code == 1
     assert "| `llama` | M | full | WRONG | odd |" in result.stdout
+
+
+def test_a_full_disk_leaves_the_table_as_it_was(monkeypatch, tmp_path):
+    monkeypatch.setattr(trials_of, "try_family", lambda family: Trial(family, "M", "full", Result.served))
+    (tmp_path / "S.md").write_text("before")
+    with full_disk(100):
+        result = CliRunner().invoke(cli.app, ["support", "--families", "llama", "--output", str(tmp_path / "S.md")])
+    assert result.exit_code == 1 and "S.md cannot be written: File too large" in result.stderr
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import interpreted
 from reference_attention import INF, spans_of
+from transformers.utils import logging
 from tree_cases import CPU, SPANS, case, check, random_tree
 
 from hf_longspec.modeling import backends_longspec
@@ -302,14 +303,60 @@ def test_a_package_that_is_too_old(monkeypatch, tmp_path):
         resolve_backend("flash_attn_2", demand())
 
 
+SYMBOL = "undefined symbol: _ZN3c105Error"
+# How packages fail at their import: their module, its source, and what is said.
+FAULTS = {
+    "missing symbol": (f"raise ImportError('{SYMBOL}')", f"cannot be imported: {SYMBOL}"),
+    "missing library": (
+        "raise OSError('libcudart.so.13: no such file')",
+        r"cannot be imported: libcudart\.so\.13: no",
+    ),
+    "known operators": ("raise RuntimeError('Only a single one\\nat 0x0')", "cannot be imported: Only a single one$"),
+    "too old": ("", "has no attribute 'flash_attn_with_kvcache'"),
+}
+
+
 @interpreted
+@pytest.mark.parametrize("source, said", FAULTS.values(), ids=FAULTS)
 @pytest.mark.parametrize("name, module", [("flash_attn_2", "flash_attn"), ("flash_attn_3", "flash_attn_interface")])
-def test_a_package_that_cannot_be_imported(monkeypatch, tmp_path, name, module):
+def test_a_package_that_cannot_be_imported(monkeypatch, tmp_path, name, module, source, said):
     """As one that was built for another torch."""
-    monkeypatch.delitem(sys.modules, module, raising=False)
-    packages(monkeypatch, tmp_path, **{module: "raise ImportError('undefined symbol: _ZN3c105Error')"})
-    with pytest.raises(ImportError, match=rf"attention_backend='{name}': its package cannot be imported: undefined"):
+    broken(monkeypatch, tmp_path, **{module: source})
+    with pytest.raises(ImportError, match=rf"^attention_backend='{name}' cannot be loaded: .*{module}'? {said}"):
         load_backend(name)
+
+
+@interpreted
+@pytest.mark.parametrize("source, said", FAULTS.values(), ids=FAULTS)
+def test_auto_passes_a_broken_package_over(monkeypatch, tmp_path, caplog, source, said):
+    """On a Hopper GPU, as far as the choice can tell."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    broken(monkeypatch, tmp_path, flash_attn_interface=source)
+    assert [resolve_backend("auto", demand()).name for _ in range(2)] == ["triton", "triton"]
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and re.search(said, record.getMessage())
+    with pytest.raises(ImportError, match=f"^attention_backend='flash_attn_3' cannot be loaded: .*{said}"):
+        resolve_backend("flash_attn_3", demand())
+
+
+def test_auto_passes_a_broken_triton_over(monkeypatch, tmp_path, caplog):
+    broken(monkeypatch, tmp_path, triton=f"raise ImportError('{SYMBOL}')", flash_attn_interface="")
+    assert [resolve_backend("auto", demand()).name for _ in range(2)] == ["torch", "torch"]
+    (record,) = caplog.records
+    assert f"the package triton cannot be imported: {SYMBOL}" in record.getMessage()
+    with pytest.raises(ImportError, match=f"^the package triton cannot be imported: {SYMBOL}"):
+        resolve_backend("triton", demand())
+
+
+def broken(monkeypatch, folder, **sources):
+    """Packages of these sources, as if they had not been imported yet, and nothing said so far."""
+    for module in sources:
+        monkeypatch.setitem(sys.modules, module, None)  # taken off again in the end, also what is imported here
+        del sys.modules[module]
+    packages(monkeypatch, folder, **sources)
+    logging.set_verbosity_warning()  # whatever a test before asked for
+    logging.warning_once.cache_clear()
 
 
 FLAGS = {"FLASHATTENTION_DISABLE_FP16": True, "FLASHATTENTION_DISABLE_SOFTCAP": True}

@@ -2,19 +2,20 @@
 
 import json
 import math
-import resource
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin
+from full_disk import full_disk
 from helpers import tiny_target
 from recipes import tiny_recipe
 from safetensors.torch import load_file
 from tiny_folders import ALPHABET
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
-from hf_longspec import LongSpecForCausalLM
+from hf_longspec import LongSpecForCausalLM, cli
 from hf_longspec.training.checkpoints import CheckpointError, last_complete
 from hf_longspec.training.learning_curve import draw, read_log
 from hf_longspec.training.recipe import Recipe
@@ -102,14 +103,24 @@ def test_a_run_with_another_recipe_is_refused(tmp_path):
 
 def test_a_full_disk_is_one_line_and_costs_no_checkpoint(tmp_path):
     run(tmp_path, max_seconds=0.0)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # every longer file ends there, as on a full disk
-    try:
-        with pytest.raises(CheckpointError, match=r"checkpoint-2 could not be written \(.*\); .* one: .*point-1$"):
-            run(tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    lost = r"checkpoint-2 could not be written \(.*\); .* one: .*point-1$"
+    with full_disk(20_000), pytest.raises(CheckpointError, match=lost):
+        run(tmp_path)
     assert run(tmp_path)[0].complete
+
+
+def test_the_command_says_that_the_disk_is_full(tmp_path):
+    """Of a run that is done already: nothing of it is lost."""
+    path, files = tiny_recipe(tmp_path), ("recipe.yaml", "learning_curve.png", "draft")
+    assert CliRunner().invoke(cli.app, ["train", str(path)]).exit_code == 0
+    before = [(tmp_path / "run" / name).read_bytes() for name in files[:2]]
+    for size, name in zip((0, 20_000, 60_000), files, strict=True):
+        with full_disk(size):
+            result = CliRunner().invoke(cli.app, ["train", str(path)])
+        last = result.stderr.splitlines()[-1]
+        assert result.exit_code == 1 and f"run/{name} cannot be written: " in last and "File too large" in last
+        assert [(tmp_path / "run" / name).read_bytes() for name in files[:2]] == before
+    assert CliRunner().invoke(cli.app, ["train", str(path)]).exit_code == 0
 
 
 def test_the_target_is_left_alone_and_nowhere_written(tmp_path):

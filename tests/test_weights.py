@@ -58,7 +58,7 @@ def test_no_space(tmp_path, monkeypatch):
 
 def test_unwritable_cache(tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(weights.WeightsError, match="cannot write .*Not a directory|cannot write .*File exists"):
+    with pytest.raises(weights.WeightsError, match="cannot be written: (Not a directory|File exists)"):
         weights.smollm2_folder(tmp_path / "file" / "cache")
 
 

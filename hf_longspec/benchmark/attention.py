@@ -6,7 +6,6 @@ Knows the backends, and transformers' and FlashAttention's own functions beside 
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..modeling.attention_longspec import Nodes, Prefix, Spans, attend
-from ..modeling.backends_longspec import Backend, Demand, flash_3_misfit, installed_flash_3, resolve_backend
+from ..modeling.backends_longspec import Backend, Demand, flash_3_misfit, imported, installed_flash_3, resolve_backend
 from ..modeling.cache_layers_longspec import BUCKET
 from ..modeling.configuration_longspec import ATTENTION_BACKENDS
 from ..modeling.tree_longspec import ancestor_mask
@@ -161,8 +160,11 @@ def with_flash_3(function: Callable[..., Tensor], layers: list[Layer]) -> list[C
 
 def flash_3(demand: Demand) -> Callable[..., Tensor] | None:
     """`flash_attn_with_kvcache` of FlashAttention-3, if one of its packages is installed and can run."""
-    module = None if flash_3_misfit(demand) else installed_flash_3()
-    return None if module is None else importlib.import_module(module).flash_attn_with_kvcache
+    try:
+        module = None if flash_3_misfit(demand) else installed_flash_3()
+        return None if module is None else imported(module).flash_attn_with_kvcache
+    except ImportError:  # of one that is installed but broken: `choose` tells why
+        return None
 
 
 def choose(

@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ..writing import whole_file
 from .attention import Case
 from .latency import Latency
 from .text import Comparison
@@ -75,4 +76,5 @@ def _axes(panel: Any, title: str, contexts: list[int]) -> None:
 def _save(figure: Figure, legends: list[Any], path: Path) -> None:
     for panel in legends:
         panel.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished, dpi=120)

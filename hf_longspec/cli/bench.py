@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,7 @@ from .options import (
     Text,
     Tree,
     fail,
+    fail_with,
     load_model,
     load_pair,
     numbers,
@@ -68,7 +70,7 @@ def attention(
         chosen, missing = layer.choose([name for name in backends.split(",") if name], device, number_format, shape)
         chosen += layer.tuned(tiles, device, number_format, shape) if tiles else []
     except (ValueError, ImportError) as error:
-        fail(str(error))
+        fail_with(error)
     for name, reason in missing.items():
         typer.echo(f"{name} cannot run here: {reason}", err=True)
     speed = timing.measure_speed(device, number_format)
@@ -77,10 +79,6 @@ def attention(
         for context in contexts
         for count in nodes
     ]
-    if plot is not None:
-        from ..benchmark import plots
-
-        plots.plot_attention(cases, plot)
     setting: dict[str, Any] = {
         "bench": "attention",
         "heads": list(heads),
@@ -89,6 +87,10 @@ def attention(
     }
     setting |= {"missing_backends": missing, "cases": [case.as_dict() for case in cases]}
     show([tables.attention_table(cases)], setting, device)
+    if plot is not None:
+        from ..benchmark import plots
+
+        draw(plots.plot_attention, cases, plot)
 
 
 @app.command()
@@ -164,11 +166,7 @@ def latency(
             typer.echo(f"context {context:,}: {results[-1].steps[-1].milliseconds:.2f} ms a round")
         read = [row for context in contexts for row in reading.measure(target, draft, context)] if prefill else []
     except (ValueError, ImportError) as error:
-        fail(str(error))
-    if plot is not None:
-        from ..benchmark import plots
-
-        plots.plot_latency(results, plot)
+        fail_with(error)
     setting: dict[str, Any] = {
         "bench": "latency",
         "shape": shape,
@@ -181,6 +179,10 @@ def latency(
     setting |= {"weights_bytes": shapes.read_bytes(target), "contexts": [result.as_dict() for result in results]}
     setting |= {"prefill": [asdict(row) for row in read]}
     show([tables.latency_table(results)] + ([tables.prefill_table(read)] if prefill else []), setting, device)
+    if plot is not None:
+        from ..benchmark import plots
+
+        draw(plots.plot_latency, results, plot)
 
 
 @app.command()
@@ -231,12 +233,8 @@ def text(
         check_room(model.config, context, max_new_tokens)
         tokens = read_tokens(text, tokenizer)
         results = [whole.measure(model, its_draft, tokens, context, size, **options) for size in batches]
-    except (ValueError, OSError) as error:
-        fail(str(error))
-    if plot is not None:
-        from ..benchmark import plots
-
-        plots.plot_text(results, plot)
+    except (ValueError, OSError, ImportError) as error:
+        fail_with(error)
     setting: dict[str, Any] = {
         "bench": "text",
         "target": target,
@@ -249,6 +247,10 @@ def text(
     setting |= {"tree": list(its_draft.config.tree_shape), "batches": [result.as_dict() for result in results]}
     shown = [tables.text_table(results)] + ([tables.phases_table(results)] if profile else [])
     show(shown, setting, model.device)
+    if plot is not None:
+        from ..benchmark import plots
+
+        draw(plots.plot_text, results, plot)
 
 
 def here(dtype: Dtype) -> tuple[torch.device, torch.dtype]:
@@ -268,6 +270,14 @@ def check_plot(path: Path | None) -> None:
         fail(f"expected --plot FILE.png in a folder that exists, got {path}")
     if find_spec("matplotlib") is None:
         fail("--plot needs matplotlib, which is not installed: pip install 'hf-longspec[bench]'")
+
+
+def draw(picture: Callable[[list[Any], Path], None], results: list[Any], path: Path) -> None:
+    """After the figures are shown: a full disk costs the picture only."""
+    try:
+        picture(results, path)
+    except OSError as error:
+        fail_with(error)
 
 
 def listed(values: tuple[int, ...]) -> str:

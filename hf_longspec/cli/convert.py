@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import fail
+from .options import fail_with
 
 
 class WeightFormat(str, Enum):
@@ -41,7 +41,7 @@ def convert(
     try:
         record = conversion.convert(source, target, out, dtype.value)
     except (ValueError, OSError) as error:
-        fail(str(error))
+        fail_with(error)
     origin = source if record.source_revision is None else f"{source} at {record.source_revision}"
     typer.echo(
         f"{origin}: {', '.join(record.files)}, {record.parameters:,} parameters, {', '.join(record.source_dtypes)}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Dtype, RemoteCode, Target, fail, load_draft, load_model, load_tokenizer
+from .options import Dtype, RemoteCode, Target, fail_with, load_draft, load_model, load_tokenizer
 from .options import Format as NumberFormat
 from .sources import (
     Config,
@@ -75,7 +75,7 @@ def distill_data(
     from ..provenance import provenance
     from ..training.data.report import SourceReport
     from ..training.data.tokenized import origin
-    from ..training.distill import Answering, claim, distill, settings_of
+    from ..training.distill import Answering, claim, distill, settings_of, try_once
     from ..training.distill_prompts import prompts_sha256, read_prompts
 
     part = parse_shard(shard)
@@ -104,11 +104,12 @@ def distill_data(
         found = read_prompts(section, tokenizer, max_prompt_tokens, stride, report)
         about = {"target": target, "source": asdict(section.sources[0]), "prompts_sha256": prompts_sha256(found)}
         tokens_of = origin(tokenizer)
+        try_once(model, found, answering, helper)
         claim(out, settings_of(answering, part, model, about | {"prompts": len(found)} | tokens_of))
         started = time.monotonic()
         counts = distill(model, found, out, answering, part, tokens_of, helper)
-    except (ValueError, OSError) as error:
-        fail(str(error))
+    except (ValueError, ImportError, OSError) as error:
+        fail_with(error)
     seconds = time.monotonic() - started
     result: dict[str, Any] = {"out": str(out), "shard": shard} | counts
     result |= {"seconds": seconds, "tokens_per_second": counts["new_tokens"] / seconds, "prompts": report.as_dict()}

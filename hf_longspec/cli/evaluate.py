@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Draft, Dtype, Format, RemoteCode, Target, Tree, fail, load_pair, numbers
+from .options import Draft, Dtype, Format, RemoteCode, Target, Tree, fail, fail_with, load_pair, numbers
 
 if TYPE_CHECKING:
     from ..evaluation.plan import Plan
@@ -94,10 +92,8 @@ def evaluate(
         records = Records(output / "records.jsonl", settings)
         measure_all(model, its_draft, made, records, temperature, seed)
         write_report(records, settings, made, named, output, plot)
-    except (ValueError, ImportError) as error:
-        fail(str(error))
-    except OSError as error:
-        fail(f"{error.filename or output}: {error.strerror or error}", code=1)
+    except (ValueError, ImportError, OSError) as error:
+        fail_with(error)
 
 
 def measure_all(model: Any, draft: Any, made: Plan, records: Records, temperature: float, seed: int) -> None:
@@ -131,17 +127,6 @@ def measure_all(model: Any, draft: Any, made: Plan, records: Records, temperatur
         fail(f"out of memory at {sample.task}, context {sample.context}, prompt {sample.id}", code=1)
 
 
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Where to write what is to be `path`, which keeps what it held if that fails."""
-    part = path.with_name(f".{path.name}")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def line(record: dict[str, Any]) -> str:
     """One prompt, for people who watch."""
     from ..evaluation.summary import bucket
@@ -158,17 +143,18 @@ def write_report(
     """report.json, report.md and report.png, and their tables on the terminal."""
     from ..evaluation import page
     from ..evaluation.summary import report
+    from ..writing import whole_file
 
     done = [records.done[sample.key] for sample in made.samples]
     told = report(done, settings, provenance, sources=made.sources, left_out=made.left_out)
-    with whole(output / "report.json") as path:
+    with whole_file(output / "report.json") as path:
         path.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    with whole(output / "report.md") as path:
+    with whole_file(output / "report.md") as path:
         path.write_text(page.page(told, plot), encoding="utf-8")
     if plot:
         from ..evaluation.plots import draw
 
-        with whole(output / page.PICTURE) as path:
+        with whole_file(output / page.PICTURE) as path:
             draw(told, path)
     typer.echo(page.speed_table(told))
     typer.echo(f"\n{output / 'report.md'}")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Draft, Target, fail
+from .options import Draft, Target, fail_with
 
 Generate = Annotated[
     bool, typer.Option("--generate/--no-generate", help="Write a few tokens with a target that is a folder.")
@@ -59,7 +59,7 @@ def export(
             repo_id=repo_id,
         )
     except (OSError, ValueError) as error:
-        fail(" ".join(str(error).split()))
+        fail_with(error)
     show(out, files)
     report(hub_faults(out, target=target, generate=generate))
 

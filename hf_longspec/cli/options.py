@@ -108,6 +108,13 @@ def load_model(role: str, name: str, dtype: Dtype, trust_remote_code: bool) -> A
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
+def fail_with(error: Exception) -> NoReturn:
+    """`fail` with the message of `error`. The code is 1 for a `MachineError`; all others are the command's."""
+    from ..writing import MachineError
+
+    fail(str(error).strip(), code=1 if isinstance(error, MachineError) else 2)
+
+
 def fail(message: str, code: int = 2) -> NoReturn:
     """One line on standard error, no traceback; code 2 says that the command was at fault, 1 that the machine was."""
     typer.echo(f"hf-longspec: {message}", err=True)

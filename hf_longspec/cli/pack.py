@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .options import RemoteCode, fail, load_tokenizer
+from .options import RemoteCode, fail, fail_with, load_tokenizer
 from .sources import (
     AnswerField,
     Config,
@@ -87,5 +87,5 @@ def pack(
         its_tokenizer = load_tokenizer("tokenizer", tokenizer, trust_remote_code)
         store = write_store(out, source, section, its_tokenizer, with_held_out=False)
     except (ValueError, OSError) as error:
-        fail(str(error))
+        fail_with(error)
     typer.echo(json.dumps({"out": str(out)} | store.summary))

@@ -97,7 +97,7 @@ def show(
             console.rule(name)
             streamer = report.ConsoleStreamer(tokenizer, console, style)
             runs.append(side_by_side.run(target, inputs, assistant, streamer=streamer, **options))
-    except ValueError as error:  # generate's way, and ours, to refuse what a user asked for
+    except (ValueError, ImportError) as error:  # generate's way, and ours, to refuse what a user asked for
         fail(str(error))
     plain, speculative = runs
     sampled = options["do_sample"]

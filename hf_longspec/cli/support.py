@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import fail
+from .options import fail, fail_with
 
 
 def support(
@@ -26,6 +26,7 @@ def support(
 
     from ..evaluation import families as trials_of
     from ..evaluation import support_table, tiny_models
+    from ..writing import whole_file
 
     if output is not None and not output.parent.is_dir():
         fail(f"cannot write {output}: no such folder")
@@ -45,6 +46,10 @@ def support(
     if output is None:
         typer.echo(page)
     else:
-        output.write_text(page, encoding="utf-8")
+        try:
+            with whole_file(output) as unfinished:
+                unfinished.write_text(page, encoding="utf-8")
+        except OSError as error:
+            fail_with(error)
     if any(trial.result is trials_of.Result.wrong for trial in trials):
         raise typer.Exit(1)

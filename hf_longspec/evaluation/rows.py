@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ..writing import MachineError
 from .text import text_files
 
 Row = dict[str, Any]
@@ -32,7 +33,10 @@ TOLD = 3  # malformed lines that are told in full
 
 
 def local_path(place: str) -> Path:
-    """The file or folder that `place` means, downloaded from the Hub if it is there. `ValueError` if there is none."""
+    """The file or folder that `place` means, downloaded from the Hub if it is there.
+
+    Raises `ValueError` if there is none, `MachineError` if the download failed.
+    """
     if not place.startswith("hf://"):
         if not (path := Path(place).expanduser()).exists():
             raise ValueError(f"{place}: no such file or folder")
@@ -59,7 +63,7 @@ def local_path(place: str) -> Path:
         HTTPError,
         OSError,
     ) as error:  # of connection and answer; a file cut off, or without space
-        raise ValueError(f"{place}: {str(error).strip().splitlines()[0]}") from error
+        raise MachineError(f"{place}: {str(error).strip().splitlines()[0]}") from error
 
 
 def read_rows(path: Path, name: str, fields: Sequence[str]) -> list[Row]:

@@ -7,7 +7,6 @@ All is checked before anything is written, and the folder appears under its name
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,15 +15,16 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError, StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig
 
 from ..modeling.configuration_longspec import LongSpecConfig
 from ..modeling.modeling_longspec import LongSpecForCausalLM
 from ..provenance import versions
+from ..writing import MachineError
 from .published import UNUSED, config_mismatches, draft_config, weight_mismatches
 from .weight_files import read_weights, sha256, weight_files
+from .whole_folder import check_new, whole_folder
 
 RECORD = "conversion.json"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -54,9 +54,10 @@ def convert(source: str, target: str, out: Path, dtype: str = "float16") -> Conv
     """Writes the published draft `source` as ours to the new folder `out`, for `target`; both are folders or Hub ids.
 
     Raises `ValueError` for a checkpoint that is damaged, could run code, or is no draft for this target, with each
-    mismatch listed; `OSError` for what cannot be read or written. Either way `out` is left as it was.
+    mismatch listed; `OSError` for what cannot be read or written, `MachineError` where disk or network fail.
+    Either way `out` is left as it was.
     """
-    check_out(out)
+    check_new(out)
     ours = config_for("target", target, read_config("target", target))
     check_config(source, target, ours)
     folder = local_folder(source)
@@ -75,16 +76,10 @@ def convert(source: str, target: str, out: Path, dtype: str = "float16") -> Conv
         parameters=draft.num_parameters(),
         versions=versions(),
     )
-    write(draft, record, out)
+    with whole_folder(out) as unfinished:
+        draft.save_pretrained(unfinished)
+        (unfinished / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
     return record
-
-
-def check_out(out: Path) -> None:
-    """Raises `ValueError` where a new folder cannot go."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"expected --out to name a new or empty folder, got {out}, which exists")
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"cannot write {out}: no such folder: {out.parent}")
 
 
 def read_config(role: str, name: str) -> Any:
@@ -140,7 +135,7 @@ def local_folder(source: str) -> Path:
         try:
             folder = Path(snapshot_download(source, revision=commit, allow_patterns=["config.json", *patterns]))
         except (HTTPError, OSError) as error:
-            raise OSError(f"cannot download {source}: {one_line(error)}; try again") from error
+            raise MachineError(f"cannot download {source}: {one_line(error)}; try again") from error
         if any(path for pattern in patterns for path in folder.glob(pattern)):
             break
     return folder
@@ -169,18 +164,3 @@ def build(
         raise ValueError(f"{refusal}: numbers that are not finite in {dtype}, in {', '.join(broken)}")
     draft.load_state_dict(cast, assign=True)
     return draft
-
-
-def write(draft: LongSpecForCausalLM, record: Conversion, out: Path) -> None:
-    """The draft's folder with its record, complete or not at all."""
-    out = out.absolute()
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-            folder = Path(scratch) / out.name
-            draft.save_pretrained(folder)
-            (folder / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
-            folder.rename(out)
-    except SafetensorError as error:  # also for a full disk
-        raise OSError(f"cannot write {out}: {error}") from error
-    except OSError as error:
-        raise OSError(f"cannot write {out}: {error.strerror or error}") from error

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..loading import loading
 from ..modeling.modeling_longspec import LongSpecForCausalLM
 from .card import About, draft_card
 from .vocabulary import vocabulary_sha256
+from .whole_folder import check_new, whole_folder
 
 CODE_LICENSE = "apache-2.0"  # of the code files that go along
 _LICENSE_TEXT = Path(__file__).with_name("LICENSE")
@@ -60,31 +59,22 @@ def export(
 
     target_folder_or_id: for its config, which the draft must fit, and its tokenizer. about, results, recipe, repo_id:
     for the card, see `draft_card`. Raises `ValueError` if the draft does not fit, if `about` tells another vocabulary,
-    or if `folder` is there and not empty; `OSError` if the target cannot be had or the disk is full.
+    or if `folder` is there and not empty; `OSError` if the target cannot be had, `MachineError` if the disk is full.
     """
     if repo_id is not None:
         validate_repo_id(repo_id)
     folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"expected a new or empty folder to write to, got {folder}")
+    check_new(folder)
     with loading("target", target_folder_or_id):
         target, tokenizer = target_shape(target_folder_or_id), AutoTokenizer.from_pretrained(target_folder_or_id)
     draft.bind(target)
     about = with_vocabulary(about, tokenizer, target_folder_or_id)
     card = draft_card(draft.config, about, results, recipe=recipe, repo_id=repo_id)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
-        whole = Path(place) / folder.name
-        try:
-            draft.save_pretrained(whole)
-        except SafetensorError as error:  # no OSError, also where the disk is full
-            raise OSError(f"{folder} cannot be written: {error}") from error
-        tokenizer.save_pretrained(whole)
-        card.save(whole / "README.md")
-        shutil.copyfile(_LICENSE_TEXT, whole / license_name(about.license))
-        if folder.exists():
-            folder.rmdir()
-        whole.rename(folder)
+    with whole_folder(folder) as unfinished:
+        draft.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        card.save(unfinished / "README.md")
+        shutil.copyfile(_LICENSE_TEXT, unfinished / license_name(about.license))
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 

@@ -11,10 +11,12 @@ import os
 import re
 from pathlib import Path
 
+from ..writing import MachineError
+
 COMPLETE = "complete.json"
 
 
-class CheckpointError(Exception):
+class CheckpointError(MachineError):
     """A checkpoint could not be written; the message is one line for the user."""
 
 

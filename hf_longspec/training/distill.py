@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
+
+from hf_longspec.writing import writing
 
 from .data.store import Document, StoreWriter, load_json
 from .distill_prompts import Prompt
@@ -56,16 +58,27 @@ class Part(NamedTuple):
         return f"part-{self.number}-of-{self.parts}"
 
 
+def try_once(target: PreTrainedModel, prompts: Sequence[Prompt], answering: Answering, draft: Any) -> None:
+    """One token, before anything is written: raises what `generate` has against target, draft or options."""
+    shortest = min(prompts, key=lambda prompt: len(prompt.ids))
+    answer(target, [shortest.ids], replace(answering, max_new_tokens=1), draft)
+
+
 def claim(folder: Path, settings: dict[str, Any]) -> None:
     """Writes the settings into `folder`, or checks that those there are the same; `ValueError` names the others."""
     path = folder / SETTINGS
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         if other := sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".")):
             raise ValueError(f"{folder}: expected an empty folder or one with {SETTINGS}, got {', '.join(other[:3])}")
         unfinished = folder / f".{SETTINGS}.{os.getpid()}.tmp"
-        unfinished.write_text(json.dumps(settings, indent=1, sort_keys=True), encoding="utf-8")
-        os.replace(unfinished, path)
+        try:
+            with writing(path):
+                unfinished.write_text(json.dumps(settings, indent=1, sort_keys=True), encoding="utf-8")
+                os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
     theirs, ours = load_json(path), json.loads(json.dumps(settings))
     if changed := sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key)):
         differences = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} now" for key in changed)
@@ -87,7 +100,8 @@ def distill(
     """
     own = list(prompts[part.number :: part.parts])
     place = folder / part.folder
-    place.mkdir(exist_ok=True)
+    with writing(place):
+        place.mkdir(exist_ok=True)
     for leftover in place.glob(".*.tmp"):
         shutil.rmtree(leftover)
     shards = [own[start : start + answering.shard_rows] for start in range(0, len(own), answering.shard_rows)]

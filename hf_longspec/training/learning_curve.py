@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..writing import whole_file
+
 ACCEPT_LENGTH = "eval_accept_length_"
 
 Log = Sequence[Mapping[str, Any]]
@@ -49,7 +51,8 @@ def draw(runs: Mapping[str, Log], path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished, dpi=120)
 
 
 class LearningCurve(TrainerCallback):

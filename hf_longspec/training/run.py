@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
 from ..evaluation.room import positions_of
+from ..writing import whole_file, writing
 from .checkpoints import last_complete, step_of
 from .data import build_datasets
 from .learning_curve import LearningCurve
@@ -65,8 +66,8 @@ class WallClock(TrainerCallback):
 def train(recipe: Recipe, max_seconds: float | None = None) -> Outcome:
     """Starts a run, or goes on with it.
 
-    Raises `ValueError` or `OSError`, one line each, for what the recipe asks and cannot be had; `CheckpointError`
-    where the disk is full.
+    Raises `ValueError` or `OSError`, one line each, for what the recipe asks and cannot be had; `MachineError`, of
+    which `CheckpointError` is one, where the disk is full.
     """
     args = training_arguments(recipe)
     checkpoint = resume_point(recipe, args)
@@ -84,11 +85,7 @@ def train(recipe: Recipe, max_seconds: float | None = None) -> Outcome:
         samples, held_out = datasets(recipe, args, tokenizer, positions)
     run = Path(str(args.output_dir))
     if recipe.draft.vocab is not None:
-        if checkpoint is None:
-            vocabulary = frequent_tokens(samples, draft.config.vocab_size)[: recipe.draft.vocab].tolist()
-        else:  # not counted anew: that takes time, and other text, or more samples, could give others
-            vocabulary = json.loads((run / VOCABULARY).read_text())
-        draft.set_draft_vocab(vocabulary)
+        draft.set_draft_vocab(vocabulary(recipe.draft.vocab, samples, draft.config.vocab_size, args, checkpoint))
     trainer = DraftTrainer(target, draft, recipe, args, samples, held_out)
     trainer.add_callback(LearningCurve())
     if recipe.evaluation.patience is not None:
@@ -97,8 +94,6 @@ def train(recipe: Recipe, max_seconds: float | None = None) -> Outcome:
     trainer.add_callback(clock)
     if trainer.is_world_process_zero():
         write_recipe(recipe, run)
-        if recipe.draft.vocab is not None and checkpoint is None:
-            (run / VOCABULARY).write_text(json.dumps(vocabulary))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     folder = None if clock.expired else export(trainer)
     state = trainer.state
@@ -141,7 +136,8 @@ def resume_point(recipe: Recipe, args: TrainingArguments) -> Path | None:
 
 def write_recipe(recipe: Recipe, run: Path) -> None:
     text = yaml.safe_dump(_lists(recipe.to_dict()), sort_keys=False, allow_unicode=True)
-    (run / RECIPE).write_text(text, encoding="utf-8")
+    with whole_file(run / RECIPE) as path:
+        path.write_text(text, encoding="utf-8")
 
 
 def _lists(value: Any) -> Any:
@@ -163,12 +159,31 @@ def datasets(recipe: Recipe, args: TrainingArguments, tokenizer: Any, positions:
     return numbered(train, count, move), held_out
 
 
+def vocabulary(
+    size: int, samples: Any, vocab_size: int, args: TrainingArguments, checkpoint: Path | None
+) -> list[int]:
+    """The tokens that the draft guesses among: counted when the run begins, then as its folder has them.
+
+    Counting takes time, and other text, or more samples for more processes, could give others.
+    """
+    path = Path(str(args.output_dir)) / VOCABULARY
+    if checkpoint is not None:
+        return json.loads(path.read_text())
+    ids = frequent_tokens(samples, vocab_size)[:size].tolist()
+    if args.process_index == 0:
+        with whole_file(path) as unfinished:
+            unfinished.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.write_text(json.dumps(ids))
+    return ids
+
+
 def export(trainer: DraftTrainer) -> str | None:
     """Writes the draft, in the target's format and with its code, or the adapter; the folder, in the first process."""
     draft = trainer.snapshot()
     if draft is not None:
         folder = Path(str(trainer.args.output_dir)) / "draft"
-        draft.save_pretrained(folder)
+        with writing(folder):
+            draft.save_pretrained(folder)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     return None if draft is None else str(folder)

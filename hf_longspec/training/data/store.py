@@ -14,9 +14,11 @@ import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+
+from hf_longspec.writing import writing
 
 
 class Document(NamedTuple):
@@ -86,9 +88,10 @@ def unpack(packed: Path) -> None:
     """`name.xz` beside itself as `name`, whole or not at all."""
     unfinished = packed.with_suffix(f".{os.getpid()}.tmp")
     try:
-        with lzma.open(packed) as source, open(unfinished, "wb") as target:
-            shutil.copyfileobj(source, target)
-        os.replace(unfinished, packed.with_suffix(""))
+        with writing(packed.with_suffix("")), lzma.open(packed) as source:
+            with open(unfinished, "wb") as target:
+                shutil.copyfileobj(source, target)
+            os.replace(unfinished, packed.with_suffix(""))
     except (lzma.LZMAError, EOFError) as error:
         raise ValueError(f"{packed}: broken file: {error}") from None
     finally:
@@ -98,7 +101,8 @@ def unpack(packed: Path) -> None:
 class StoreWriter:
     """Writes a `TokenStore` document by document, beside `folder`; it takes that name when it is whole.
 
-    So a kill at any moment leaves no half folder. Used as a context; an error inside leaves nothing.
+    So a kill at any moment leaves no half folder. Used as a context; an error inside leaves nothing. Raises what
+    `writing` does.
     """
 
     def __init__(self, folder: str | Path, vocab_size: int, masked: bool):
@@ -111,9 +115,10 @@ class StoreWriter:
 
     def __enter__(self) -> StoreWriter:
         shutil.rmtree(self.unfinished, ignore_errors=True)
-        self.unfinished.mkdir(parents=True)
-        self._tokens = ArrayWriter(self.unfinished / "tokens.npy", np.min_scalar_type(self.vocab_size - 1))
-        self._mask = ArrayWriter(self.unfinished / "loss_mask.npy", np.dtype(bool)) if self.masked else None
+        with writing(self.folder):
+            self.unfinished.mkdir(parents=True)
+            self._tokens = ArrayWriter(self.unfinished / "tokens.npy", np.min_scalar_type(self.vocab_size - 1))
+            self._mask = ArrayWriter(self.unfinished / "loss_mask.npy", np.dtype(bool)) if self.masked else None
         return self
 
     def add(self, document: Document) -> None:
@@ -135,12 +140,18 @@ class StoreWriter:
                 if array is not None:
                     array.close(whole=error is None)
             if error is None:
-                np.save(self.unfinished / "offsets.npy", np.cumsum([0, *self.lengths], dtype=np.int64))
-                (self.unfinished / "names.json").write_text(json.dumps(self.names), encoding="utf-8")
-                (self.unfinished / "summary.json").write_text(json.dumps(self.summary, indent=1), encoding="utf-8")
-                publish(self.unfinished, self.folder)
+                with writing(self.folder):
+                    self._finish()
         finally:
             shutil.rmtree(self.unfinished, ignore_errors=True)
+
+    def _finish(self) -> None:
+        offsets = ArrayWriter(self.unfinished / "offsets.npy", np.dtype(np.int64))  # np.save may miss a full disk
+        offsets.append(np.cumsum([0, *self.lengths]))
+        offsets.close(whole=True)
+        (self.unfinished / "names.json").write_text(json.dumps(self.names), encoding="utf-8")
+        (self.unfinished / "summary.json").write_text(json.dumps(self.summary, indent=1), encoding="utf-8")
+        publish(self.unfinished, self.folder)
 
 
 def publish(unfinished: Path, folder: Path) -> None:
@@ -165,10 +176,8 @@ class ArrayWriter:
         self._header()
 
     def append(self, values: np.ndarray) -> None:
-        try:
+        with writing(self.path):
             self.file.write(np.ascontiguousarray(values, dtype=self.dtype).tobytes())
-        except OSError as error:
-            self._refuse(error)
         self.length += len(values)
 
     def close(self, whole: bool) -> None:
@@ -177,16 +186,11 @@ class ArrayWriter:
                 self.file.close()
             return
         end = self.file.tell()
-        try:
+        with writing(self.path):  # a full disk is often noticed only here
             self.file.seek(0)
             self._header()
             assert self.file.tell() == end - self.length * self.dtype.itemsize, "the header has changed its size"
             self.file.close()
-        except OSError as error:  # a full disk is often noticed only here
-            self._refuse(error)
-
-    def _refuse(self, error: OSError) -> NoReturn:
-        raise ValueError(f"{self.path}: cannot be written: {error.strerror}") from None
 
     def _header(self) -> None:
         fields = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.length,)}

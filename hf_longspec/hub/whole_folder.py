@@ -1,0 +1,38 @@
+"""A new folder that appears under its name when all of it is written, or not at all."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..writing import writing
+
+
+def check_new(folder: Path) -> None:
+    """Raises `ValueError` where no new folder can go."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"expected a new or empty folder to write to, got {folder}")
+    if not (above := nearest(folder)).is_dir():
+        raise ValueError(f"expected a new or empty folder to write to, got {folder}: {above} is a file")
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `folder` in the end, with the folders above it. After an error nothing is left.
+
+    Raises what `writing` does; other errors pass.
+    """
+    whole = folder.resolve()  # of a link, where it leads
+    with writing(folder), tempfile.TemporaryDirectory(prefix=f".{whole.name}.", dir=nearest(whole)) as place:
+        unfinished = Path(place) / whole.name
+        unfinished.mkdir()
+        yield unfinished
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.rename(whole)  # one that is there is empty, and gives way
+
+
+def nearest(folder: Path) -> Path:
+    """The folder above that is there, on the disk that `folder` will be on."""
+    return next(above for above in folder.absolute().parents if above.exists())
