@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 
 from hf_longspec.training.optimizer import MuonAdamW, make_muon
 
@@ -58,8 +58,23 @@ def test_it_goes_on_from_its_state():
     assert {group["lr"] for part in again.parts for group in part.param_groups} == {0.01}
 
 
+@pytest.mark.parametrize("name, options", [("polynomial", {"lr_end": 1e-3}), ("cosine_with_min_lr", {"min_lr": 1e-3})])
+def test_schedules_that_ask_for_the_first_learning_rate(name, options):
+    """They go as under AdamW, which has one too."""
+    rates = []
+    for make in (lambda x: MuonAdamW(x, 0.02, 0.1, (0.9, 0.95), 1e-8), lambda x: AdamW(x, lr=0.02)):
+        module = model()
+        optimizer = make(module.parameters())
+        schedule = get_scheduler(name, optimizer, 1, 5, scheduler_specific_kwargs=options)
+        rates.append([])
+        for _ in range(5):
+            step(module, [optimizer], [schedule])
+            rates[-1].append({group["lr"] for group in optimizer.param_groups})
+    assert rates[0] == rates[1] and rates[0][-1] == {1e-3}
+
+
 def test_sharded_matrices_are_refused(tmp_path):
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    args.fsdp = True
+    assert make_muon(model(), args, sharded=False).param_groups
     with pytest.raises(ValueError, match="muon needs whole matrices, which DeepSpeed and FSDP shard"):
-        make_muon(model(), args)
+        make_muon(model(), args, sharded=True)

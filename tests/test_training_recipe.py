@@ -46,6 +46,18 @@ LEAST = {
             "recipe.trainer.learning_rate: expected float, got '1e-3'",
         ),
         (
+            {"trainer": {"max_steps": 3, "output_dir": "run", "optim": "moun"}},
+            "recipe.trainer.optim: unknown optimizer 'moun', did you mean 'muon'?",
+        ),
+        (
+            {"trainer": {"max_steps": 3, "output_dir": "run", "optim": 3}},
+            "recipe.trainer.optim: unknown optimizer '3'",
+        ),
+        (
+            {"trainer": {"max_steps": 3, "output_dir": "run", "optim": "muon", "optim_args": "beta=1"}},
+            "recipe.trainer.optim_args: `optim: muon` takes none, got 'beta=1'",
+        ),
+        (
             {"trainer": {"max_steps": 3, "output_dir": "run", "eval_strategy": "steps"}},
             "recipe.data.held_out: expected a `share` or `names` to evaluate on, got neither",
         ),

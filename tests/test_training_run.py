@@ -5,10 +5,13 @@ import math
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import FullyShardedDataParallelPlugin
 from full_disk import full_disk
 from helpers import tiny_target
 from recipes import tiny_recipe
 from safetensors.torch import load_file
+from tiny_folders import ALPHABET
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -60,6 +63,20 @@ def test_a_cut_run_with_muon_repeats_the_uninterrupted_one_to_the_bit(tmp_path):
     ours, theirs = weights(tmp_path / "parts"), weights(tmp_path / "whole")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert run(tmp_path, "adamw", trainer__optim="adamw_torch")[1] != expected
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_matrices_that_accelerate_shards_are_refused(tmp_path, monkeypatch):
+    """`accelerate launch --use_fsdp` says so to accelerate alone; on a CPU it is said here."""
+    monkeypatch.setattr(AcceleratorState, "fsdp_plugin", FullyShardedDataParallelPlugin(), raising=False)
+    with pytest.raises(ValueError, match="muon needs whole matrices, which DeepSpeed and FSDP shard"):
+        run(tmp_path, trainer__optim="muon")
+
+
+def test_a_checkpoint_without_an_optimizer_is_not_gone_on_from(tmp_path):
+    run(tmp_path, max_seconds=0.0, trainer__save_only_model=True)
+    with pytest.raises(ValueError, match=r"checkpoint-1 has no optimizer to go on with \(trainer.save_only_model\)"):
+        run(tmp_path)
 
 
 def test_half_written_checkpoints_are_passed_over(tmp_path):
@@ -246,9 +263,13 @@ def test_a_draft_for_a_target_with_lora(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-def test_a_draft_for_a_quantized_target(tmp_path):
-    pytest.importorskip("torchao")
-    outcome, found = run(tmp_path, trainer__max_steps=2, target__quantization="torchao-int8", **EVALUATED)
+@pytest.mark.parametrize("name", ["torchao-int8", "bitsandbytes-4bit", "bitsandbytes-8bit"])
+def test_a_draft_for_a_quantized_target(name, tmp_path):
+    pytest.importorskip(name.partition("-")[0])
+    tiny_recipe(tmp_path)
+    size = {"vocab_size": len(ALPHABET), "hidden_size": 64, "intermediate_size": 64}  # bitsandbytes wants no less
+    tiny_target("llama", **size).save_pretrained(tmp_path / "target")
+    outcome, found = run(tmp_path, trainer__max_steps=2, target__quantization=name, **EVALUATED)
     assert outcome.complete and all(math.isfinite(loss) for loss in found.values())
 
 
@@ -313,3 +334,32 @@ def test_a_draft_of_frequent_tokens(tmp_path):
     second, _ = run(tmp_path, "second", draft__init=outcome.draft, draft__config={})
     later = LongSpecForCausalLM.from_pretrained(second.draft)
     assert torch.equal(later.draft_vocab, draft.draft_vocab)
+
+
+def test_a_cut_run_keeps_the_tokens_it_began_with(tmp_path):
+    """The text has other letters when it goes on: the draft would be trained among these and guess among the old."""
+    first, _ = run(tmp_path, max_seconds=0.0, draft__vocab=6)
+    began = LongSpecForCausalLM.from_pretrained(last_complete(tmp_path / "run")).draft_vocab
+    for path in (tmp_path / "text").iterdir():
+        path.write_text(path.read_text().translate({ord(letter): ord(letter) + 11 for letter in "abcdefgh"}))
+    outcome, _ = run(tmp_path, draft__vocab=6)
+    log = read_log(last_complete(tmp_path / "run"))
+    beyond = [record["cross_entropy"] for record in log if record.get("step", 0) > 1 and "cross_entropy" in record]
+    assert beyond == [0.0] * 5, "no token of the new text is among them"
+    assert torch.equal(LongSpecForCausalLM.from_pretrained(outcome.draft).draft_vocab, began)
+
+
+def test_a_vocabulary_that_cannot_be_is_refused_before_the_first_step(tmp_path):
+    with pytest.raises(ValueError, match=r"recipe.draft.vocab: `draft_vocab_size` must be None or in 1..256, got 300"):
+        run(tmp_path, draft__vocab=300)
+    message = "recipe.draft.vocab: `tree_shape` level 1 can have at most 1 parents × 1 tokens = 1 nodes, got 2"
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, draft__vocab=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_that_does_not_fit_the_draft_to_go_on_with(tmp_path):
+    first, _ = run(tmp_path, "first", draft__vocab=6, trainer__max_steps=1)
+    message = r"recipe.draft.config: \{'draft_vocab_size': 5\} does not fit the weights of .*first/draft"
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, "second", draft__init=first.draft, draft__config={"draft_vocab_size": 5})

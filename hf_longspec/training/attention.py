@@ -45,26 +45,21 @@ def windowed_attention(
     if reach is not None and document_ids is None:
         document_ids = torch.zeros_like(query[:, 0, :, 0], dtype=torch.long)
     if document_ids is not None:
-        return _blocks(query, key, value, window, document_ids, reach)
+        return _blocks(query, key, value, block_masks(window, document_ids, reach))
     first = causal_attention(query[:, :, :window], key[:, :, :window], value[:, :, :window])
     if query.shape[2] <= window:
         return first
-    return torch.cat([first, _blocks(query[:, :, window:], key, value, window)], dim=2)
+    rest = _blocks(query[:, :, window:], key, value, window_mask(window, query.device))
+    return torch.cat([first, rest], dim=2)
 
 
-def _blocks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window: int,
-    document_ids: Tensor | None = None,
-    reach: Tensor | None = None,
-) -> Tensor:
-    """Attention of queries (B, H, Q, D), the last Q of the T tokens, in blocks of ``window``.
+def _blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Attention of queries (B, H, Q, D), the last Q of the T tokens, in blocks; mask: of one, or of each of them.
 
-    Q is T - window, or T where documents are told apart: then a block of no document stands before the first.
+    Q is T - window, or T: then a block of no tokens stands before the first, and the masks must hide it.
     """
     batch, _, length, _ = query.shape
+    window = mask.shape[-2]
     # The last block is filled up with keys that lie in the future of every real query: no mask of their own.
     missing = -length % window
     before = window + length - key.shape[2]
@@ -75,17 +70,19 @@ def _blocks(
         return torch.cat([blocks[:, :, :-1], blocks[:, :, 1:]], dim=3).transpose(1, 2).flatten(0, 1)
 
     blocks = pad(query, (0, 0, 0, missing)).unflatten(2, (-1, window)).transpose(1, 2).flatten(0, 1)
-    mask = window_mask(window, query.device)
-    if document_ids is not None:
-        own = pad(document_ids, (window, missing), value=-1).unflatten(1, (-1, window))  # (B, 1 + blocks, window)
-        seen = torch.cat([own[:, :-1], own[:, 1:]], dim=2)
-        mask = mask & (own[:, 1:, :, None] == seen[:, :, None, :]).flatten(0, 1)[:, None]
-    if reach is not None:
-        places = torch.arange(2 * window, device=query.device)
-        near = places > places[window:, None] - reach[:, None, None]
-        mask = mask & near.repeat_interleave(len(blocks) // batch, dim=0)[:, None]
     out = masked_attention(blocks, pairs(key), pairs(value), mask)
     return out.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+
+def block_masks(window: int, document_ids: Tensor, reach: Tensor | None = None) -> Tensor:
+    """`window_mask` of each block, (B · blocks, 1, window, 2·window), within documents (B, T) and reaches (B,)."""
+    own = pad(document_ids, (window, -document_ids.shape[1] % window), value=-1).unflatten(1, (-1, window))
+    seen = torch.cat([own[:, :-1], own[:, 1:]], dim=2)  # (B, blocks, 2·window)
+    masks = window_mask(window, own.device) & (own[:, 1:, :, None] == seen[:, :, None, :])
+    if reach is not None:
+        places = torch.arange(2 * window, device=own.device)
+        masks = masks & (places > places[window:, None] - reach[:, None, None])[:, None]
+    return masks.flatten(0, 1)[:, None]
 
 
 def window_mask(window: int, device: torch.device) -> Tensor:

@@ -47,10 +47,12 @@ def is_complete(folder: Path) -> bool:
 
 def last_complete(run: Path) -> Path | None:
     """The whole checkpoint with the most steps below the folder of a run, or None."""
-    numbered = [
-        (int(found[1]), path) for path in run.glob("checkpoint-*") if (found := re.search(r"-(\d+)$", path.name))
-    ]
-    return max(((steps, path) for steps, path in numbered if is_complete(path)), default=(0, None))[1]
+    numbered = (path for path in run.glob("checkpoint-*") if re.search(r"-\d+$", path.name))
+    return max(filter(is_complete, numbered), key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _sync(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping
@@ -71,8 +72,14 @@ def make_draft(draft: Draft, target: PreTrainedModel, device: torch.device) -> L
     if draft.init is None:
         model = LongSpecForCausalLM(LongSpecConfig.from_target(target.config, **draft.config))
     else:
-        with loading("draft", draft.init):
-            model = LongSpecForCausalLM.from_pretrained(draft.init, dtype=torch.float32, **draft.config)
+        try:
+            with loading("draft", draft.init):
+                model = LongSpecForCausalLM.from_pretrained(draft.init, dtype=torch.float32, **draft.config)
+        except RuntimeError as error:  # transformers' word for weights of another shape, which it lists in a warning
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            message = f"recipe.draft.config: {draft.config} does not fit the weights of {draft.init}"
+            raise ValueError(message) from error
     return model.to(device, torch.float32)
 
 
@@ -100,6 +107,16 @@ def check_lengths(recipe: Recipe, config: LongSpecConfig) -> None:
     for name, length in wanted.items():
         if most is not None and length > most:
             raise ValueError(f"recipe.{name}: the target has {most} positions, got {length} tokens")
+
+
+def check_vocab(draft: Draft, config: LongSpecConfig) -> None:
+    """Raises `ValueError` where the target has fewer tokens than `vocab`, or its tree wants more of them."""
+    fitting = copy.deepcopy(config)
+    fitting.draft_vocab_size = draft.vocab
+    try:
+        fitting.check()
+    except ValueError as error:
+        raise ValueError(f"recipe.draft.vocab: {error}") from None
 
 
 @contextmanager

@@ -36,7 +36,8 @@ class MuonAdamW(Optimizer):
             self.parts.append(Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
         if others:
             self.parts.append(AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=0.0))
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        # schedules look up the first learning rate among the defaults
+        super().__init__([group for part in self.parts for group in part.param_groups], {"lr": lr})
         self._share_groups()
 
     def _share_groups(self) -> None:
@@ -60,9 +61,9 @@ class MuonAdamW(Optimizer):
         self._share_groups()
 
 
-def make_muon(model: nn.Module, args: TrainingArguments) -> MuonAdamW:
-    """For the parameters of `model` that are trained. Raises `ValueError` where their matrices are not whole."""
-    if args.deepspeed_plugin is not None or args.fsdp:
+def make_muon(model: nn.Module, args: TrainingArguments, sharded: bool) -> MuonAdamW:
+    """For the parameters of `model` that are trained. Raises `ValueError` where their matrices are `sharded`."""
+    if sharded:
         raise ValueError("trainer.optim: muon needs whole matrices, which DeepSpeed and FSDP shard; use adamw_torch")
     return MuonAdamW(
         (x for x in model.parameters() if x.requires_grad),

@@ -233,10 +233,24 @@ def check_trainer(values: Mapping[str, Any]) -> None:
             raise ValueError(f"recipe.trainer: unknown key {key!r}{suggestion(key, known)}")
         if hints[key] in (bool, int, float, str):
             convert(value, hints[key], where)
+    check_optimizer(values)
     if values.get("max_steps", 0) < 1:
         raise ValueError("recipe.trainer.max_steps: expected the steps of the run, got none")
     if "output_dir" not in values:
         raise ValueError("recipe.trainer.output_dir: expected the folder of the run, got none")
+
+
+def check_optimizer(values: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for an `optim` that is none, and for what `muon` would pass over."""
+    from transformers.training_args import OptimizerNames
+
+    name = values.get("optim", "muon")
+    known = {item.value: item for item in OptimizerNames} | {"muon": None}
+    if name not in known:
+        raise ValueError(f"recipe.trainer.optim: unknown optimizer {str(name)!r}{suggestion(str(name), known)}")
+    for key in ("optim_args", "optim_target_modules"):
+        if values.get("optim") == "muon" and values.get(key) is not None:
+            raise ValueError(f"recipe.trainer.{key}: `optim: muon` takes none, got {values[key]!r}")
 
 
 def override(values: Any, setting: str) -> None:

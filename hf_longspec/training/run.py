@@ -1,11 +1,13 @@
 """One run of training, from a recipe to a draft: `hf-longspec train` without its options.
 
-The folder of the run (`trainer.output_dir`) holds the recipe, checkpoints, the learning curve and, in the end, the
-draft. Started again with the same recipe, a run goes on from its last whole checkpoint to the same losses.
+The folder of the run (`trainer.output_dir`) holds the recipe, the tokens of `draft.vocab`, checkpoints, the learning
+curve and, in the end, the draft. Started again with the same recipe, a run goes on from its last whole checkpoint to
+the same losses.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,16 +18,16 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 
 from ..evaluation.room import positions_of
 from ..writing import whole_file, writing
-from .checkpoints import last_complete
+from .checkpoints import last_complete, step_of
 from .data import build_datasets
 from .learning_curve import LearningCurve
-from .models import check_lengths, load_target, load_tokenizer, make_draft, whole_on_every_process
+from .models import check_lengths, check_vocab, load_target, load_tokenizer, make_draft, whole_on_every_process
 from .recipe import OURS, Recipe
 from .samples import AnchorOffset, NumberedSamples, NumberedStream
 from .trainer import DraftTrainer
 from .vocabulary import frequent_tokens
 
-RECIPE = "recipe.yaml"
+RECIPE, VOCABULARY = "recipe.yaml", "draft_vocab.json"
 # Other defaults than those of TrainingArguments.
 DEFAULTS = {
     "report_to": "none",
@@ -33,7 +35,7 @@ DEFAULTS = {
     "metric_for_best_model": "accept_length",
     "greater_is_better": True,
     "ddp_find_unused_parameters": False,
-    # each process reads streams itself: lags and spans cannot be cut in slices
+    # each process reads streams itself: spans cannot be cut in slices
     "accelerator_config": {"dispatch_batches": False},
 }
 
@@ -75,12 +77,15 @@ def train(recipe: Recipe, max_seconds: float | None = None) -> Outcome:
         set_seed(args.seed)
         draft = make_draft(recipe.draft, target, args.device)
     check_lengths(recipe, draft.config)
+    if recipe.draft.vocab is not None:
+        check_vocab(recipe.draft, draft.config)
     with args.main_process_first():
         positions = positions_of(draft.config)
         assert positions is not None  # a draft's config states them
         samples, held_out = datasets(recipe, args, tokenizer, positions)
+    run = Path(str(args.output_dir))
     if recipe.draft.vocab is not None:
-        draft.set_draft_vocab(frequent_tokens(samples, draft.config.vocab_size)[: recipe.draft.vocab])
+        draft.set_draft_vocab(vocabulary(recipe.draft.vocab, samples, draft.config.vocab_size, args, checkpoint))
     trainer = DraftTrainer(target, draft, recipe, args, samples, held_out)
     trainer.add_callback(LearningCurve())
     if recipe.evaluation.patience is not None:
@@ -88,7 +93,7 @@ def train(recipe: Recipe, max_seconds: float | None = None) -> Outcome:
     clock = WallClock(max_seconds if max_seconds is not None else float("inf"))
     trainer.add_callback(clock)
     if trainer.is_world_process_zero():
-        write_recipe(recipe, Path(str(args.output_dir)))
+        write_recipe(recipe, run)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     folder = None if clock.expired else export(trainer)
     state = trainer.state
@@ -110,7 +115,10 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
 
 
 def resume_point(recipe: Recipe, args: TrainingArguments) -> Path | None:
-    """The run's last whole checkpoint. Raises `ValueError` if it is of a run with another recipe."""
+    """The run's last whole checkpoint.
+
+    Raises `ValueError` if it is of a run with another recipe, or if it is not all that a run needs to go on.
+    """
     run = Path(str(args.output_dir))
     checkpoint = last_complete(run)
     if checkpoint is not None:
@@ -120,6 +128,9 @@ def resume_point(recipe: Recipe, args: TrainingArguments) -> Path | None:
                 f"{run} holds a run with another recipe: {', '.join(sorted(changed))} differ; "
                 "choose another `trainer.output_dir`, or the same recipe"
             )
+        # `Trainer` would go on with an optimizer that knows nothing, and warm up again
+        if step_of(checkpoint) < args.max_steps and not any(checkpoint.glob("rng_state*")):
+            raise ValueError(f"{checkpoint} has no optimizer to go on with (trainer.save_only_model)")
     return checkpoint
 
 
@@ -146,6 +157,24 @@ def datasets(recipe: Recipe, args: TrainingArguments, tokenizer: Any, positions:
     move = AnchorOffset(signal, signal.max_position or positions, args.seed)
     numbered = NumberedStream if isinstance(train, IterableDataset) else NumberedSamples
     return numbered(train, count, move), held_out
+
+
+def vocabulary(
+    size: int, samples: Any, vocab_size: int, args: TrainingArguments, checkpoint: Path | None
+) -> list[int]:
+    """The tokens that the draft guesses among: counted when the run begins, then as its folder has them.
+
+    Counting takes time, and other text, or more samples for more processes, could give others.
+    """
+    path = Path(str(args.output_dir)) / VOCABULARY
+    if checkpoint is not None:
+        return json.loads(path.read_text())
+    ids = frequent_tokens(samples, vocab_size)[:size].tolist()
+    if args.process_index == 0:
+        with whole_file(path) as unfinished:
+            unfinished.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.write_text(json.dumps(ids))
+    return ids
 
 
 def export(trainer: DraftTrainer) -> str | None:

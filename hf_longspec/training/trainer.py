@@ -70,7 +70,9 @@ class DraftTrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         if self.optimizer is None and self.recipe.muon:
-            self.optimizer = make_muon(self.model, self.args)
+            # asked of accelerate: `accelerate launch --use_fsdp` tells `TrainingArguments` nothing
+            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            self.optimizer = make_muon(self.model, self.args, sharded)
         return super().create_optimizer(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
