@@ -37,6 +37,7 @@ LEAST = {
         ({"draft": {"lora": {"r": 4}}}, "recipe.draft: `lora` adapts a trained draft: expected `init`, got none"),
         ({"draft": {"vocab": 0}}, "recipe.draft: `vocab` must be at least 1, got 0"),
         ({"draft": {"init": "y", "lora": {}, "vocab": 9}}, "recipe.draft: an adapter holds no `vocab`"),
+        ({"draft": {"vocab": 9, "config": {"draft_vocab_size": 9}}}, "recipe.draft: `vocab` counts the data"),
         ({"evaluation": {"contexts": []}}, "recipe.evaluation: `contexts` must be lengths of at least 1 token"),
         ({"trainer": {"max_step": 3}}, "recipe.trainer: unknown key 'max_step', did you mean 'max_steps'"),
         ({"trainer": {"output_dir": "run"}}, "recipe.trainer.max_steps: expected the steps of the run, got none"),

@@ -94,6 +94,8 @@ class Draft:
         _at_least(self, 1, "vocab")
         if self.lora is not None and self.vocab is not None:
             raise ValueError("an adapter holds no `vocab`: expected it to be left to the draft of `init`")
+        if self.vocab is not None and "draft_vocab_size" in self.config:
+            raise ValueError("`vocab` counts the data for `config.draft_vocab_size`: expected one of the two, got both")
         if self.lora is not None and self.init is None:
             raise ValueError("`lora` adapts a trained draft: expected `init`, got none")
 
