@@ -95,7 +95,9 @@ class Draft:
         if self.lora is not None and self.vocab is not None:
             raise ValueError("an adapter holds no `vocab`: expected it to be left to the draft of `init`")
         if self.vocab is not None and "draft_vocab_size" in self.config:
-            raise ValueError("`vocab` counts the data for `config.draft_vocab_size`: expected one of the two, got both")
+            raise ValueError(
+                "`vocab` counts the data for `config.draft_vocab_size`: expected one of the two, got both"
+            )
         if self.lora is not None and self.init is None:
             raise ValueError("`lora` adapts a trained draft: expected `init`, got none")
 
