@@ -60,7 +60,7 @@ def test_a_section_with_all_of_its_keys():
         (section(held_out={"names": "celery"}), "data.held_out.names: expected a list, got 'celery'"),
         (section(min_tokens=1), "`min_tokens` must be at least 2, got 1"),
         (section(max_bad_share=2), r"`max_bad_share` must be in \[0, 1\], got 2.0"),
-        (section(long_documents="keep"), "data.long_documents: expected one of cut, first, drop, got 'keep'"),
+        (section(long_documents="keep"), "data.long_documents: expected one of cut, first, drop, full, got 'keep'"),
     ],
 )
 def test_mistakes(values, message):
