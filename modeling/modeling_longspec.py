@@ -115,6 +115,12 @@ class LongSpecForCausalLM(PreTrainedModel):
         if module is self and self.draft_vocab is not None:  # of a checkpoint that has none
             init.copy_(self.draft_vocab, torch.arange(len(self.draft_vocab)))
 
+    def get_input_embeddings(self) -> None:
+        """None, as `get_output_embeddings` is: both are the target's. FSDP and PEFT ask."""
+
+    def get_output_embeddings(self) -> None:
+        """None: see `get_input_embeddings`."""
+
     def set_draft_vocab(self, ids: Tensor | Sequence[int] | None) -> None:
         """Let the draft guess only tokens `ids` (N,), whose rows of the target's LM head are all that it then reads.
 

@@ -42,3 +42,4 @@ def train(
         fail_with(error)
     if PartialState().is_main_process:
         typer.echo(json.dumps(outcome._asdict()))
+    PartialState().destroy_process_group()  # where there is one: a process that just exits can break the others' exits

@@ -105,5 +105,6 @@ class Distillation:
         run = draft_hidden if ids.shape[1] > LONGEST_MASKED else self._draft_hidden
         arguments = self.draft, self.bound, ids, positions, states, lags, document_ids, spans
         hidden = checkpoint(run, *arguments, use_reentrant=False) if self.recompute else run(*arguments)
+        hidden = hidden.to(states.hidden.dtype)  # FSDP and ZeRO may hold the draft in another format than the target
         weights = LossWeights(self.signal.kl_weight, self.signal.ce_weight)
         return distillation_loss(self._terms, hidden, states.hidden, labels, weights, self.signal.loss_chunk, items)

@@ -63,6 +63,8 @@ def measure_acceptance(
                 "max_new_tokens": evaluation.max_new_tokens,
                 "do_sample": False,
                 "eos_token_id": None,
+                # under ZeRO-3 `generate` would wait in each forward for the processes that do not measure
+                "synced_gpus": False,
             }
             rounds += side_by_side.run(target, inputs, draft, **options).accept_lengths
         metrics[f"accept_length_{context}"] = sum(rounds) / len(rounds)

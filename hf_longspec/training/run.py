@@ -111,6 +111,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             f"one process trains on one GPU, got {args.n_gpu}: start `accelerate launch -m hf_longspec.cli train "
             "RECIPE`, or set CUDA_VISIBLE_DEVICES"
         )
+    deepspeed, whole = args.deepspeed_plugin, "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+    if deepspeed is not None and deepspeed.hf_ds_config.is_zero3() and not deepspeed.hf_ds_config.is_true(whole):
+        raise ValueError(f"trainer.deepspeed: expected {whole}: true, as drafts are measured and saved whole")
     return args
 
 

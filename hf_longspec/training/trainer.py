@@ -7,6 +7,7 @@ are whole or no checkpoints; evaluation decodes with `generate`. Everything else
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerControl, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM
@@ -67,6 +69,8 @@ class DraftTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is divided by the learned tokens of all that is accumulated
         self._loss_shifts_labels = False  # ours stand under the tokens that guess them: all of them count
         self.recent = RecentBatches(recipe.signal.max_lag, args.device)
+        if self.is_fsdp_enabled and self.accelerator.is_fsdp2:
+            keep_outputs(self.accelerator.state.fsdp_plugin)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         if self.optimizer is None and self.recipe.muon:
@@ -100,12 +104,16 @@ class DraftTrainer(Trainer):
         state = self.accelerator.get_state_dict(self.model_wrapped)
         if not self.is_world_process_zero():
             return None
+        return self._assembled(state).to(self.target.device, self.target.dtype).eval()
+
+    def _assembled(self, state: dict[str, Tensor]) -> Any:
+        """A draft, with the adapter if one is trained, of these weights."""
         with torch.device("meta"):
             draft: Any = LongSpecForCausalLM(copy.deepcopy(self.accelerator.unwrap_model(self.model).config))
             if self.recipe.draft.lora is not None:
                 draft = with_lora(draft, self.recipe.draft.lora)
         draft.load_state_dict(state, assign=True)
-        return draft.to(self.target.device, self.target.dtype).eval()
+        return draft
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -129,6 +137,16 @@ class DraftTrainer(Trainer):
             distillation = Distillation(self.target, draft, self.recipe.signal, piece=self.recipe.target.piece)
             metrics |= measure_loss(distillation, samples, self.recipe.signal)
         return metrics | {"seconds": time.monotonic() - started}
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As `Trainer` does, but never of FSDP2's class for what it shards: its code would be saved as the draft's."""
+        if not self.is_fsdp_enabled:
+            return super()._save(output_dir, state_dict)
+        if not self.args.should_save:  # nor has it the weights
+            return None
+        folder = Path(output_dir or str(self.args.output_dir))
+        self._assembled(state_dict).save_pretrained(folder)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As `Trainer` does, but a folder counts as a checkpoint only when it is whole, and none is deleted before."""
@@ -155,6 +173,13 @@ class DraftTrainer(Trainer):
         if writes:
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(run), self.keep_checkpoints, best_model_checkpoint=best, use_mtime=True)
+
+
+def keep_outputs(plugin: Any) -> None:
+    """Let FSDP2 not round the loss, and the sums beside it, to the format that the draft computes in."""
+    policy = plugin.mixed_precision_policy
+    if policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
 
 
 class RecentBatches:

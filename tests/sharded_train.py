@@ -1,0 +1,18 @@
+"""`hf-longspec train` where accelerate takes CPUs that speak gloo for GPUs: it shards nothing over CPUs otherwise.
+
+Started by torchrun, see test_training_sharded.py. All else is real: FSDP2, DeepSpeed, Trainer, our command.
+"""
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from transformers import training_args
+
+from hf_longspec.cli import main
+
+PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+training_args.is_torch_bf16_gpu_available = lambda: True
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Drafts whose weights and optimizer are spread over processes (FSDP2, ZeRO): the numbers of one process alone.
+
+Each run is two processes on the CPU. DeepSpeed's are skipped where it is not installed.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from recipes import tiny_recipe
+from safetensors.torch import load_file
+from test_cli_train import losses
+from typer.testing import CliRunner
+
+from hf_longspec import LongSpecForCausalLM, cli
+from hf_longspec.training.checkpoints import last_complete
+from hf_longspec.training.learning_curve import read_log
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+FSDP = {"trainer__fsdp": "full_shard", "trainer__fsdp_config": {"version": 2}}
+STEPS = {"trainer__max_steps": 4, "trainer__eval_strategy": "steps", "trainer__eval_steps": 2}
+LORA = {"draft__lora": {"r": 4, "target_modules": ["q_proj", "o_proj"]}, "draft__config": {}}
+deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+
+
+def zero(stage, **options):
+    auto = dict.fromkeys(
+        ["train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"], "auto"
+    )
+    return {
+        "trainer__deepspeed": {"zero_optimization": {"stage": stage, **options}, "bf16": {"enabled": "auto"}, **auto}
+    }
+
+
+ZERO3 = zero(3, stage3_gather_16bit_weights_on_model_save=True)
+SHARDED = [
+    pytest.param(FSDP, id="FSDP2"),
+    pytest.param(
+        FSDP | {"trainer__fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}},
+        id="FSDP2, sharded checkpoints",
+    ),
+    pytest.param(zero(2), id="ZeRO-2", marks=deepspeed),
+    pytest.param(ZERO3, id="ZeRO-3", marks=deepspeed),
+]
+
+
+def on_one(folder, **settings):
+    """The run's folder, of one process that reads four samples a step."""
+    path = tiny_recipe(folder, **STEPS, **settings)
+    result = CliRunner().invoke(cli.app, ["train", str(path), "--output-dir", str(folder / "alone")])
+    assert result.exit_code == 0, result.output
+    return folder / "alone"
+
+
+def on_two(folder, **settings):
+    """The result of the command, with two processes that read two samples a step each."""
+    settings = STEPS | {"trainer__per_device_train_batch_size": 2, "trainer__use_cpu": False} | settings
+    path = tiny_recipe(folder, **settings)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, str(Path(__file__).with_name("sharded_train.py")), "train", str(path)]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def evaluations(run):
+    return [record for record in read_log(last_complete(run)) if "eval_accept_length" in record]
+
+
+@pytest.mark.parametrize("sharded", SHARDED)
+def test_two_processes_that_share_a_draft_are_as_one(tmp_path, sharded):
+    alone, run = on_one(tmp_path), tmp_path / "run"
+    result = on_two(tmp_path, **sharded)
+    assert result.returncode == 0, result.stderr
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-4)
+    for ours, theirs in zip(evaluations(run), evaluations(alone), strict=True):
+        assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-4)
+        assert ours["eval_accept_length"] == theirs["eval_accept_length"]
+    torch.testing.assert_close(
+        load_file(run / "draft" / "model.safetensors"),
+        load_file(alone / "draft" / "model.safetensors"),
+        rtol=0,
+        atol=2e-3,  # Adam's first steps turn rounding of small gradients into steps
+    )
+    expected = losses(run)
+    for name in ("draft", "checkpoint-4"):
+        shutil.rmtree(run / name)
+    result = on_two(tmp_path, **sharded)
+    assert result.returncode == 0, result.stderr
+    assert losses(run) == pytest.approx(expected, rel=1e-6), "from checkpoint-2 on"
+    assert (run / "draft" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("sharded", [SHARDED[0], SHARDED[-1]])
+def test_a_checkpoint_is_a_draft_with_its_own_code(tmp_path, sharded):
+    result = on_two(tmp_path, **sharded)
+    assert result.returncode == 0, result.stderr
+    checkpoint, draft = tmp_path / "run" / "checkpoint-4", tmp_path / "run" / "draft"
+    code = {path.name for path in draft.glob("*.py")}
+    assert "modeling_longspec.py" in code <= {path.name for path in checkpoint.glob("*.py")}
+    maps = [json.loads((folder / "config.json").read_text())["auto_map"] for folder in (checkpoint, draft)]
+    assert maps[0] == maps[1]
+    ours, theirs = (LongSpecForCausalLM.from_pretrained(folder).state_dict() for folder in (checkpoint, draft))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("sharded", [SHARDED[0], SHARDED[-1]])
+def test_adapters(tmp_path, sharded):
+    alone = on_one(tmp_path)
+    shutil.move(alone / "draft", tmp_path / "first")
+    shutil.rmtree(alone)
+    settings = LORA | {"draft__init": str(tmp_path / "first")}
+    alone = on_one(tmp_path, **settings)
+    result = on_two(tmp_path, **settings, **sharded)
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-4)
+    assert not (tmp_path / "run" / "draft" / "model.safetensors").exists(), "the adapter only"
+
+
+@pytest.mark.parametrize("sharded", [SHARDED[0], SHARDED[-1]])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_drafts_in_half_precision(tmp_path, sharded, dtype):
+    """What is logged is not rounded to bfloat16, and the target may have another format."""
+    settings = {"trainer__bf16": True, "target__dtype": dtype}
+    result = on_two(tmp_path, **settings, **sharded)
+    assert result.returncode == 0, result.stderr
+    ours = losses(tmp_path / "run")
+    assert ours == pytest.approx(losses(on_one(tmp_path, **settings)), rel=5e-3)
+    assert any(torch.tensor(loss).bfloat16().item() != loss for loss in ours.values())
+
+
+@deepspeed
+def test_zero_3_has_to_gather_the_draft(tmp_path):
+    result = on_two(tmp_path, **zero(3))
+    assert result.returncode != 0
+    expected = "trainer.deepspeed: expected zero_optimization.stage3_gather_16bit_weights_on_model_save: true"
+    assert expected in result.stderr and not (tmp_path / "run").exists()
