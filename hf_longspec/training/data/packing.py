@@ -37,16 +37,24 @@ def pieces_of(
         left_out["shorter than min_tokens"] += 1
     elif tokens > length and section.long_documents == "drop":
         left_out["longer than a sample"] += 1
+    elif tokens < length and section.long_documents == "full":
+        left_out["shorter than a sample"] += 1
     else:
-        used = {"first": min(tokens, length), "full": tokens - tokens % length}.get(section.long_documents, tokens)
-        if section.long_documents == "full" and used < tokens:
-            left_out["ends shorter than a sample"] += 1
-        for start in range(0, used, length):
-            end = min(start + length, used)
+        for start in starts_of(tokens, length, section.long_documents):
+            end = min(start + length, tokens)
             if loss_mask is None or loss_mask[start + 1 : end].any():
                 yield Piece(document, start, end)
             else:
                 left_out["pieces with no token to learn"] += 1
+
+
+def starts_of(tokens: int, length: int, long_documents: str) -> list[int]:
+    """Where the pieces of a document begin."""
+    if long_documents == "first":
+        return [0]
+    if long_documents == "full":  # the last piece ends where the document ends, over some of the one before
+        return [*range(0, tokens - length, length), tokens - length]
+    return list(range(0, tokens, length))
 
 
 class Packer:
