@@ -104,3 +104,25 @@ def test_two_processes_are_as_one(tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count('{"complete": true') == 1, "one process speaks"
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
+
+
+CLOCKS = """
+import os
+from hf_longspec.cli import main
+from hf_longspec.training.run import WallClock
+
+begin = WallClock.__init__
+WallClock.__init__ = lambda self, seconds: begin(self, seconds + 1000 * int(os.environ["RANK"]))
+main()
+"""
+
+
+def test_processes_stop_together(tmp_path):
+    """The second one's clock would let it go on."""
+    (tmp_path / "clocks.py").write_text(CLOCKS)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = [str(tmp_path / "clocks.py"), "train", str(tiny_recipe(tmp_path)), "--max-seconds", "0"]
+    result = subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1])["step"] == 1
+    assert last_complete(tmp_path / "run").name == "checkpoint-1"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
@@ -52,14 +53,17 @@ class Outcome(NamedTuple):
 
 
 class WallClock(TrainerCallback):
-    """Ends a part of a run with a checkpoint after so many seconds."""
+    """Ends a part of a run with a checkpoint after so many seconds of the first process; `None`: never."""
 
-    def __init__(self, seconds: float):
-        self.end, self.expired = time.monotonic() + seconds, False
+    def __init__(self, seconds: float | None):
+        self.end = None if seconds is None else time.monotonic() + seconds
+        self.expired = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if time.monotonic() > self.end and state.global_step < state.max_steps:
-            self.expired = control.should_save = control.should_training_stop = True
+        if self.end is not None and state.global_step < state.max_steps:
+            late = [time.monotonic() > self.end]
+            if broadcast_object_list(late)[0]:  # a process that stopped alone would leave the others waiting
+                self.expired = control.should_save = control.should_training_stop = True
         return control
 
 
@@ -90,7 +94,7 @@ def train(recipe: Recipe, max_seconds: float | None = None) -> Outcome:
     trainer.add_callback(LearningCurve())
     if recipe.evaluation.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.evaluation.patience))
-    clock = WallClock(max_seconds if max_seconds is not None else float("inf"))
+    clock = WallClock(max_seconds)
     trainer.add_callback(clock)
     if trainer.is_world_process_zero():
         write_recipe(recipe, run)
