@@ -73,6 +73,7 @@ def test_flags_and_settings(tmp_path):
         (["draft.init=./stranger"], "./stranger"),
         (["data.sources.0.path=./nowhere"], "nowhere: no such file or folder"),
         (["data.min_tokens=100000"], "nothing to train on in samples of 64 tokens"),
+        (["trainer.accelerator_config.dispatch_batches=true"], "expected dispatch_batches: false"),
         (["trainer.save_strategy=never"], "never is not a valid SaveStrategy"),
     ],
 )
@@ -92,9 +93,14 @@ def test_a_draft_that_does_not_fit(tmp_path):
     assert result.exit_code == 2 and "hidden_size: draft has 64, target has 32" in result.stderr
 
 
-def test_two_processes_are_as_one(tmp_path):
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"data__streaming": True, "trainer__accelerator_config": {"split_batches": False}}],
+    ids=["on disk", "a stream, and another of accelerate's settings"],
+)
+def test_two_processes_are_as_one(tmp_path, settings):
     """Data-parallel over gloo: the same samples in all, so the same losses to rounding."""
-    settings = {"trainer__max_steps": 3, "trainer__save_steps": 2}
+    settings = settings | {"trainer__max_steps": 3, "trainer__save_steps": 2}
     path = tiny_recipe(tmp_path, **settings, trainer__eval_strategy="steps", trainer__eval_steps=3)
     alone = runner.invoke(cli.app, ["train", str(path), "--output-dir", str(tmp_path / "alone")])
     assert alone.exit_code == 0, alone.output

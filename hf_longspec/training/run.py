@@ -36,8 +36,6 @@ DEFAULTS = {
     "metric_for_best_model": "accept_length",
     "greater_is_better": True,
     "ddp_find_unused_parameters": False,
-    # each process reads streams itself: spans cannot be cut in slices
-    "accelerator_config": {"dispatch_batches": False},
 }
 
 
@@ -115,6 +113,13 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             f"one process trains on one GPU, got {args.n_gpu}: start `accelerate launch -m hf_longspec.cli train "
             "RECIPE`, or set CUDA_VISIBLE_DEVICES"
         )
+    if args.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "trainer.accelerator_config: expected dispatch_batches: false, as batches of one and of several documents "
+            "cannot be joined, got true"
+        )
+    # None would join those of streams: each process reads the stream itself
+    args.accelerator_config.dispatch_batches = False
     deepspeed, whole = args.deepspeed_plugin, "zero_optimization.stage3_gather_16bit_weights_on_model_save"
     if deepspeed is not None and deepspeed.hf_ds_config.is_zero3() and not deepspeed.hf_ds_config.is_true(whole):
         raise ValueError(f"trainer.deepspeed: expected {whole}: true, as drafts are measured and saved whole")
