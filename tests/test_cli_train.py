@@ -132,3 +132,39 @@ def test_processes_stop_together(tmp_path):
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1])["step"] == 1
     assert last_complete(tmp_path / "run").name == "checkpoint-1"
+
+
+FAILS_TO_END = """
+import os
+import time
+
+from accelerate import PartialState
+
+from hf_longspec.cli import main
+from hf_longspec.training.trainer import DraftTrainer
+
+snapshot = DraftTrainer.snapshot
+slow = lambda self: (snapshot(self), time.sleep(3))[0]
+if os.environ["RANK"] == "0":
+    DraftTrainer.snapshot = slow
+else:
+    PartialState.destroy_process_group = lambda self: os._exit(1)
+main()
+"""
+
+
+def test_a_process_that_fails_to_end_costs_no_draft(tmp_path):
+    """The launcher ends the first process when the second one fails; it has written the draft by then."""
+    (tmp_path / "fails.py").write_text(FAILS_TO_END)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = [str(tmp_path / "fails.py"), "train", str(tiny_recipe(tmp_path, trainer__max_steps=1))]
+    assert subprocess.run([*launch, *arguments], capture_output=True, timeout=120).returncode != 0
+    assert (tmp_path / "run" / "draft" / "model.safetensors").exists()
+
+
+def test_a_file_with_the_name_of_the_draft(tmp_path):
+    path = tiny_recipe(tmp_path, trainer__max_steps=1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "draft").write_text("mine")
+    result = runner.invoke(cli.app, ["train", str(path)])
+    assert result.exit_code == 2 and "draft cannot be written: File exists" in result.stderr

@@ -195,7 +195,9 @@ def export(trainer: DraftTrainer) -> str | None:
     if draft is not None:
         folder = Path(str(trainer.args.output_dir)) / "draft"
         with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)  # where a file has this name `save_pretrained` does nothing
             draft.save_pretrained(folder)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
+    trainer.accelerator.wait_for_everyone()  # the launcher may end all that still run when one of them fails to end
     return None if draft is None else str(folder)
