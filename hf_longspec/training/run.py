@@ -140,10 +140,24 @@ def resume_point(recipe: Recipe, args: TrainingArguments) -> Path | None:
                 f"{run} holds a run with another recipe: {', '.join(sorted(changed))} differ; "
                 "choose another `trainer.output_dir`, or the same recipe"
             )
+        states = [path.stem for path in checkpoint.glob("rng_state*.pth")]
         # `Trainer` would go on with an optimizer that knows nothing, and warm up again
-        if step_of(checkpoint) < args.max_steps and not any(checkpoint.glob("rng_state*")):
+        if step_of(checkpoint) < args.max_steps and not states:
             raise ValueError(f"{checkpoint} has no optimizer to go on with (trainer.save_only_model)")
+        if states and args.deepspeed_plugin is not None and not fits(states, args):
+            raise ValueError(
+                f"{checkpoint} is of another number of processes than {args.world_size}, with which ZeRO cannot go on"
+            )
     return checkpoint
+
+
+def fits(states: list[str], args: TrainingArguments) -> bool:
+    """Whether these are random states of as many processes as there are: rng_state_RANK each, or rng_state of one.
+
+    Nodes may hold those of their own processes only.
+    """
+    ranks = {0 if state == "rng_state" else int(state.removeprefix("rng_state_")) for state in states}
+    return args.process_index in ranks and max(ranks) < args.world_size
 
 
 def write_recipe(recipe: Recipe, run: Path) -> None:
