@@ -73,6 +73,7 @@ def test_flags_and_settings(tmp_path):
         (["draft.init=./stranger"], "./stranger"),
         (["data.sources.0.path=./nowhere"], "nowhere: no such file or folder"),
         (["data.min_tokens=100000"], "nothing to train on in samples of 64 tokens"),
+        (["trainer.accelerator_config.dispatch_batches=true"], "expected dispatch_batches: false"),
         (["trainer.save_strategy=never"], "never is not a valid SaveStrategy"),
     ],
 )
@@ -92,9 +93,14 @@ def test_a_draft_that_does_not_fit(tmp_path):
     assert result.exit_code == 2 and "hidden_size: draft has 64, target has 32" in result.stderr
 
 
-def test_two_processes_are_as_one(tmp_path):
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"data__streaming": True, "trainer__accelerator_config": {"split_batches": False}}],
+    ids=["on disk", "a stream, and another of accelerate's settings"],
+)
+def test_two_processes_are_as_one(tmp_path, settings):
     """Data-parallel over gloo: the same samples in all, so the same losses to rounding."""
-    settings = {"trainer__max_steps": 3, "trainer__save_steps": 2}
+    settings = settings | {"trainer__max_steps": 3, "trainer__save_steps": 2}
     path = tiny_recipe(tmp_path, **settings, trainer__eval_strategy="steps", trainer__eval_steps=3)
     alone = runner.invoke(cli.app, ["train", str(path), "--output-dir", str(tmp_path / "alone")])
     assert alone.exit_code == 0, alone.output
@@ -126,3 +132,39 @@ def test_processes_stop_together(tmp_path):
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1])["step"] == 1
     assert last_complete(tmp_path / "run").name == "checkpoint-1"
+
+
+FAILS_TO_END = """
+import os
+import time
+
+from accelerate import PartialState
+
+from hf_longspec.cli import main
+from hf_longspec.training.trainer import DraftTrainer
+
+snapshot = DraftTrainer.snapshot
+slow = lambda self: (snapshot(self), time.sleep(3))[0]
+if os.environ["RANK"] == "0":
+    DraftTrainer.snapshot = slow
+else:
+    PartialState.destroy_process_group = lambda self: os._exit(1)
+main()
+"""
+
+
+def test_a_process_that_fails_to_end_costs_no_draft(tmp_path):
+    """The launcher ends the first process when the second one fails; it has written the draft by then."""
+    (tmp_path / "fails.py").write_text(FAILS_TO_END)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = [str(tmp_path / "fails.py"), "train", str(tiny_recipe(tmp_path, trainer__max_steps=1))]
+    assert subprocess.run([*launch, *arguments], capture_output=True, timeout=120).returncode != 0
+    assert (tmp_path / "run" / "draft" / "model.safetensors").exists()
+
+
+def test_a_file_with_the_name_of_the_draft(tmp_path):
+    path = tiny_recipe(tmp_path, trainer__max_steps=1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "draft").write_text("mine")
+    result = runner.invoke(cli.app, ["train", str(path)])
+    assert result.exit_code == 2 and "draft cannot be written: File exists" in result.stderr

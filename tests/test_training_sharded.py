@@ -24,7 +24,7 @@ from hf_longspec.training.learning_curve import read_log
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-FSDP = {"trainer__fsdp": "full_shard", "trainer__fsdp_config": {"version": 2}}
+FSDP = {"trainer__fsdp": True, "trainer__fsdp_config": {"version": 2}}
 STEPS = {"trainer__max_steps": 4, "trainer__eval_strategy": "steps", "trainer__eval_steps": 2}
 LORA = {"draft__lora": {"r": 4, "target_modules": ["q_proj", "o_proj"]}, "draft__config": {}}
 deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
@@ -59,11 +59,11 @@ def on_one(folder, **settings):
     return folder / "alone"
 
 
-def on_two(folder, **settings):
-    """The result of the command, with two processes that read two samples a step each."""
+def on_two(folder, processes=2, **settings):
+    """The result of the command, with two processes, or so many, that read two samples a step each."""
     settings = STEPS | {"trainer__per_device_train_batch_size": 2, "trainer__use_cpu": False} | settings
     path = tiny_recipe(folder, **settings)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [*launch, str(Path(__file__).with_name("sharded_train.py")), "train", str(path)]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
@@ -141,3 +141,12 @@ def test_zero_3_has_to_gather_the_draft(tmp_path):
     assert result.returncode != 0
     expected = "trainer.deepspeed: expected zero_optimization.stage3_gather_16bit_weights_on_model_save: true"
     assert expected in result.stderr and not (tmp_path / "run").exists()
+
+
+@deepspeed
+def test_zero_goes_on_with_as_many_processes_only(tmp_path):
+    assert on_two(tmp_path, **ZERO3, trainer__max_steps=2).returncode == 0
+    result = on_two(tmp_path, processes=1, **ZERO3, trainer__max_steps=2)
+    assert result.returncode != 0
+    expected = "checkpoint-2 is of another number of processes than 1, with which ZeRO cannot go on"
+    assert expected in result.stderr and "ZeRORuntimeException" not in result.stderr

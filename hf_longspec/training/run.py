@@ -36,8 +36,6 @@ DEFAULTS = {
     "metric_for_best_model": "accept_length",
     "greater_is_better": True,
     "ddp_find_unused_parameters": False,
-    # each process reads streams itself: spans cannot be cut in slices
-    "accelerator_config": {"dispatch_batches": False},
 }
 
 
@@ -115,6 +113,13 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             f"one process trains on one GPU, got {args.n_gpu}: start `accelerate launch -m hf_longspec.cli train "
             "RECIPE`, or set CUDA_VISIBLE_DEVICES"
         )
+    if args.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "trainer.accelerator_config: expected dispatch_batches: false, as batches of one and of several documents "
+            "cannot be joined, got true"
+        )
+    # None would join those of streams: each process reads the stream itself
+    args.accelerator_config.dispatch_batches = False
     deepspeed, whole = args.deepspeed_plugin, "zero_optimization.stage3_gather_16bit_weights_on_model_save"
     if deepspeed is not None and deepspeed.hf_ds_config.is_zero3() and not deepspeed.hf_ds_config.is_true(whole):
         raise ValueError(f"trainer.deepspeed: expected {whole}: true, as drafts are measured and saved whole")
@@ -135,10 +140,24 @@ def resume_point(recipe: Recipe, args: TrainingArguments) -> Path | None:
                 f"{run} holds a run with another recipe: {', '.join(sorted(changed))} differ; "
                 "choose another `trainer.output_dir`, or the same recipe"
             )
+        states = [path.stem for path in checkpoint.glob("rng_state*.pth")]
         # `Trainer` would go on with an optimizer that knows nothing, and warm up again
-        if step_of(checkpoint) < args.max_steps and not any(checkpoint.glob("rng_state*")):
+        if step_of(checkpoint) < args.max_steps and not states:
             raise ValueError(f"{checkpoint} has no optimizer to go on with (trainer.save_only_model)")
+        if states and args.deepspeed_plugin is not None and not fits(states, args):
+            raise ValueError(
+                f"{checkpoint} is of another number of processes than {args.world_size}, with which ZeRO cannot go on"
+            )
     return checkpoint
+
+
+def fits(states: list[str], args: TrainingArguments) -> bool:
+    """Whether these are random states of as many processes as there are: rng_state_RANK each, or rng_state of one.
+
+    Nodes may hold those of their own processes only.
+    """
+    ranks = {0 if state == "rng_state" else int(state.removeprefix("rng_state_")) for state in states}
+    return args.process_index in ranks and max(ranks) < args.world_size
 
 
 def write_recipe(recipe: Recipe, run: Path) -> None:
@@ -190,7 +209,9 @@ def export(trainer: DraftTrainer) -> str | None:
     if draft is not None:
         folder = Path(str(trainer.args.output_dir)) / "draft"
         with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)  # where a file has this name `save_pretrained` does nothing
             draft.save_pretrained(folder)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
+    trainer.accelerator.wait_for_everyone()  # the launcher may end all that still run when one of them fails to end
     return None if draft is None else str(folder)
