@@ -1,8 +1,11 @@
-"""A tiny target, a text with a pattern, and a recipe of a few steps on them, as files."""
+"""A tiny target, a text with a pattern, and a recipe of a few steps on them, as files; and processes to run it."""
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +58,10 @@ def write_text(folder: Path, files: int = 60) -> None:
     for number in range(files):
         pattern = "".join(letters.choice("abcdefgh") for _ in range(17))
         (folder / f"{number:02}.txt").write_text(pattern * letters.randint(3, 40))
+
+
+def on_processes(count: int, *command: str) -> subprocess.CompletedProcess[str]:
+    """torchrun with a script, or with -m and a module, and its arguments."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*launch, *command], capture_output=True, text=True, timeout=300, env=environment)

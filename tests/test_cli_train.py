@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from recipes import tiny_recipe
+from recipes import on_processes, tiny_recipe
 from typer.testing import CliRunner
 
 from hf_longspec import cli
@@ -104,9 +104,8 @@ def test_two_processes_are_as_one(tmp_path, settings):
     path = tiny_recipe(tmp_path, **settings, trainer__eval_strategy="steps", trainer__eval_steps=3)
     alone = runner.invoke(cli.app, ["train", str(path), "--output-dir", str(tmp_path / "alone")])
     assert alone.exit_code == 0, alone.output
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = ["-m", "hf_longspec.cli", "train", str(path), "--set", "trainer.per_device_train_batch_size=2"]
-    result = subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=300)
+    result = on_processes(2, *arguments)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count('{"complete": true') == 1, "one process speaks"
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
@@ -126,9 +125,8 @@ main()
 def test_processes_stop_together(tmp_path):
     """The second one's clock would let it go on."""
     (tmp_path / "clocks.py").write_text(CLOCKS)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = [str(tmp_path / "clocks.py"), "train", str(tiny_recipe(tmp_path)), "--max-seconds", "0"]
-    result = subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=120)
+    result = on_processes(2, *arguments)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1])["step"] == 1
     assert last_complete(tmp_path / "run").name == "checkpoint-1"
@@ -156,9 +154,8 @@ main()
 def test_a_process_that_fails_to_end_costs_no_draft(tmp_path):
     """The launcher ends the first process when the second one fails; it has written the draft by then."""
     (tmp_path / "fails.py").write_text(FAILS_TO_END)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = [str(tmp_path / "fails.py"), "train", str(tiny_recipe(tmp_path, trainer__max_steps=1))]
-    assert subprocess.run([*launch, *arguments], capture_output=True, timeout=120).returncode != 0
+    assert on_processes(2, *arguments).returncode != 0
     assert (tmp_path / "run" / "draft" / "model.safetensors").exists()
 
 

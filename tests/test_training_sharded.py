@@ -5,15 +5,12 @@ Each run is two processes on the CPU. DeepSpeed's are skipped where it is not in
 
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from recipes import tiny_recipe
+from recipes import on_processes, tiny_recipe
 from safetensors.torch import load_file
 from test_cli_train import losses
 from typer.testing import CliRunner
@@ -63,10 +60,7 @@ def on_two(folder, processes=2, **settings):
     """The result of the command, with two processes, or so many, that read two samples a step each."""
     settings = STEPS | {"trainer__per_device_train_batch_size": 2, "trainer__use_cpu": False} | settings
     path = tiny_recipe(folder, **settings)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*launch, str(Path(__file__).with_name("sharded_train.py")), "train", str(path)]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    return on_processes(processes, str(Path(__file__).with_name("sharded_train.py")), "train", str(path))
 
 
 def evaluations(run):
