@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 
 # They say that the place which a command names is wrong. Any other, such as a full disk, is the machine's.
 WRONG_PLACE = {
@@ -27,24 +29,30 @@ class MachineError(OSError):
     """The disk or the network failed a command that was right; the message is one line for the user."""
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raises `MachineError` that names `path` and the reason, or `OSError` where nothing can be written at all."""
-    try:
-        yield
-    except MachineError:  # has named what it was about
-        raise
-    except Exception as error:  # safetensors and tokenizers have classes of their own, or none
+class writing:  # a context manager, named as those of contextlib are
+    """What cannot be written inside raises `MachineError` that names `path` and the reason, or `OSError` where nothing
+    can be written at all. Other errors rise as they are.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if error is None or isinstance(error, MachineError):  # which has named what it was about
+            return
         number = number_of(error)
         if number is None and not isinstance(error, OSError):
-            raise
-        kind = OSError if number in WRONG_PLACE else MachineError
+            return
         reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
-        raise kind(f"{path} cannot be written: {reason}") from error
+        told = OSError if number in WRONG_PLACE else MachineError
+        raise told(f"{self.path} cannot be written: {reason}") from error
 
 
-def number_of(error: Exception) -> int | None:
-    """The system's number of an error, also of one that comes from Rust, which ends its messages in it."""
+def number_of(error: BaseException) -> int | None:
+    """The system's number of an error, also of one of safetensors or tokenizers, whose messages end in it."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
@@ -54,7 +62,7 @@ def number_of(error: Exception) -> int | None:
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Where to write what is to be `path`, which keeps what it held if that fails. Raises what `writing` does."""
-    unfinished = path.with_name(f".{path.name}")
+    unfinished = path.with_name(f".{os.getpid()}.{path.name}")  # other processes may write the same
     with writing(path):
         try:
             yield unfinished

@@ -12,6 +12,9 @@ from typing import Any
 import yaml
 from tiny_folders import tiny_folders
 
+from hf_longspec.training.checkpoints import last_complete
+from hf_longspec.training.learning_curve import read_log
+
 
 def tiny_recipe(folder: Path, **settings: Any) -> Path:
     """A recipe file in `folder`; `settings` are its keys with two underscores for a dot: signal__length=32."""
@@ -58,6 +61,11 @@ def write_text(folder: Path, files: int = 60) -> None:
     for number in range(files):
         pattern = "".join(letters.choice("abcdefgh") for _ in range(17))
         (folder / f"{number:02}.txt").write_text(pattern * letters.randint(3, 40))
+
+
+def losses(run: Path) -> dict[int, float]:
+    """By step, up to the last whole checkpoint of a run."""
+    return {record["step"]: record["loss"] for record in read_log(last_complete(run)) if "loss" in record}
 
 
 def on_processes(count: int, *command: str) -> subprocess.CompletedProcess[str]:

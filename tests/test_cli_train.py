@@ -8,22 +8,17 @@ import sys
 import time
 
 import pytest
-from recipes import on_processes, tiny_recipe
+from recipes import losses, on_processes, tiny_recipe
 from typer.testing import CliRunner
 
 from hf_longspec import cli
 from hf_longspec.training.checkpoints import COMPLETE, last_complete
-from hf_longspec.training.learning_curve import read_log
 
 runner = CliRunner()
 
 
 def command(path, *options):
     return [sys.executable, "-m", "hf_longspec.cli", "train", str(path), *options]
-
-
-def losses(folder):
-    return {record["step"]: record["loss"] for record in read_log(last_complete(folder)) if "loss" in record}
 
 
 def kill_while_writing(path, run):

@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from full_disk import full_disk
 from helpers import tiny_target
-from recipes import tiny_recipe
+from recipes import losses, tiny_recipe
 from safetensors.torch import load_file
 from tiny_folders import ALPHABET
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,10 +31,6 @@ def run(folder, name="run", max_seconds=None, **settings):
     path = tiny_recipe(folder, **({"trainer__output_dir": str(folder / name)} | settings))
     outcome = train(Recipe.load(path), max_seconds)
     return outcome, losses(folder / name)
-
-
-def losses(folder):
-    return {record["step"]: record["loss"] for record in read_log(last_complete(folder)) if "loss" in record}
 
 
 def weights(folder):

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipes import on_processes, tiny_recipe
+from recipes import losses, on_processes, tiny_recipe
 from safetensors.torch import load_file
-from test_cli_train import losses
 from typer.testing import CliRunner
 
 from hf_longspec import LongSpecForCausalLM, cli

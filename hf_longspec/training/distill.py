@@ -7,7 +7,6 @@ its number alone, so after a kill at any moment the same command goes on and end
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from hf_longspec.writing import writing
+from hf_longspec.writing import whole_file, writing
 
 from .data.store import Document, StoreWriter, load_json
 from .distill_prompts import Prompt
@@ -72,13 +71,8 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         if other := sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".")):
             raise ValueError(f"{folder}: expected an empty folder or one with {SETTINGS}, got {', '.join(other[:3])}")
-        unfinished = folder / f".{SETTINGS}.{os.getpid()}.tmp"
-        try:
-            with writing(path):
-                unfinished.write_text(json.dumps(settings, indent=1, sort_keys=True), encoding="utf-8")
-                os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with whole_file(path) as unfinished:
+            unfinished.write_text(json.dumps(settings, indent=1, sort_keys=True), encoding="utf-8")
     theirs, ours = load_json(path), json.loads(json.dumps(settings))
     if changed := sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key)):
         differences = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} now" for key in changed)

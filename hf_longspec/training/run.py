@@ -85,7 +85,6 @@ def train(recipe: Recipe, max_seconds: float | None = None) -> Outcome:
         positions = positions_of(draft.config)
         assert positions is not None  # a draft's config states them
         samples, held_out = datasets(recipe, args, tokenizer, positions)
-    run = Path(str(args.output_dir))
     if recipe.draft.vocab is not None:
         draft.set_draft_vocab(vocabulary(recipe.draft.vocab, samples, draft.config.vocab_size, args, checkpoint))
     trainer = DraftTrainer(target, draft, recipe, args, samples, held_out)
@@ -95,7 +94,7 @@ def train(recipe: Recipe, max_seconds: float | None = None) -> Outcome:
     clock = WallClock(max_seconds)
     trainer.add_callback(clock)
     if trainer.is_world_process_zero():
-        write_recipe(recipe, run)
+        write_recipe(recipe, Path(str(args.output_dir)))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     folder = None if clock.expired else export(trainer)
     state = trainer.state

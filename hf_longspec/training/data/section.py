@@ -92,9 +92,8 @@ class DataSection:
     """The section `data` of a recipe.
 
     long_documents: those longer than a sample are `cut` into samples, all of them used, cut to the `first` sample, or
-        `drop`ped. Shorter ones are never cut. `full`: cut into full samples, the last of which
-        may repeat some of the one before; shorter documents are left out. So each sample is of one document and needs
-        no mask.
+        `drop`ped. Shorter ones are never cut. `full`: cut into full samples, the last of which may repeat
+        some of the one before; shorter documents are left out. So each sample is of one document and needs no mask.
     min_tokens: documents (packages) with fewer tokens are left out: for samples of real long context.
     max_bad_share: more unreadable rows than this share of a source's rows end the run with an error.
     streaming: read, tokenize and pack while training, without a copy on disk; shuffled only within `shuffle_buffer`

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from hf_longspec.writing import writing
+from hf_longspec.writing import whole_file, writing
 
 
 class Document(NamedTuple):
@@ -86,16 +86,15 @@ def load_json(path: Path) -> Any:
 
 def unpack(packed: Path) -> None:
     """`name.xz` beside itself as `name`, whole or not at all."""
-    unfinished = packed.with_suffix(f".{os.getpid()}.tmp")
     try:
-        with writing(packed.with_suffix("")), lzma.open(packed) as source:
-            with open(unfinished, "wb") as target:
-                shutil.copyfileobj(source, target)
-            os.replace(unfinished, packed.with_suffix(""))
+        with (
+            whole_file(packed.with_suffix("")) as unfinished,
+            lzma.open(packed) as source,
+            open(unfinished, "wb") as target,
+        ):
+            shutil.copyfileobj(source, target)
     except (lzma.LZMAError, EOFError) as error:
         raise ValueError(f"{packed}: broken file: {error}") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 class StoreWriter:
