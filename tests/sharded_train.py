@@ -3,6 +3,9 @@
 Started by torchrun, see test_training_sharded.py. All else is real: FSDP2, DeepSpeed, Trainer, our command.
 """
 
+import os
+import sys
+
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
@@ -15,4 +18,9 @@ PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu
 training_args.is_torch_bf16_gpu_available = lambda: True
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as end:  # typer's
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code or 0)  # torch's caches keep FSDP2's group alive: gloo's threads would abort Python's own end

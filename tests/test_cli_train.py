@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from recipes import losses, on_processes, tiny_recipe
@@ -130,6 +131,7 @@ def test_processes_stop_together(tmp_path):
 FAILS_TO_END = """
 import os
 import time
+from pathlib import Path
 
 from accelerate import PartialState
 
@@ -152,6 +154,28 @@ def test_a_process_that_fails_to_end_costs_no_draft(tmp_path):
     arguments = [str(tmp_path / "fails.py"), "train", str(tiny_recipe(tmp_path, trainer__max_steps=1))]
     assert on_processes(2, *arguments).returncode != 0
     assert (tmp_path / "run" / "draft" / "model.safetensors").exists()
+
+
+COUNTS_THREADS = """
+from pathlib import Path
+
+from hf_longspec.cli import main
+
+try:
+    main()
+finally:
+    left = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    assert not [name for name in left if "gloo" in name], left
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="names of threads are read from /proc")
+def test_no_thread_of_gloo_outlives_the_command(tmp_path):
+    """One that still frees a tensor when Python ends aborts the process."""
+    (tmp_path / "counts.py").write_text(COUNTS_THREADS)
+    arguments = [str(tmp_path / "counts.py"), "train", str(tiny_recipe(tmp_path, trainer__max_steps=1))]
+    result = on_processes(2, *arguments)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_file_with_the_name_of_the_draft(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Annotated
@@ -43,3 +44,4 @@ def train(
     if PartialState().is_main_process:
         typer.echo(json.dumps(outcome._asdict()))
     PartialState().destroy_process_group()  # where there is one: a process that just exits can break the others' exits
+    gc.collect()  # of the model that holds the group: gloo's threads must end before Python does, or they abort it
