@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 
 import pytest
 from full_disk import full_disk
@@ -170,3 +171,12 @@ def test_mistakes(command, wrong, message):
 def test_mistakes_about_text(folders, wrong, message):
     result = runner.invoke(cli.app, ["bench", *text(folders), *wrong])
     assert result.exit_code == 2 and message in " ".join(result.stderr.split())
+
+
+def test_more_than_fits():
+    command = ["attention", "--contexts", str(10**13), "--nodes", "1", "--heads", "2,1,16", "--backends", "torch"]
+    result = runner.invoke(cli.app, ["bench", *command])
+    assert result.exit_code == 1
+    assert re.fullmatch(
+        r"hf-longspec: out of memory( \(\d+ bytes more were wanted\))?: shorter --contexts take less\n", result.stderr
+    )

@@ -71,6 +71,7 @@ def test_flags_and_settings(tmp_path):
         (["data.min_tokens=100000"], "nothing to train on in samples of 64 tokens"),
         (["trainer.accelerator_config.dispatch_batches=true"], "expected dispatch_batches: false"),
         (["trainer.save_strategy=never"], "never is not a valid SaveStrategy"),
+        (["trainer.lr_scheduler_kwargs.cycles=2"], "unexpected keyword argument 'cycles'"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, settings, message):
@@ -81,6 +82,15 @@ def test_mistakes_are_one_line(tmp_path, settings, message):
     assert result.exception is None or isinstance(result.exception, SystemExit)
     last = [line for line in result.stderr.splitlines() if line.startswith("hf-longspec: ")]
     assert len(last) == 1 and message in last[0], result.stderr
+
+
+def test_more_than_fits(tmp_path):
+    path = tiny_recipe(tmp_path, draft__config={"intermediate_size": 10**13})
+    result = runner.invoke(cli.app, ["train", str(path)])
+    assert result.exit_code == 1
+    last = [line for line in result.stderr.splitlines() if line.startswith("hf-longspec: ")]
+    assert len(last) == 1 and last[0].startswith("hf-longspec: out of memory"), result.stderr
+    assert "trainer.per_device_train_batch_size" in last[0]
 
 
 def test_a_draft_that_does_not_fit(tmp_path):
@@ -183,4 +193,4 @@ def test_a_file_with_the_name_of_the_draft(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "draft").write_text("mine")
     result = runner.invoke(cli.app, ["train", str(path)])
-    assert result.exit_code == 2 and "draft cannot be written: File exists" in result.stderr
+    assert result.exit_code == 2 and "draft cannot be written: Not a directory" in result.stderr

@@ -6,10 +6,12 @@ import subprocess
 import sys
 
 import pytest
+from full_disk import full_disk
 from hub_folders import REPO, STRANGER, client, connect, environment, hub_folders, server
 
 from hf_longspec.hub.export import load_draft
 from hf_longspec.hub.push import push
+from hf_longspec.writing import MachineError
 
 # What a stranger runs: none of our packages, only names on the Hub. The first argument is a list of steps: a fault
 # that the server is asked for, or None, and options of loading. Of each it tells the class's module, tokens, accept
@@ -135,3 +137,10 @@ def test_faults_of_downloads_and_of_access(hub, folders, tmp_path):
     _, told = stranger(hub.url, tmp_path, (None, {"token": False}), (None, {"token": STRANGER}), (None, {}))
     assert [step[0] for step in told[:2]] == ["OSError"] * 2 and all("gated repo" in step[1] for step in told[:2])
     assert told[2][1] == plain  # what was refused before is not remembered
+
+
+def test_a_disk_that_is_full(hub, tmp_path):
+    """As the commands load it: one line, which blames the machine; and the same again when there is room."""
+    with full_disk(3000), pytest.raises(MachineError, match=f"^draft {REPO} cannot be loaded: .*File too large$"):
+        load_draft(REPO)
+    assert load_draft(REPO).config.model_type == "longspec"

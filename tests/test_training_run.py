@@ -109,13 +109,14 @@ def test_the_command_says_that_the_disk_is_full(tmp_path):
     """Of a run that is done already: nothing of it is lost."""
     path, files = tiny_recipe(tmp_path), ("recipe.yaml", "learning_curve.png", "draft")
     assert CliRunner().invoke(cli.app, ["train", str(path)]).exit_code == 0
-    before = [(tmp_path / "run" / name).read_bytes() for name in files[:2]]
+    written = [tmp_path / "run" / name for name in (*files[:2], "draft/model.safetensors")]
+    before = [path.read_bytes() for path in written]
     for size, name in zip((0, 20_000, 60_000), files, strict=True):
         with full_disk(size):
             result = CliRunner().invoke(cli.app, ["train", str(path)])
         last = result.stderr.splitlines()[-1]
         assert result.exit_code == 1 and f"run/{name} cannot be written: " in last and "File too large" in last
-        assert [(tmp_path / "run" / name).read_bytes() for name in files[:2]] == before
+        assert [path.read_bytes() for path in written] == before
     assert CliRunner().invoke(cli.app, ["train", str(path)]).exit_code == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,13 @@ def plot_text(results: list[Comparison], path: Path) -> None:
         panel.invert_yaxis()
         panel.set(title=f"batch {result.batch}, context {result.context:,}", xlabel="tokens/s, decoding")
     _save(figure, [], path)
+
+
+PICTURES: dict[str, Callable[[Any, Path], None]] = {  # by the command that measures
+    "attention": plot_attention,
+    "latency": plot_latency,
+    "text": plot_text,
+}
 
 
 def _panels(count: int) -> tuple[Figure, list[Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +21,7 @@ from .options import (
     Text,
     Tree,
     fail,
-    fail_with,
+    in_one_line,
     load_model,
     load_pair,
     numbers,
@@ -66,31 +65,28 @@ def attention(
 
     device, number_format = here(dtype)
     shape = layer.Heads(*heads)
-    try:
+    with in_one_line("shorter --contexts take less"):
         chosen, missing = layer.choose([name for name in backends.split(",") if name], device, number_format, shape)
         chosen += layer.tuned(tiles, device, number_format, shape) if tiles else []
-    except (ValueError, ImportError) as error:
-        fail_with(error)
-    for name, reason in missing.items():
-        typer.echo(f"{name} cannot run here: {reason}", err=True)
-    speed = timing.measure_speed(device, number_format)
-    cases = [
-        layer.measure(shape, context, count, chosen, speed, device, number_format, repeats)
-        for context in contexts
-        for count in nodes
-    ]
-    setting: dict[str, Any] = {
+        for name, reason in missing.items():
+            typer.echo(f"{name} cannot run here: {reason}", err=True)
+        speed = timing.measure_speed(device, number_format)
+        cases = [
+            layer.measure(shape, context, count, chosen, speed, device, number_format, repeats)
+            for context in contexts
+            for count in nodes
+        ]
+    result = {
         "bench": "attention",
         "heads": list(heads),
         "dtype": str(number_format),
         "speed": speed._asdict(),
+        "missing_backends": missing,
+        "cases": [case.as_dict() for case in cases],
     }
-    setting |= {"missing_backends": missing, "cases": [case.as_dict() for case in cases]}
-    show([tables.attention_table(cases)], setting, device)
+    show([tables.attention_table(cases)], result, device)
     if plot is not None:
-        from ..benchmark import plots
-
-        draw(plots.plot_attention, cases, plot)
+        draw("attention", cases, plot)
 
 
 @app.command()
@@ -112,15 +108,20 @@ def children(
     if width > min(nodes) * min(vocab):
         fail(f"expected --width of at most nodes x tokens, got {width} of {min(nodes)} x {min(vocab)}")
     device, number_format = here(dtype)
-    speed = timing.measure_speed(device, number_format)
-    choices = [
-        level.measure(count, width, size, chunks, speed, device, number_format, repeats)
-        for size in vocab
-        for count in nodes
-    ]
-    setting: dict[str, Any] = {"bench": "children", "dtype": str(number_format), "speed": speed._asdict()}
-    setting["choices"] = [choice.as_dict() for choice in choices]
-    show([tables.children_table(choices)], setting, device)
+    with in_one_line("a smaller --vocab takes less"):
+        speed = timing.measure_speed(device, number_format)
+        choices = [
+            level.measure(count, width, size, chunks, speed, device, number_format, repeats)
+            for size in vocab
+            for count in nodes
+        ]
+    result = {
+        "bench": "children",
+        "dtype": str(number_format),
+        "speed": speed._asdict(),
+        "choices": [choice.as_dict() for choice in choices],
+    }
+    show([tables.children_table(choices)], result, device)
 
 
 @app.command()
@@ -153,36 +154,35 @@ def latency(
     if not tree:
         fail("expected level widths such as 4,16,16, got an empty --tree")
     device, number_format = here(dtype)
-    speed = timing.measure_speed(device, number_format)
     options: dict[str, Any] = {"tree_shape": tree, "attention_backend": backend, "compile_target": compile_target}
     options["verify_tokens"] = max(verify_tokens)  # of the calls that read prompts
-    try:
+    measured = []
+    with in_one_line("shorter --contexts, or a smaller --shape, take less"):
+        speed = timing.measure_speed(device, number_format)
         target, draft = shapes.random_pair(shape, device, number_format, 2 * max(contexts), **options)
         draft.set_draft_vocab(None if draft_vocab is None else range(draft_vocab))
         pair = steps.Bench(target, draft, speed, rounds)
-        results = []
         for context in contexts:
-            results.append(pair.measure(context, verify_tokens, static))
-            typer.echo(f"context {context:,}: {results[-1].steps[-1].milliseconds:.2f} ms a round")
+            measured.append(pair.measure(context, verify_tokens, static))
+            typer.echo(f"context {context:,}: {measured[-1].steps[-1].milliseconds:.2f} ms a round")
         read = [row for context in contexts for row in reading.measure(target, draft, context)] if prefill else []
-    except (ValueError, ImportError) as error:
-        fail_with(error)
-    setting: dict[str, Any] = {
+    result = {
         "bench": "latency",
         "shape": shape,
         "tree": list(tree),
         "verify_tokens": list(verify_tokens),
+        "dtype": str(number_format),
+        "backend": backend,
+        "compile_target": compile_target,
+        "draft_vocab": draft_vocab,
+        "speed": speed._asdict(),
+        "weights_bytes": shapes.read_bytes(target),
+        "contexts": [each.as_dict() for each in measured],
+        "prefill": [asdict(row) for row in read],
     }
-    setting |= {"dtype": str(number_format), "backend": backend, "compile_target": compile_target}
-    setting["draft_vocab"] = draft_vocab
-    setting["speed"] = speed._asdict()
-    setting |= {"weights_bytes": shapes.read_bytes(target), "contexts": [result.as_dict() for result in results]}
-    setting |= {"prefill": [asdict(row) for row in read]}
-    show([tables.latency_table(results)] + ([tables.prefill_table(read)] if prefill else []), setting, device)
+    show([tables.latency_table(measured)] + ([tables.prefill_table(read)] if prefill else []), result, device)
     if plot is not None:
-        from ..benchmark import plots
-
-        draw(plots.plot_latency, results, plot)
+        draw("latency", measured, plot)
 
 
 @app.command()
@@ -229,13 +229,11 @@ def text(
         "repeats": repeats,
         "assistant": helper,
     }
-    try:
+    with in_one_line("smaller --batches or a shorter --context take less"):
         check_room(model.config, context, max_new_tokens)
         tokens = read_tokens(text, tokenizer)
-        results = [whole.measure(model, its_draft, tokens, context, size, **options) for size in batches]
-    except (ValueError, OSError, ImportError) as error:
-        fail_with(error)
-    setting: dict[str, Any] = {
+        compared = [whole.measure(model, its_draft, tokens, context, size, **options) for size in batches]
+    result = {
         "bench": "text",
         "target": target,
         "draft": draft,
@@ -243,14 +241,12 @@ def text(
         "dtype": str(model.dtype),
         "backend": backend,
         "compile_target": compile_target,
+        "tree": list(its_draft.config.tree_shape),
+        "batches": [each.as_dict() for each in compared],
     }
-    setting |= {"tree": list(its_draft.config.tree_shape), "batches": [result.as_dict() for result in results]}
-    shown = [tables.text_table(results)] + ([tables.phases_table(results)] if profile else [])
-    show(shown, setting, model.device)
+    show([tables.text_table(compared)] + ([tables.phases_table(compared)] if profile else []), result, model.device)
     if plot is not None:
-        from ..benchmark import plots
-
-        draw(plots.plot_text, results, plot)
+        draw("text", compared, plot)
 
 
 def here(dtype: Dtype) -> tuple[torch.device, torch.dtype]:
@@ -272,19 +268,19 @@ def check_plot(path: Path | None) -> None:
         fail("--plot needs matplotlib, which is not installed: pip install 'hf-longspec[bench]'")
 
 
-def draw(picture: Callable[[list[Any], Path], None], results: list[Any], path: Path) -> None:
+def draw(bench: str, measured: list[Any], path: Path) -> None:
     """After the figures are shown: a full disk costs the picture only."""
-    try:
-        picture(results, path)
-    except OSError as error:
-        fail_with(error)
+    from ..benchmark.plots import PICTURES
+
+    with in_one_line():
+        PICTURES[bench](measured, path)
 
 
 def listed(values: tuple[int, ...]) -> str:
     return ",".join(map(str, values))
 
 
-def show(shown: list[Table], setting: dict[str, Any], device: torch.device) -> None:
+def show(tables: list[Table], result: dict[str, Any], device: torch.device) -> None:
     from rich.console import Console
 
     from ..provenance import provenance
@@ -292,6 +288,6 @@ def show(shown: list[Table], setting: dict[str, Any], device: torch.device) -> N
     console = Console(highlight=False)
     if not console.is_terminal:  # a file has no edge at which to cut a line
         console.width = 200
-    for table in shown:
+    for table in tables:
         console.print(table)
-    typer.echo(json.dumps(setting | provenance(device)))
+    typer.echo(json.dumps(result | provenance(device)))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import fail_with
+from .options import in_one_line
 
 
 class WeightFormat(str, Enum):
@@ -38,10 +38,8 @@ def convert(
     from ..hub.published import published_draft
 
     logging.disable_progress_bar()
-    try:
+    with in_one_line():
         record = conversion.convert(source, target, out, dtype.value)
-    except (ValueError, OSError) as error:
-        fail_with(error)
     origin = source if record.source_revision is None else f"{source} at {record.source_revision}"
     typer.echo(
         f"{origin}: {', '.join(record.files)}, {record.parameters:,} parameters, {', '.join(record.source_dtypes)}"

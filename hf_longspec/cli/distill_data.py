@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Dtype, RemoteCode, Target, fail_with, load_draft, load_model, load_tokenizer
+from .options import Dtype, RemoteCode, Target, in_one_line, load_draft, load_model, load_tokenizer
 from .options import Format as NumberFormat
 from .sources import (
     Config,
@@ -84,7 +84,7 @@ def distill_data(
     tokenizer = load_tokenizer("target", target, trust_remote_code)
     model = load_model("target", target, dtype, trust_remote_code)
     helper = None if draft is None else load_draft(draft, dtype, trust_remote_code)
-    try:
+    with in_one_line("a smaller --batch-size, with another --out, takes less"):
         check_room(model.config, max_prompt_tokens, max_new_tokens, "--max-prompt-tokens, --max-new-tokens: ")
         section = one_source(
             held_out,
@@ -108,8 +108,6 @@ def distill_data(
         claim(out, settings_of(answering, part, model, about | {"prompts": len(found)} | tokens_of))
         started = time.monotonic()
         counts = distill(model, found, out, answering, part, tokens_of, helper)
-    except (ValueError, ImportError, OSError) as error:
-        fail_with(error)
     seconds = time.monotonic() - started
     result: dict[str, Any] = {"out": str(out), "shard": shard} | counts
     result |= {"seconds": seconds, "tokens_per_second": counts["new_tokens"] / seconds, "prompts": report.as_dict()}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Draft, Dtype, Format, RemoteCode, Target, Tree, fail, fail_with, load_pair, numbers
+from .options import Draft, Dtype, Format, RemoteCode, Target, Tree, fail, in_one_line, load_pair, numbers
 
 if TYPE_CHECKING:
     from ..evaluation.plan import Plan
@@ -66,7 +66,7 @@ def evaluate(
 
     logging.disable_progress_bar()
     contexts = tuple(sorted(set(contexts)))
-    try:
+    with in_one_line():
         tasks = planning.chosen(suite, task or [], max_new_tokens)
         model, tokenizer, its_draft = load_pair(target, draft, dtype, trust_remote_code)
         if tree is not None:
@@ -92,13 +92,10 @@ def evaluate(
         records = Records(output / "records.jsonl", settings)
         measure_all(model, its_draft, made, records, temperature, seed)
         write_report(records, settings, made, named, output, plot)
-    except (ValueError, ImportError, OSError) as error:
-        fail_with(error)
 
 
 def measure_all(model: Any, draft: Any, made: Plan, records: Records, temperature: float, seed: int) -> None:
     """What is not done yet, with a line for each prompt and, on a terminal, a bar."""
-    import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -115,16 +112,15 @@ def measure_all(model: Any, draft: Any, made: Plan, records: Records, temperatur
             bar = progress.add_task("", total=len(made.samples), completed=len(made.samples) - len(todo))
             for sample in todo:
                 progress.update(bar, description=f"{sample.task}, {sample.context:,} tokens")
-                if warm is None or (warm != sample.context and model.device.type != "cpu"):
-                    runner.warm_up(model, draft, sample, temperature)
-                    warm = sample.context
-                records.add(runner.measure(model, draft, sample, temperature, seed))
+                with in_one_line(f"at {sample.task}, context {sample.context}, prompt {sample.id}"):
+                    if warm is None or (warm != sample.context and model.device.type != "cpu"):
+                        runner.warm_up(model, draft, sample, temperature)
+                        warm = sample.context
+                    records.add(runner.measure(model, draft, sample, temperature, seed))
                 progress.advance(bar)
                 progress.console.print(line(records.done[sample.key]), markup=False, soft_wrap=True)
     except KeyboardInterrupt:
         fail(f"stopped after {len(records.done)} of {len(made.samples)} prompts; the same command goes on", code=130)
-    except torch.OutOfMemoryError:
-        fail(f"out of memory at {sample.task}, context {sample.context}, prompt {sample.id}", code=1)
 
 
 def line(record: dict[str, Any]) -> str:

