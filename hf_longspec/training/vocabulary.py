@@ -10,15 +10,20 @@ import torch
 from torch import Tensor
 
 PART = 1 << 22  # tokens counted at a time: counting widens them to 64 bits
-COUNTED = 1 << 24  # tokens of the samples that are counted
+READ = 1 << 24  # tokens of the samples among which they are counted
 
 
 def frequent_tokens(samples: Iterable[Mapping[str, Any]], vocab_size: int) -> Tensor:
-    """All token ids (vocab_size,), ranked by the first samples of a run, which hold its sources by their weights."""
+    """All token ids (vocab_size,), ranked by the first samples of a run, which hold its sources by their weights.
+
+    Only tokens that are learned count: no prompts, no filling.
+    """
     parts: list[np.ndarray] = []
+    read = 0
     for sample in samples:
-        parts.append(sample["input_ids"].numpy())
-        if len(parts) * len(parts[0]) >= COUNTED:
+        parts.append(sample["input_ids"][sample["loss_mask"]].numpy())
+        read += len(sample["input_ids"])
+        if read >= READ:
             break
     return rank_by_frequency(np.concatenate(parts), vocab_size)
 
