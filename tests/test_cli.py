@@ -91,7 +91,7 @@ def test_a_backend_whose_package_is_broken(folders, tmp_path, monkeypatch):
     pair = ["--target", folders / "target", "--draft", draft, "--max-new-tokens", "2", "--dtype", "float32"]
     text = ["bench", "text", "--text", folders / "prompt.txt", "--context", "8", "--batches", "1", "--repeats", "1"]
     distilled = ["distill-data", "--prompts", folders / "prompt.txt", "--format", "text", "--suffix", ".txt"]
-    distilled += ["--kind", "text", "--max-prompt-tokens", "8", "--separator", "Ā", "--out", tmp_path / "out"]
+    distilled += ["--max-prompt-tokens", "8", "--separator", "Ā", "--out", tmp_path / "out"]
     for command in (["generate", "--prompt-file", folders / "prompt.txt"], text, distilled):
         given = ["--backend", "triton"] if command is text else []
         result = runner.invoke(cli.app, [str(word) for word in (*command, *pair, *given)])

@@ -20,7 +20,6 @@ from .sources import (
     FormatOption,
     HeldOutNames,
     Kind,
-    KindOption,
     Limit,
     MaxBadShare,
     Separator,
@@ -39,7 +38,9 @@ def distill_data(
     prompts: Annotated[str, typer.Option(help="File, folder, or Hub id of the prompts.")],
     out: Annotated[Path, typer.Option(help="Folder for the data; the same command goes on where it was stopped.")],
     format: FormatOption = Format.json,
-    kind: KindOption = Kind.chat,
+    kind: Annotated[
+        Kind | None, typer.Option(help="What a row holds.  [default: a text where files are read, else a chat]")
+    ] = None,
     field: Field = None,
     config: Config = None,
     split: Split = "train",
@@ -92,7 +93,7 @@ def distill_data(
             separator,
             path=prompts,
             format=format,
-            kind=kind,
+            kind=kind or (Kind.text if format is Format.text else Kind.chat),
             field=field,
             config=config,
             split=split,
