@@ -36,6 +36,7 @@ def mapped(folder):
 
 WANTS = {
     "a tensor": lambda _: torch.empty(MORE, dtype=torch.uint8),
+    "a tensor of more bytes than can be counted": lambda _: torch.empty(1 << 62),
     "weights that are mapped": mapped,
     "an array": lambda _: np.empty(MORE, dtype=np.uint8),
     "Python": lambda _: bytearray(MORE),

@@ -22,6 +22,7 @@ TYPER: dict[str, Any] = dict(
 # How torch says it of tensors, of files that it maps, of what C++ and CUDA want beside.
 OUT_OF_MEMORY = (
     "DefaultCPUAllocator",
+    "Storage size calculation overflowed",
     os.strerror(errno.ENOMEM),
     "std::bad_alloc",
     "CUDA error: out of memory",
