@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from .writing import WRONG_PLACE, MachineError, number_of
+from .writing import MachineError, blames_machine, first_line
 
 
 @contextmanager
@@ -21,7 +22,16 @@ def loading(role: str, name: str) -> Iterator[None]:
         raise OSError(f"{role} {name}: no such folder")
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
-        blamed = {number_of(error)} - {None, *WRONG_PLACE}
-        told = MachineError if blamed else OSError
-        raise told(f"{role} {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    except (OSError, ValueError, SafetensorError, StrictDataclassError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
+            raise
+        told = MachineError if blames_machine(error) else OSError
+        raise told(f"{role} {name} cannot be loaded: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RuntimeError):  # transformers' word for weights of another shape, which it lists in a warning
+        return "its weights have other shapes than its config tells"
+    if isinstance(error, StrictDataclassError):  # the first line names the field only
+        return " ".join(str(error).split())
+    return first_line(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     It takes the place of one that is there; after an error that one is as it was, or nothing is left. Raises what
     `writing` does; other errors pass.
     """
-    whole = folder.resolve()  # of a link, where it leads
+    whole = Path(os.path.realpath(folder))  # of a link, where it leads; `resolve` has no line for one to itself
     with writing(folder), tempfile.TemporaryDirectory(prefix=f".{whole.name}.", dir=nearest(whole)) as place:
         unfinished = Path(place) / whole.name
         unfinished.mkdir()

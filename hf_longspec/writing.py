@@ -46,7 +46,7 @@ class writing:  # a context manager, named as those of contextlib are
         number = number_of(error)
         if number is None and not isinstance(error, OSError):
             return
-        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         told = OSError if number in WRONG_PLACE else MachineError
         raise told(f"{self.path} cannot be written: {reason}") from error
 
@@ -57,6 +57,16 @@ def number_of(error: BaseException) -> int | None:
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found else None
+
+
+def blames_machine(error: BaseException) -> bool:
+    """Whether the system says what went wrong, and it is not the place that was named."""
+    return number_of(error) not in {None, *WRONG_PLACE}
+
+
+def first_line(error: BaseException) -> str:
+    """Of the message; where there is none, the error's kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The command line on a tiny pair of folders, and its answers to mistakes."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -117,6 +118,22 @@ def test_damaged_weights(folders, tmp_path):
     weights.write_bytes(weights.read_bytes()[:3000])
     result = generate(folders, draft=tmp_path / "draft")
     assert result.exit_code == 2 and f"draft {tmp_path / 'draft'} cannot be loaded: " in result.stderr
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"intermediate_size": 99}, "its weights have other shapes than its config tells"),
+        ({"hidden_size": "wide"}, "field 'hidden_size': TypeError: Field 'hidden_size' expected int, got str"),
+    ],
+)
+def test_a_config_that_is_not_of_the_weights(folders, tmp_path, changed, message):
+    shutil.copytree(folders / "target", tmp_path / "target")
+    config = tmp_path / "target" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changed))
+    result = generate(folders, target=tmp_path / "target")
+    assert result.exit_code == 2 and f"target {tmp_path / 'target'} cannot be loaded: " in result.stderr
+    assert message in result.stderr and is_one_line(result.stderr)
 
 
 def test_prompt_that_is_empty_or_not_text(folders, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,20 @@ def test_a_disk_that_is_full(folders, tmp_path):
     assert result.exit_code == 1 and is_one_line(result.stderr), result.output
     assert f"{tmp_path / 'deep' / 'hub'} cannot be written: " in result.stderr and "File too large" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["export", "push"])
+def test_no_room_for_the_check(folders, tmp_path, monkeypatch, command):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file" / "scratch"))
+    arguments = ["--draft", folders / "draft", "--target", folders / "target", "--out", tmp_path / "hub"]
+    if command == "push":
+        arguments = [folders / "hub", "me/draft", "--dry-run"]
+    else:
+        arguments += ["--card", folders / "card.json"]
+    result = runner.invoke(cli.app, [command, *map(str, arguments)])
+    assert result.exit_code == 2 and is_one_line(result.stderr), result.output
+    assert "Not a directory" in result.stderr
 
 
 def test_weights_that_are_no_safetensors(broken):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,6 +120,20 @@ def test_the_command_says_that_the_disk_is_full(tmp_path):
         assert result.exit_code == 1 and f"run/{name} cannot be written: " in last and "File too large" in last
         assert [path.read_bytes() for path in written] == before
     assert CliRunner().invoke(cli.app, ["train", str(path)]).exit_code == 0
+
+
+def test_a_draft_written_again_leaves_what_is_not_its_own(tmp_path):
+    outcome, _ = run(tmp_path, "run", trainer__max_steps=1)
+    draft, stale = Path(outcome.draft), ("model-00001-of-00002.safetensors", "adapter_config.json")
+    own = sorted(os.listdir(draft))
+    for name in ("card.json", "quantized/model.safetensors", "model-q4.gguf", *stale):
+        (draft / name).parent.mkdir(exist_ok=True)
+        (draft / name).write_text("mine")
+    (draft / "link").symlink_to("card.json")
+    run(tmp_path, "run", trainer__max_steps=1)
+    assert sorted(os.listdir(draft)) == sorted([*own, "card.json", "quantized", "model-q4.gguf", "link"])
+    assert (draft / "link").read_text() == (draft / "quantized" / "model.safetensors").read_text() == "mine"
+    assert (draft / "link").is_symlink() and not list(draft.parent.glob(".draft*"))
 
 
 def test_the_target_is_left_alone_and_nowhere_written(tmp_path):
@@ -357,6 +373,6 @@ def test_a_vocabulary_that_cannot_be_is_refused_before_the_first_step(tmp_path):
 
 def test_a_config_that_does_not_fit_the_draft_to_go_on_with(tmp_path):
     first, _ = run(tmp_path, "first", draft__vocab=6, trainer__max_steps=1)
-    message = r"recipe.draft.config: \{'draft_vocab_size': 5\} does not fit the weights of .*first/draft"
-    with pytest.raises(ValueError, match=message):
+    message = r"first/draft cannot be loaded: recipe.draft.config: \{'draft_vocab_size': 5\} does not fit the weights$"
+    with pytest.raises(OSError, match=message):
         run(tmp_path, "second", draft__init=first.draft, draft__config={"draft_vocab_size": 5})

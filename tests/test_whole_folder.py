@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from byte_tokenizer import byte_tokenizer
 from full_disk import full_disk
 from safetensors.torch import save_file
 
+from hf_longspec.loading import loading
 from hf_longspec.whole_folder import check_new, whole_folder
 from hf_longspec.writing import MachineError, writing
 
@@ -44,6 +46,19 @@ def test_one_that_is_there_gives_way_or_stays(tmp_path):
     with whole_folder(folder) as unfinished:
         (unfinished / "new").write_text("")
     assert os.listdir(folder) == ["new"] and os.listdir(tmp_path) == ["whole"]
+
+
+def test_a_link_to_itself(tmp_path):
+    (tmp_path / "link").symlink_to("link")
+    with pytest.raises(OSError, match="link cannot be written: Not a directory"), whole_folder(tmp_path / "link"):
+        pass
+    assert os.listdir(tmp_path) == ["link"]
+
+
+@pytest.mark.parametrize("context", [writing(Path("place")), loading("target", "place")], ids=["writing", "loading"])
+def test_errors_without_a_message(context):
+    with pytest.raises(OSError, match="place cannot be (written|loaded): TimeoutError"), context:
+        raise TimeoutError
 
 
 def test_nothing_is_left_after_an_error(tmp_path):

@@ -59,7 +59,9 @@ def export(
             repo_id=repo_id,
         )
     show(out, files)
-    report(hub_faults(out, target=target, generate=generate))
+    with in_one_line():
+        faults = hub_faults(out, target=target, generate=generate)
+    report(faults)
 
 
 def _beside(draft: str) -> Path:

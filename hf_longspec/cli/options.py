@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,15 @@ if TYPE_CHECKING:
 
 TYPER: dict[str, Any] = dict(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+)
+# How torch says it of tensors, of files that it maps, of what C++ and CUDA want beside.
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator",
+    "Storage size calculation overflowed",
+    os.strerror(errno.ENOMEM),
+    "std::bad_alloc",
+    "CUDA error: out of memory",
+    "STATUS_ALLOC_FAILED",
 )
 
 
@@ -113,12 +124,13 @@ def in_one_line(of_memory: str = "") -> Iterator[None]:
 
     of_memory: what to say when that runs out. The code is 1 for the machine, else 2: see `fail`.
     """
-    from ..writing import MachineError
+    from ..writing import MachineError, blames_machine
 
     try:
         yield
     except (ValueError, ImportError, OSError) as error:
-        fail(str(error).strip(), code=1 if isinstance(error, MachineError) else 2)
+        of_machine = isinstance(error, MachineError) or blames_machine(error)
+        fail(str(error).strip(), code=1 if of_machine else 2)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -131,7 +143,9 @@ def is_out_of_memory(error: Exception) -> bool:
     """Of a GPU, or of this machine's own memory, which torch tells by the message alone."""
     import torch
 
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

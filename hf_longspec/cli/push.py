@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .export import Generate, report, show
-from .options import fail
+from .options import fail, in_one_line
 
 
 def push(
@@ -29,11 +29,9 @@ def push(
 
     from ..hub.faults import hub_faults
 
-    try:
+    with in_one_line():
         validate_repo_id(repo_id)
         faults = hub_faults(folder, target=target, generate=generate)
-    except (OSError, ValueError) as error:
-        fail(str(error))
     show(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
     report(faults)
     if target is None:

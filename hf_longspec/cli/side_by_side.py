@@ -102,15 +102,15 @@ def show(
     setting = f"{target_name}, {number_format}, {target.device}; prompt of {length} tokens"
     console.print(setting, style="bold", soft_wrap=True)
     runs = []
-    with in_one_line():
+    with in_one_line("a shorter prompt takes less"):
         side_by_side.warm_up(target, inputs, draft, **options)
         for name, assistant, style in (("plain generate", None, "blue"), ("LongSpec", draft, "magenta")):
             console.rule(name)
             streamer = report.ConsoleStreamer(tokenizer, console, style)
             runs.append(side_by_side.run(target, inputs, assistant, streamer=streamer, **options))
-    plain, speculative = runs
-    sampled = options["do_sample"]
-    verdict = side_by_side.judge(target, inputs, plain.tokens, speculative.tokens, sampled=sampled)
+        plain, speculative = runs
+        sampled = options["do_sample"]
+        verdict = side_by_side.judge(target, inputs, plain.tokens, speculative.tokens, sampled=sampled)
     console.rule()
     console.print(report.table(plain, speculative, draft.state_bytes))
     if profile:

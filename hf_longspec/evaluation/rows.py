@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..writing import MachineError
+from ..writing import MachineError, first_line
 from .text import text_files
 
 Row = dict[str, Any]
@@ -63,7 +63,7 @@ def local_path(place: str) -> Path:
         HTTPError,
         OSError,
     ) as error:  # of connection and answer; a file cut off, or without space
-        raise MachineError(f"{place}: {str(error).strip().splitlines()[0]}") from error
+        raise MachineError(f"{place}: {first_line(error)}") from error
 
 
 def read_rows(path: Path, name: str, fields: Sequence[str]) -> list[Row]:

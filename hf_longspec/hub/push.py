@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from ..modeling.sharing_longspec import commit_folder
+from ..writing import first_line
 
 
 class HubError(Exception):
@@ -55,14 +56,14 @@ def told(error: BaseException, repo_id: str, endpoint: str) -> str:
     if isinstance(error, RuntimeError):
         if not isinstance(error.__cause__, (HTTPError, OSError)):
             raise error
-        return f"{_first(error)} {told(error.__cause__, repo_id, endpoint)}"
+        return f"{first_line(error)} {told(error.__cause__, repo_id, endpoint)}"
     if isinstance(error, OfflineModeIsEnabled):
         return "offline mode is on; unset HF_HUB_OFFLINE to push"
     if isinstance(error, HfHubHTTPError):
         return _refused(error, repo_id, endpoint)
     if isinstance(error, (HTTPError, ConnectionError)):
-        return f"the Hub at {endpoint} cannot be reached ({_first(error)}); run the same command again"
-    return _first(error)
+        return f"the Hub at {endpoint} cannot be reached ({first_line(error)}); run the same command again"
+    return first_line(error)
 
 
 def _refused(error: HfHubHTTPError, repo_id: str, endpoint: str) -> str:
@@ -77,8 +78,4 @@ def _refused(error: HfHubHTTPError, repo_id: str, endpoint: str) -> str:
         return f"{repo_id} has no such revision ({said})"
     if isinstance(error, RepositoryNotFoundError):
         return f"the Hub has no repository {repo_id} that this token may see"
-    return f"the Hub answered {status} ({said or _first(error)}); run the same command again"
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"the Hub answered {status} ({said or first_line(error)}); run the same command again"

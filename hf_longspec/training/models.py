@@ -72,14 +72,13 @@ def make_draft(draft: Draft, target: PreTrainedModel, device: torch.device) -> L
     if draft.init is None:
         model = LongSpecForCausalLM(LongSpecConfig.from_target(target.config, **draft.config))
     else:
-        try:
-            with loading("draft", draft.init):
+        with loading("draft", draft.init):
+            try:
                 model = LongSpecForCausalLM.from_pretrained(draft.init, dtype=torch.float32, **draft.config)
-        except RuntimeError as error:  # transformers' word for weights of another shape, which it lists in a warning
-            if "ignore_mismatched_sizes" not in str(error):
-                raise
-            message = f"recipe.draft.config: {draft.config} does not fit the weights of {draft.init}"
-            raise ValueError(message) from error
+            except RuntimeError as error:  # see `loading`: here it is the recipe that tells another shape
+                if "ignore_mismatched_sizes" not in str(error):
+                    raise
+                raise ValueError(f"recipe.draft.config: {draft.config} does not fit the weights") from error
     return model.to(device, torch.float32)
 
 

@@ -23,6 +23,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM
 
+from ..writing import first_line
 from .checkpoints import CheckpointError, last_complete, mark_complete, mark_unfinished
 from .distillation import Distillation
 from .held_out import measure_acceptance, measure_loss, prompts_of
@@ -165,7 +166,7 @@ class DraftTrainer(Trainer):
             SafetensorError,
             RuntimeError,
         ) as error:  # a full disk, as torch, safetensors say it
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise CheckpointError(
                 f"checkpoint {folder} could not be written ({reason}); "
                 f"the last whole one: {last_complete(run) or 'none'}"
