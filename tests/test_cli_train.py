@@ -193,4 +193,4 @@ def test_a_file_with_the_name_of_the_draft(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "draft").write_text("mine")
     result = runner.invoke(cli.app, ["train", str(path)])
-    assert result.exit_code == 2 and "draft cannot be written: Not a directory" in result.stderr
+    assert result.exit_code == 2 and "draft cannot be written: File exists" in result.stderr

@@ -124,16 +124,17 @@ def test_the_command_says_that_the_disk_is_full(tmp_path):
 
 def test_a_draft_written_again_leaves_what_is_not_its_own(tmp_path):
     outcome, _ = run(tmp_path, "run", trainer__max_steps=1)
-    draft, stale = Path(outcome.draft), ("model-00001-of-00002.safetensors", "adapter_config.json")
-    own = sorted(os.listdir(draft))
-    for name in ("card.json", "quantized/model.safetensors", "model-q4.gguf", *stale):
+    draft = Path(outcome.draft)
+    own = {path.name: path.read_bytes() for path in draft.iterdir()}
+    (draft / "model.safetensors").write_text("damaged")
+    for name in ("card.json", "quantized/model.safetensors"):
         (draft / name).parent.mkdir(exist_ok=True)
         (draft / name).write_text("mine")
     (draft / "link").symlink_to("card.json")
     run(tmp_path, "run", trainer__max_steps=1)
-    assert sorted(os.listdir(draft)) == sorted([*own, "card.json", "quantized", "model-q4.gguf", "link"])
+    assert sorted(os.listdir(draft)) == sorted([*own, "card.json", "quantized", "link"])
     assert (draft / "link").read_text() == (draft / "quantized" / "model.safetensors").read_text() == "mine"
-    assert (draft / "link").is_symlink() and not list(draft.parent.glob(".draft*"))
+    assert {name: (draft / name).read_bytes() for name in own} == own
 
 
 def test_the_target_is_left_alone_and_nowhere_written(tmp_path):

@@ -11,8 +11,8 @@ from byte_tokenizer import byte_tokenizer
 from full_disk import full_disk
 from safetensors.torch import save_file
 
+from hf_longspec.hub.whole_folder import check_new, whole_folder
 from hf_longspec.loading import loading
-from hf_longspec.whole_folder import check_new, whole_folder
 from hf_longspec.writing import MachineError, writing
 
 
@@ -33,19 +33,6 @@ def test_an_empty_folder_gives_way(tmp_path, linked):
     with whole_folder(tmp_path / "link" if linked else folder) as unfinished:
         (unfinished / "file").write_text("")
     assert os.listdir(folder) == ["file"] and (tmp_path / "link").is_symlink()
-
-
-def test_one_that_is_there_gives_way_or_stays(tmp_path):
-    folder = tmp_path / "whole"
-    folder.mkdir()
-    (folder / "old").write_text("")
-    with pytest.raises(KeyError), whole_folder(folder) as unfinished:
-        (unfinished / "new").write_text("half")
-        raise KeyError
-    assert os.listdir(folder) == ["old"] and os.listdir(tmp_path) == ["whole"]
-    with whole_folder(folder) as unfinished:
-        (unfinished / "new").write_text("")
-    assert os.listdir(folder) == ["new"] and os.listdir(tmp_path) == ["whole"]
 
 
 def test_a_link_to_itself(tmp_path):

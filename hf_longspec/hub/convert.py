@@ -21,10 +21,10 @@ from transformers import AutoConfig
 from ..modeling.configuration_longspec import LongSpecConfig
 from ..modeling.modeling_longspec import LongSpecForCausalLM
 from ..provenance import versions
-from ..whole_folder import check_new, whole_folder
 from ..writing import MachineError
 from .published import UNUSED, config_mismatches, draft_config, weight_mismatches
 from .weight_files import read_weights, sha256, weight_files
+from .whole_folder import check_new, whole_folder
 
 RECORD = "conversion.json"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -8,10 +8,8 @@ the same losses.
 from __future__ import annotations
 
 import json
-import re
-import shutil
+import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +19,7 @@ from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
 from ..evaluation.room import positions_of
-from ..whole_folder import whole_folder
-from ..writing import whole_file
+from ..writing import whole_file, writing
 from .checkpoints import last_complete, step_of
 from .data import build_datasets
 from .learning_curve import LearningCurve
@@ -33,7 +30,6 @@ from .trainer import DraftTrainer
 from .vocabulary import frequent_tokens
 
 RECIPE, VOCABULARY = "recipe.yaml", "draft_vocab.json"
-WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?$|adapter_config\.json$")
 # Other defaults than those of TrainingArguments.
 DEFAULTS = {
     "report_to": "none",
@@ -212,20 +208,13 @@ def export(trainer: DraftTrainer) -> str | None:
     draft = trainer.snapshot()
     if draft is not None:
         folder = Path(str(trainer.args.output_dir)) / "draft"
-        with whole_folder(folder) as unfinished:
-            if folder.is_dir():  # what else lies there is the user's, such as a card
-                shutil.copytree(folder, unfinished, symlinks=True, ignore=weights_of(folder), dirs_exist_ok=True)
-            draft.save_pretrained(unfinished)
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".", dir=folder) as place:
+                draft.save_pretrained(place)
+                for file in Path(place).iterdir():  # what else lies in the folder of a finished run is the user's
+                    file.replace(folder / file.name)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     trainer.accelerator.wait_for_everyone()  # the launcher may end all that still run when one of them fails to end
     return None if draft is None else str(folder)
-
-
-def weights_of(folder: Path) -> Callable[[str, list[str]], set[str]]:
-    """For `shutil.copytree`: all but the weights, and the adapter, of a draft that is written anew."""
-
-    def ignored(place: str, names: list[str]) -> set[str]:
-        return {name for name in names if WEIGHTS.match(name)} if Path(place) == folder else set()
-
-    return ignored

@@ -1,4 +1,4 @@
-"""A folder that appears under its name when all of it is written, or not at all."""
+"""A new folder that appears under its name when all of it is written, or not at all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .writing import writing
+from ..writing import writing
 
 
 def check_new(folder: Path) -> None:
@@ -21,10 +21,9 @@ def check_new(folder: Path) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `folder` in the end, with the folders above it.
+    """A folder to fill, which becomes `folder` in the end, with the folders above it. After an error nothing is left.
 
-    It takes the place of one that is there; after an error that one is as it was, or nothing is left. Raises what
-    `writing` does; other errors pass.
+    Raises what `writing` does; other errors pass.
     """
     whole = Path(os.path.realpath(folder))  # of a link, where it leads; `resolve` has no line for one to itself
     with writing(folder), tempfile.TemporaryDirectory(prefix=f".{whole.name}.", dir=nearest(whole)) as place:
@@ -32,9 +31,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         unfinished.mkdir()
         yield unfinished
         whole.parent.mkdir(parents=True, exist_ok=True)
-        if whole.is_dir():
-            whole.rename(f"{unfinished}.before")  # deleted with the place
-        unfinished.rename(whole)
+        unfinished.rename(whole)  # one that is there is empty, and gives way
 
 
 def nearest(folder: Path) -> Path:
