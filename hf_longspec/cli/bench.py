@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .one_line import fail, in_one_line
 from .options import (
     TYPER,
     Draft,
@@ -20,8 +21,6 @@ from .options import (
     Target,
     Text,
     Tree,
-    fail,
-    in_one_line,
     load_model,
     load_pair,
     numbers,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import in_one_line
+from .one_line import in_one_line
 
 
 class WeightFormat(str, Enum):

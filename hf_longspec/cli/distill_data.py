@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Dtype, RemoteCode, Target, in_one_line, load_draft, load_model, load_tokenizer
+from .one_line import in_one_line
+from .options import Dtype, RemoteCode, Target, load_draft, load_model, load_tokenizer
 from .options import Format as NumberFormat
 from .sources import (
     Config,

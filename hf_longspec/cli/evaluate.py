@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Draft, Dtype, Format, RemoteCode, Target, Tree, fail, in_one_line, load_pair, numbers
+from .one_line import fail, in_one_line
+from .options import Draft, Dtype, Format, RemoteCode, Target, Tree, load_pair, numbers
 
 if TYPE_CHECKING:
     from ..evaluation.plan import Plan

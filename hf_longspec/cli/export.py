@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Draft, Target, in_one_line
+from .one_line import in_one_line
+from .options import Draft, Target
 
 Generate = Annotated[
     bool, typer.Option("--generate/--no-generate", help="Write a few tokens with a target that is a folder.")

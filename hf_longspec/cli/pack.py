@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from .options import RemoteCode, fail, in_one_line, load_tokenizer
+from .one_line import fail, in_one_line
+from .options import RemoteCode, load_tokenizer
 from .sources import (
     AnswerField,
     Config,

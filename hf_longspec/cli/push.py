@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .export import Generate, report, show
-from .options import fail, in_one_line
+from .one_line import fail, in_one_line
 
 
 def push(

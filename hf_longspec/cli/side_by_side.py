@@ -7,20 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import (
-    Draft,
-    Dtype,
-    Format,
-    MaxNewTokens,
-    Profile,
-    RemoteCode,
-    Target,
-    Tree,
-    fail,
-    in_one_line,
-    load_pair,
-    parse_tree,
-)
+from .one_line import fail, in_one_line
+from .options import Draft, Dtype, Format, MaxNewTokens, Profile, RemoteCode, Target, Tree, load_pair, parse_tree
 
 PACKAGE = Path(__file__).parents[1]
 HUB_CONFIGS = PACKAGE / "hub_configs"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import fail, in_one_line
+from .one_line import fail, in_one_line
 
 
 def support(

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .options import in_one_line
+from .one_line import in_one_line
 
 
 def train(

@@ -9,7 +9,7 @@ import pytest
 import torch
 import typer
 
-from hf_longspec.cli.options import in_one_line
+from hf_longspec.cli.one_line import in_one_line
 
 MORE = 1 << 32
 
