@@ -97,7 +97,8 @@ def test_a_row_that_differs_is_told():
 
     def lying(*args, **kwargs):
         output = honest(*args, **kwargs)
-        output.sequences[1, -1] = (output.sequences[1, -1] + 1) % 13
+        texts = getattr(output, "sequences", output)
+        texts[1, -1] = (texts[1, -1] + 1) % 13
         return output
 
     draft.assisted_decoding = lying

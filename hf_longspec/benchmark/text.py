@@ -117,16 +117,16 @@ def measure(
     ends = places(tokens, context, batch * batches)
     prompts = [padded_prompts(tokens, ends[first::batches], context, pad) for first in range(batches)]
     prompts = [{name: value.to(target.device) for name, value in inputs.items()} for inputs in prompts]
-    options = {"pad_token_id": pad, "eos_token_id": None, "do_sample": False, "return_dict_in_generate": True}
+    options = {"pad_token_id": pad, "eos_token_id": None, "do_sample": False}
     engines = engines_for(target, draft, batch, assistant)
     whole: dict[str, list[float]] = defaultdict(list)
     first: dict[str, list[float]] = defaultdict(list)
-    outputs: dict[str, list[Any]] = {}
+    texts: dict[str, list[Tensor]] = {}
     for repeat in range(repeats + 1):
         for engine in engines:
             with engine.chosen(target):
                 given = options | engine.options
-                seconds, outputs[engine.name] = timed(target, prompts, given | {"max_new_tokens": max_new_tokens})
+                seconds, texts[engine.name] = timed(target, prompts, given | {"max_new_tokens": max_new_tokens})
                 prefill, _ = timed(target, prompts, given | {"max_new_tokens": 1})
             if repeat:
                 whole[engine.name].append(seconds)
@@ -134,9 +134,8 @@ def measure(
     options["max_new_tokens"] = max_new_tokens
     rows = []
     for engine in engines:
-        told = (
-            {} if engine.stock else what_ours_tells(target, prompts, outputs[DEFAULT], outputs[engine.name], options)
-        )
+        pair = texts[DEFAULT], texts[engine.name]
+        told = {} if engine.stock else what_ours_tells(target, prompts, *pair, engine.options, options)
         spans = median(whole[engine.name]), median(first[engine.name])
         rows.append(Written(engine.name, engine.stock, *spans, **told))
     return Comparison(batch, context, batch * batches, max_new_tokens, rows)
@@ -144,30 +143,36 @@ def measure(
 
 def timed(
     target: PreTrainedModel, prompts: list[dict[str, Tensor]], options: dict[str, Any]
-) -> tuple[float, list[Any]]:
-    """Seconds of a call for each of `prompts` together, and what the calls return, without caches."""
-    outputs = []
+) -> tuple[float, list[Tensor]]:
+    """Seconds of a call for each of `prompts` together, and the sequences (B, L) that the calls return.
+
+    Only these are asked for: a call that returned its cache too would leave ours none, and no CUDA graphs, to begin
+    the next one with.
+    """
     _wait(target)
     began = time.perf_counter()
-    for inputs in prompts:
-        outputs.append(target.generate(**inputs, **options))
-        outputs[-1].past_key_values = None
+    texts = [target.generate(**inputs, **options) for inputs in prompts]
     _wait(target)
-    return time.perf_counter() - began, outputs
+    return time.perf_counter() - began, texts
 
 
 def what_ours_tells(
     target: PreTrainedModel,
     prompts: list[dict[str, Tensor]],
-    plain: list[Any],
-    ours: list[Any],
+    plain: list[Tensor],
+    ours: list[Tensor],
+    own: dict[str, Any],
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """The fields of `Written` that only our outputs fill. `options`: those of plain `generate`."""
+    """The fields of `Written` that only our engines fill, from one more call for each of `prompts`.
+
+    plain, ours: sequences (B, L); own: the options of this engine; options: those of plain `generate`.
+    """
     verdicts, rounds = [], []
     phases: dict[str, list[float]] = defaultdict(list)
-    for inputs, theirs, output in zip(prompts, plain, ours, strict=True):
-        verdicts += judged(target, inputs, theirs.sequences, output.sequences, options)
+    for inputs, theirs, text in zip(prompts, plain, ours, strict=True):
+        verdicts += judged(target, inputs, theirs, text, options)
+        output = target.generate(**inputs, **options, **own, return_dict_in_generate=True)
         rounds += [count for row in output.accept_lengths for count in row]
         for phase, seconds in (output.phase_seconds or {}).items():
             phases[phase] += seconds
@@ -195,7 +200,7 @@ def judged(
 
 def plain_logits(target: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> list[Tensor]:
     """Of each row, the logits (new tokens, vocab) by which plain `generate` picks its tokens in this batch."""
-    output = target.generate(**inputs, **options, output_logits=True)
+    output = target.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
     return list(torch.stack(output.logits, dim=1))
 
 
