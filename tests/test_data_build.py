@@ -36,10 +36,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def build(folder, *sources, seed=0, length=LENGTH, tokenizer=None, **rules):
+def build(folder, *sources, seed=0, length=LENGTH, tokenizer=None, held_out_length=None, **rules):
     named = [{**source, "path": str(folder / source["path"])} for source in sources]
     section = DataSection.from_dict({"sources": named, "cache": str(folder / "cache")} | rules)
-    return build_datasets(section, tokenizer or byte_tokenizer(), length, seed)
+    return build_datasets(section, tokenizer or byte_tokenizer(), length, seed, held_out_length)
 
 
 ROWS = {"path": "rows.jsonl", "format": "json"}
@@ -112,6 +112,20 @@ def test_held_out_documents_are_never_trained_on(folder):
     assert mine and theirs and not mine & theirs
     assert mine | theirs == all_of_them
     assert [len(build(folder, ROWS, held_out={"share": 0.2, "windows": most})[1]) for most in (1, 3)] == [1, 3]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_held_out_samples_may_be_longer_than_all_texts_of_a_source(folder, streaming):
+    """CODE has packages of 42 and of 20 characters and an end each, no text of ROWS is longer than 70."""
+    sources = ROWS | {"weight": 0.5}, CODE | {"document": "package", "weight": 0.5}
+    rules = {"held_out": {"share": 0.2, "names": ["p"], "windows": 1000}, "long_documents": "full"}
+    rules |= {"streaming": True, "shuffle_buffer": 5} if streaming else {}
+    train, held_out = build(folder, *sources, length=16, held_out_length=36, **rules)
+    assert bytes_of(islice(train, 20)) == bytes_of(islice(build(folder, *sources, length=16, **rules)[0], 20))
+    lengths = {len(sample["input_ids"]) for sample in held_out}
+    assert lengths == {36} and held_out.summary["length"] == 36
+    nothing = build(folder, *sources, length=16, held_out_length=90, **rules)[1]
+    assert len(nothing) == 0 and nothing.summary["length"] == 90
 
 
 def test_a_package_is_one_document_and_a_held_out_file_is_not_in_it(folder):

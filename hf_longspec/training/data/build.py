@@ -18,9 +18,13 @@ from .tokenized import stores_of
 
 
 def build_datasets(
-    section: DataSection, tokenizer: PreTrainedTokenizerBase, length: int, seed: int
+    section: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    seed: int,
+    held_out_length: int | None = None,
 ) -> tuple[MixedSamples | StreamedSamples, HeldOutSamples]:
-    """Samples of `length` tokens: (train, held_out).
+    """Samples of `length` tokens, those held out of `held_out_length` (None: the same): (train, held_out).
 
     `train` is a map-style dataset (`len`, `[i]`, reads memory-mapped tokens only), or an endless `IterableDataset`
     with `streaming`. It is already shuffled and mixed: run it in order, `train_sampling_strategy="sequential"`.
@@ -36,24 +40,34 @@ def build_datasets(
     With several processes, let one go first (`TrainingArguments.main_process_first`): it writes the cache.
     Raises `ValueError`: one line that names the file, row or key at fault.
     """
-    if length < 2:
-        raise ValueError(f"expected samples of at least 2 tokens, got {length}")
+    held_out_length = length if held_out_length is None else held_out_length
+    if min(length, held_out_length) < 2:
+        raise ValueError(f"expected samples of at least 2 tokens, got {min(length, held_out_length)}")
     if section.streaming:
-        return StreamedSamples(section, tokenizer, length, seed), read_held_out(section, tokenizer, length)
-    train, held_out, records = [], [], []
-    for source in section.sources:
-        left_out: Counter[str] = Counter()
-        stores = stores_of(source, section, tokenizer)
-        sides = pack_stores(stores, source, section, length, left_out)
-        record = summarized(source.path, stores, left_out, sides)
-        if not len(sides[0]):
+        return StreamedSamples(section, tokenizer, length, seed), read_held_out(section, tokenizer, held_out_length)
+    stores = [stores_of(source, section, tokenizer) for source in section.sources]
+    sides, summary = packed(section, stores, length)
+    for (side, _), record in zip(sides, summary["sources"], strict=True):
+        if not len(side):
             raise ValueError(nothing_to_train_on(length, record))
-        train.append(sides[0])
-        held_out.append(sides[1])
-        records.append(record)
+    train = [side for side, _ in sides]
     weights = [source.weight or len(side) for source, side in zip(section.sources, train, strict=True)]
-    summary = {"length": length, "sources": records}
-    return MixedSamples(train, weights, seed, summary), HeldOutSamples(held_out, section.held_out.windows, summary)
+    trained = MixedSamples(train, weights, seed, summary)
+    if held_out_length != length:  # a source may have no document as long as that
+        sides, summary = packed(section, stores, held_out_length)
+    return trained, HeldOutSamples([side for _, side in sides], section.held_out.windows, summary)
+
+
+def packed(
+    section: DataSection, stores: list[list[TokenStore]], length: int
+) -> tuple[list[tuple[StoredSamples, StoredSamples]], dict[str, Any]]:
+    """The samples of each source, (train, held out), and what became of it."""
+    sides, records = [], []
+    for source, its_stores in zip(section.sources, stores, strict=True):
+        left_out: Counter[str] = Counter()
+        sides.append(pack_stores(its_stores, source, section, length, left_out))
+        records.append(summarized(source.path, its_stores, left_out, sides[-1]))
+    return sides, {"length": length, "sources": records}
 
 
 def read_held_out(section: DataSection, tokenizer: PreTrainedTokenizerBase, length: int) -> HeldOutSamples:
