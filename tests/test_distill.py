@@ -167,6 +167,11 @@ def test_texts_go_on_from_their_beginnings(folder, tmp_path):
     assert found == [("texts.jsonl:1", text[:8]), ("texts.jsonl:1+10", text[:8]), ("texts.jsonl:1+20", text[:8])]
 
 
+def test_packed_tokens_are_texts(folder, greedy, tmp_path):
+    run(folder, tmp_path / "on", prompts=greedy[0], format="tokens", max_prompt_tokens=8)
+    assert [name for name, *_ in rows_of(tmp_path / "on")] == [name for name, *_ in rows_of(greedy[0])]
+
+
 def test_long_chats_and_held_out_files_are_left_out_and_counted(folder, tmp_path):
     record = run(folder, tmp_path / "short", max_prompt_tokens=20)
     long = sum(len(ids(prompt_of(question))) > 20 for question in QUESTIONS)

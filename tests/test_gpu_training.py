@@ -7,7 +7,7 @@ import pytest
 import torch
 from recipes import tiny_recipe
 
-from hf_longspec.training import documents
+from hf_longspec.training import documents, run
 from hf_longspec.training.checkpoints import last_complete
 from hf_longspec.training.learning_curve import read_log
 from hf_longspec.training.recipe import Recipe
@@ -54,6 +54,27 @@ def test_a_resumed_run_repeats_the_losses(tmp_path):
         pass
     parts = [record["loss"] for record in read_log(last_complete(tmp_path / "parts")) if "loss" in record]
     assert parts == pytest.approx(whole, rel=1e-3)
+
+
+def test_positions_are_exact(tmp_path, monkeypatch):
+    """Also where torch.compile would have TF32, which knows 20,001 as 20,000."""
+    seen = []
+
+    def watched(*args):
+        target = load_target(*args)
+        target.model.rotary_emb.register_forward_hook(lambda module, given, angles: seen.append((given[1], angles)))
+        return target
+
+    load_target = run.load_target
+    monkeypatch.setattr(run, "load_target", watched)
+    compiled = {"trainer__torch_compile": True, "trainer__bf16": True}
+    losses(tmp_path, signal__max_position=500, trainer__eval_strategy="steps", trainer__eval_steps=3, **compiled)
+    positions, (cos, _) = max(seen, key=lambda found: int(found[0].max()))
+    assert positions.max() > 300
+    config = load_target(Recipe.load(tmp_path / "recipe.yaml").target, torch.device("cuda")).config
+    exponents = torch.arange(0, config.head_dim, 2, device="cuda").double() / config.head_dim
+    angles = positions[..., None] / config.rope_parameters["rope_theta"] ** exponents
+    torch.testing.assert_close(cos.double(), torch.cat([angles.cos()] * 2, dim=-1), rtol=0, atol=1e-3)
 
 
 def test_the_command_uses_the_device(tmp_path):

@@ -40,7 +40,8 @@ def distill_data(
     out: Annotated[Path, typer.Option(help="Folder for the data; the same command goes on where it was stopped.")],
     format: FormatOption = Format.json,
     kind: Annotated[
-        Kind | None, typer.Option(help="What a row holds.  [default: a text where files are read, else a chat]")
+        Kind | None,
+        typer.Option(help="What a row holds.  [default: a text where files or tokens are read, else a chat]"),
     ] = None,
     field: Field = None,
     config: Config = None,
@@ -94,7 +95,7 @@ def distill_data(
             separator,
             path=prompts,
             format=format,
-            kind=kind or (Kind.text if format is Format.text else Kind.chat),
+            kind=kind or (Kind.text if format in (Format.text, Format.tokens) else Kind.chat),
             field=field,
             config=config,
             split=split,

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import yaml
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import IterableDataset
@@ -96,6 +97,8 @@ def train(recipe: Recipe, max_seconds: float | None = None) -> Outcome:
     trainer.add_callback(clock)
     if trainer.is_world_process_zero():
         write_recipe(recipe, Path(str(args.output_dir)))
+    # transformers and accelerate turn TF32 on for torch.compile; in it rotary embeddings know 11 bits of a position
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     folder = None if clock.expired else export(trainer)
     state = trainer.state
@@ -105,8 +108,11 @@ def train(recipe: Recipe, max_seconds: float | None = None) -> Outcome:
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     given = {key: value for key, value in recipe.trainer.items() if key not in OURS}
+    given |= {key: "no" for key, value in given.items() if key.endswith("_strategy") and value is False}  # in YAML
     if recipe.muon:
         del given["optim"]  # `DraftTrainer` makes it
+    if given.get("tf32"):
+        raise ValueError("trainer.tf32: expected false, as TF32 rounds rotary positions beyond 2,048, got true")
     args = TrainingArguments(**(DEFAULTS | given | {"remove_unused_columns": False}))
     if args.n_gpu > 1:
         raise ValueError(
@@ -176,9 +182,8 @@ def _lists(value: Any) -> Any:
 def datasets(recipe: Recipe, args: TrainingArguments, tokenizer: Any, positions: int) -> tuple[Any, Any]:
     """All samples of the run in their order, and the held-out ones, as long as the longest context."""
     signal = recipe.signal
-    train, held_out = build_datasets(recipe.data, tokenizer, signal.length, args.seed)
-    if recipe.evaluates:
-        _, held_out = build_datasets(recipe.data, tokenizer, recipe.evaluation.length, args.seed)
+    longest = recipe.evaluation.length if recipe.evaluates else None
+    train, held_out = build_datasets(recipe.data, tokenizer, signal.length, args.seed, longest)
     count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     move = AnchorOffset(signal, signal.max_position or positions, args.seed)
     numbered = NumberedStream if isinstance(train, IterableDataset) else NumberedSamples
