@@ -77,6 +77,7 @@ def distill_data(
     from ..evaluation.room import check_room
     from ..provenance import provenance
     from ..training.data.report import SourceReport
+    from ..training.data.section import OF_TEXTS
     from ..training.data.tokenized import origin
     from ..training.distill import Answering, claim, distill, settings_of, try_once
     from ..training.distill_prompts import prompts_sha256, read_prompts
@@ -95,7 +96,7 @@ def distill_data(
             separator,
             path=prompts,
             format=format,
-            kind=kind or (Kind.text if format in (Format.text, Format.tokens) else Kind.chat),
+            kind=kind or (Kind.text if format in OF_TEXTS else Kind.chat),
             field=field,
             config=config,
             split=split,

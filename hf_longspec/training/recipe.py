@@ -192,7 +192,9 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """Raises `ValueError`: one line that names the key at fault."""
-        recipe = from_mapping(cls, values, "recipe")
+        given = from_mapping(cls, values, "recipe")
+        bare = {key: "no" for key, value in given.trainer.items() if key.endswith("_strategy") and value is False}
+        recipe = dataclasses.replace(given, trainer=given.trainer | bare)  # YAML reads a bare `no` as False
         check_trainer(recipe.trainer)
         if recipe.evaluates and recipe.data.held_out == type(recipe.data.held_out)():
             raise ValueError("recipe.data.held_out: expected a `share` or `names` to evaluate on, got neither")
@@ -213,7 +215,7 @@ class Recipe:
 
     @property
     def evaluates(self) -> bool:
-        return self.trainer.get("eval_strategy", "no") not in ("no", False)  # YAML reads a bare `no` as False
+        return self.trainer.get("eval_strategy", "no") != "no"
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -238,6 +240,8 @@ def check_trainer(values: Mapping[str, Any]) -> None:
         if hints[key] in (bool, int, float, str):
             convert(value, hints[key], where)
     check_optimizer(values)
+    if values.get("tf32"):
+        raise ValueError("recipe.trainer.tf32: expected false, as TF32 rounds rotary positions beyond 2,048, got true")
     if values.get("max_steps", 0) < 1:
         raise ValueError("recipe.trainer.max_steps: expected the steps of the run, got none")
     if "output_dir" not in values:

@@ -108,11 +108,8 @@ def train(recipe: Recipe, max_seconds: float | None = None) -> Outcome:
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     given = {key: value for key, value in recipe.trainer.items() if key not in OURS}
-    given |= {key: "no" for key, value in given.items() if key.endswith("_strategy") and value is False}  # in YAML
     if recipe.muon:
         del given["optim"]  # `DraftTrainer` makes it
-    if given.get("tf32"):
-        raise ValueError("trainer.tf32: expected false, as TF32 rounds rotary positions beyond 2,048, got true")
     args = TrainingArguments(**(DEFAULTS | given | {"remove_unused_columns": False}))
     if args.n_gpu > 1:
         raise ValueError(

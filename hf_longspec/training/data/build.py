@@ -40,34 +40,25 @@ def build_datasets(
     With several processes, let one go first (`TrainingArguments.main_process_first`): it writes the cache.
     Raises `ValueError`: one line that names the file, row or key at fault.
     """
-    held_out_length = length if held_out_length is None else held_out_length
-    if min(length, held_out_length) < 2:
-        raise ValueError(f"expected samples of at least 2 tokens, got {min(length, held_out_length)}")
+    lengths = length, length if held_out_length is None else held_out_length
+    if min(lengths) < 2:
+        raise ValueError(f"expected samples of at least 2 tokens, got {min(lengths)}")
     if section.streaming:
-        return StreamedSamples(section, tokenizer, length, seed), read_held_out(section, tokenizer, held_out_length)
-    stores = [stores_of(source, section, tokenizer) for source in section.sources]
-    sides, summary = packed(section, stores, length)
-    for (side, _), record in zip(sides, summary["sources"], strict=True):
-        if not len(side):
-            raise ValueError(nothing_to_train_on(length, record))
-    train = [side for side, _ in sides]
-    weights = [source.weight or len(side) for source, side in zip(section.sources, train, strict=True)]
-    trained = MixedSamples(train, weights, seed, summary)
-    if held_out_length != length:  # a source may have no document as long as that
-        sides, summary = packed(section, stores, held_out_length)
-    return trained, HeldOutSamples([side for _, side in sides], section.held_out.windows, summary)
-
-
-def packed(
-    section: DataSection, stores: list[list[TokenStore]], length: int
-) -> tuple[list[tuple[StoredSamples, StoredSamples]], dict[str, Any]]:
-    """The samples of each source, (train, held out), and what became of it."""
-    sides, records = [], []
-    for source, its_stores in zip(section.sources, stores, strict=True):
+        return StreamedSamples(section, tokenizer, length, seed), read_held_out(section, tokenizer, lengths[1])
+    train, held_out, records = [], [], []
+    for source in section.sources:
         left_out: Counter[str] = Counter()
-        sides.append(pack_stores(its_stores, source, section, length, left_out))
-        records.append(summarized(source.path, its_stores, left_out, sides[-1]))
-    return sides, {"length": length, "sources": records}
+        stores = stores_of(source, section, tokenizer)
+        sides = pack_stores(stores, source, section, lengths, left_out)
+        record = summarized(source.path, stores, left_out, sides)
+        if not len(sides[0]):
+            raise ValueError(nothing_to_train_on(length, record))
+        train.append(sides[0])
+        held_out.append(sides[1])
+        records.append(record)
+    weights = [source.weight or len(side) for source, side in zip(section.sources, train, strict=True)]
+    ours, theirs = ({"length": each, "sources": records} for each in lengths)
+    return MixedSamples(train, weights, seed, ours), HeldOutSamples(held_out, section.held_out.windows, theirs)
 
 
 def read_held_out(section: DataSection, tokenizer: PreTrainedTokenizerBase, length: int) -> HeldOutSamples:

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from .fields import from_mapping
 
+OF_TEXTS = ("text", "tokens")  # formats that hold texts; the others hold rows, which may be chats
+
 
 @dataclass(frozen=True)
 class Source:
@@ -51,11 +53,11 @@ class Source:
     def __post_init__(self) -> None:
         if self.loss == "assistant" and self.kind != "chat":
             raise ValueError(f"`loss: assistant` needs `kind: chat`, got `kind: {self.kind}`")
-        if self.kind == "chat" and self.format in ("text", "tokens"):
+        if self.kind == "chat" and self.format in OF_TEXTS:
             raise ValueError(f"`kind: chat` needs rows (hub, json, parquet), got `format: {self.format}`")
         if self.answer_field is not None and self.kind != "chat":
             raise ValueError("`answer_field` needs `kind: chat`")
-        if self.document == "package" and self.format not in ("text", "tokens"):
+        if self.document == "package" and self.format not in OF_TEXTS:
             raise ValueError(f"`document: package` needs files (text, tokens), got `format: {self.format}`")
         if self.weight is not None and not self.weight > 0:
             raise ValueError(f"`weight` must be positive, got {self.weight}")

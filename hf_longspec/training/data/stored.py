@@ -51,19 +51,24 @@ class StoredSamples:
 
 
 def pack_stores(
-    stores: Sequence[TokenStore], source: Source, section: DataSection, length: int, left_out: Counter[str]
+    stores: Sequence[TokenStore],
+    source: Source,
+    section: DataSection,
+    lengths: tuple[int, int],
+    left_out: Counter[str],
 ) -> tuple[StoredSamples, StoredSamples]:
-    """Samples of a source: (train, held out)."""
+    """Samples of a source, of these lengths: (train, held out)."""
     sides: dict[bool, list[list[Piece]]] = {False: [], True: []}
-    packers = {side: Packer(length) for side in sides}
+    packers = {side: Packer(lengths[side]) for side in sides}
     for held, span in documents(stores, source, section):
         mask = stores[span.store].loss_mask
         its_mask = None if mask is None else mask[span.start : span.end]
-        for piece in pieces_of(span, span.end - span.start, its_mask, section, length, left_out):
+        for piece in pieces_of(span, span.end - span.start, its_mask, section, lengths[held], left_out):
             sides[held].extend(packers[held].add(piece))
     for side, packer in packers.items():
         sides[side].extend(packer.flush())
-    return stored_samples(stores, length, sides[False]), stored_samples(stores, length, sides[True])
+    train, held_out = (stored_samples(stores, lengths[side], samples) for side, samples in sides.items())
+    return train, held_out
 
 
 def documents(stores: Sequence[TokenStore], source: Source, section: DataSection) -> Iterator[tuple[bool, Span]]:
