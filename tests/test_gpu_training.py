@@ -57,13 +57,16 @@ def test_a_resumed_run_repeats_the_losses(tmp_path):
 
 
 def test_positions_are_exact(tmp_path, monkeypatch):
-    """Also where torch.compile would have TF32, which knows 20,001 as 20,000."""
+    """Also under the TF32 that comes with torch.compile: frequencies of 11 bits would show at these positions."""
     seen = []
 
     def watched(*args):
         target = load_target(*args)
-        target.model.rotary_emb.register_forward_hook(lambda module, given, angles: seen.append((given[1], angles)))
+        target.model.rotary_emb.register_forward_hook(see, with_kwargs=True)
         return target
+
+    def see(module, arguments, keywords, angles):
+        seen.append((keywords.get("position_ids", arguments[-1]), angles))
 
     load_target = run.load_target
     monkeypatch.setattr(run, "load_target", watched)

@@ -232,15 +232,6 @@ def test_samples_longer_than_the_target(tmp_path):
         run(tmp_path, signal__length=600, signal__max_position=None)
 
 
-def test_float32_products_are_whole_ones_in_training(tmp_path):
-    """A target multiplies positions by frequencies: TF32 knows no odd ones beyond 2,048. torch.compile brings it."""
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    run(tmp_path)
-    assert torch.backends.cuda.matmul.fp32_precision == "ieee"
-    with pytest.raises(ValueError, match="trainer.tf32: expected false, as TF32 rounds rotary positions"):
-        run(tmp_path, "asked", trainer__tf32=True)
-
-
 def test_a_bare_no_is_false_in_yaml(tmp_path):
     outcome, _ = run(tmp_path, trainer__eval_strategy=False, trainer__logging_strategy="steps")
     assert outcome.complete and outcome.best_accept_length is None

@@ -240,8 +240,6 @@ def check_trainer(values: Mapping[str, Any]) -> None:
         if hints[key] in (bool, int, float, str):
             convert(value, hints[key], where)
     check_optimizer(values)
-    if values.get("tf32"):
-        raise ValueError("recipe.trainer.tf32: expected false, as TF32 rounds rotary positions beyond 2,048, got true")
     if values.get("max_steps", 0) < 1:
         raise ValueError("recipe.trainer.max_steps: expected the steps of the run, got none")
     if "output_dir" not in values:

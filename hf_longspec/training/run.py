@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import yaml
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import IterableDataset
@@ -97,8 +96,6 @@ def train(recipe: Recipe, max_seconds: float | None = None) -> Outcome:
     trainer.add_callback(clock)
     if trainer.is_world_process_zero():
         write_recipe(recipe, Path(str(args.output_dir)))
-    # transformers and accelerate turn TF32 on for torch.compile; in it rotary embeddings know 11 bits of a position
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     folder = None if clock.expired else export(trainer)
     state = trainer.state
