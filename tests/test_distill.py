@@ -209,6 +209,7 @@ def test_mistakes(folder, greedy, options, message):
     ("options", "message"),
     [
         ({"draft": "stranger"}, "hidden_size: draft has 64, target has 32"),
+        ({"target": "beams"}, "LongSpec needs num_beams=1, got num_beams=4"),
         ({"target": "beams", "draft": "draft"}, "LongSpec needs num_beams=1, got num_beams=4"),
     ],
 )

@@ -64,7 +64,7 @@ def distill_data(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at a time.")] = 16,
     shard_rows: Annotated[int, typer.Option(min=1, help="Prompts a file; a kill costs the file being made.")] = 512,
     shard: Annotated[str, typer.Option(metavar="I/N", help="This process is number I (from 0) of N.")] = "0/1",
-    draft: Annotated[str | None, typer.Option(help="A LongSpec draft, for speed: the answers are the same.")] = None,
+    draft: Annotated[str | None, typer.Option(help="A trained draft: faster for small batches, same answers.")] = None,
     dtype: NumberFormat = Dtype.auto,
     trust_remote_code: RemoteCode = False,
 ) -> None:
@@ -79,7 +79,7 @@ def distill_data(
     from ..training.data.report import SourceReport
     from ..training.data.section import OF_TEXTS
     from ..training.data.tokenized import origin
-    from ..training.distill import Answering, claim, distill, settings_of, try_once
+    from ..training.distill import Answering, claim, distill, settings_of, try_once, without_guesses
     from ..training.distill_prompts import prompts_sha256, read_prompts
 
     part = parse_shard(shard)
@@ -87,8 +87,8 @@ def distill_data(
     answering = Answering(max_new_tokens, temperature, top_p, top_k, seed, batch_size, shard_rows)
     tokenizer = load_tokenizer("target", target, trust_remote_code)
     model = load_model("target", target, dtype, trust_remote_code)
-    helper = None if draft is None else load_draft(draft, dtype, trust_remote_code)
     with in_one_line("a smaller --batch-size, with another --out, takes less"):
+        helper = without_guesses(model) if draft is None else load_draft(draft, dtype, trust_remote_code)
         check_room(model.config, max_prompt_tokens, max_new_tokens, "--max-prompt-tokens, --max-new-tokens: ")
         section = one_source(
             held_out,

@@ -18,6 +18,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from hf_longspec.modeling.configuration_longspec import LongSpecConfig
+from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM
 from hf_longspec.writing import whole_file, writing
 
 from .data.store import Document, StoreWriter, load_json
@@ -57,7 +59,18 @@ class Part(NamedTuple):
         return f"part-{self.number}-of-{self.parts}"
 
 
-def try_once(target: PreTrainedModel, prompts: Sequence[Prompt], answering: Answering, draft: Any) -> None:
+def without_guesses(target: PreTrainedModel) -> LongSpecForCausalLM:
+    """A draft that guesses nothing: with it `generate` decodes token by token by our cache, kernels and CUDA graphs.
+
+    Its weights are random and never read. Raises `ValueError` for a target that no draft can serve.
+    """
+    config = LongSpecConfig.from_target(target.config, tree_shape=())
+    return LongSpecForCausalLM(config).to(target.device, target.dtype).eval()
+
+
+def try_once(
+    target: PreTrainedModel, prompts: Sequence[Prompt], answering: Answering, draft: LongSpecForCausalLM
+) -> None:
     """One token, before anything is written: raises what `generate` has against target, draft or options."""
     shortest = min(prompts, key=lambda prompt: len(prompt.ids))
     answer(target, [shortest.ids], replace(answering, max_new_tokens=1), draft)
@@ -86,7 +99,7 @@ def distill(
     answering: Answering,
     part: Part,
     origin: dict[str, str],
-    draft: Any = None,
+    draft: LongSpecForCausalLM,
 ) -> dict[str, int]:
     """Answers this part's prompts, those of every `part.parts` one, but for finished shards.
 
@@ -122,7 +135,7 @@ def write_shard(
     answering: Answering,
     numbers: tuple[int, int],
     origin: dict[str, str],
-    draft: Any,
+    draft: LongSpecForCausalLM,
     progress: Any,
 ) -> None:
     """One shard, in the order of its prompts. Its random numbers are its own: seeded by settings and number."""
@@ -156,7 +169,7 @@ def batches(rows: Sequence[Prompt], size: int) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def answer(
-    target: PreTrainedModel, prompts: Sequence[np.ndarray], answering: Answering, draft: Any
+    target: PreTrainedModel, prompts: Sequence[np.ndarray], answering: Answering, draft: LongSpecForCausalLM
 ) -> list[np.ndarray]:
     """What the target writes behind each prompt, up to its end token included: (tokens,) int64 each."""
     longest = max(map(len, prompts))
@@ -165,9 +178,8 @@ def answer(
     for row, prompt in enumerate(prompts):  # padded on the left
         ids[row, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
         mask[row, longest - len(prompt) :] = 1
-    assistant = {} if draft is None else {"assistant_model": draft}
     inputs = {"input_ids": ids.to(target.device), "attention_mask": mask.to(target.device)}
-    output = target.generate(**inputs, **answering.options(), pad_token_id=0, **assistant)
+    output = target.generate(**inputs, **answering.options(), pad_token_id=0, assistant_model=draft)
     return [until_end(row, end_ids(target)) for row in output[:, longest:].cpu().numpy()]
 
 
@@ -184,7 +196,7 @@ def until_end(ids: np.ndarray, ends: Sequence[int]) -> np.ndarray:
 
 
 def settings_of(answering: Answering, part: Part, target: PreTrainedModel, more: dict[str, Any]) -> dict[str, Any]:
-    """All that the data depends on, but not whether a draft helped: the text is the same."""
+    """All that the data depends on, but not which draft helped: the text is the same."""
     generation = target.generation_config.to_diff_dict()
     generation.pop("transformers_version", None)
     model = {"dtype": str(target.dtype), "generation_config": generation}
