@@ -4,13 +4,17 @@ import json
 
 import pytest
 import torch
+import yaml
 from published_format import DRAFTS, HUB_CONFIGS, TARGETS, UNUSED, published_shapes, write_config
+from safetensors import safe_open
 from transformers import AutoConfig
 
 from hf_longspec import LongSpecConfig, LongSpecForCausalLM
 from hf_longspec.hub.card import About, card_faults, draft_card
 from hf_longspec.hub.published import PUBLISHED
 from hf_longspec.modeling.modeling_longspec import rope_frequencies
+
+GUESSES_AMONG = {"qwen2.5-coder-0.5b-instruct": 49152, "qwen2.5-coder-1.5b-instruct": 49152}  # tokens, of 151,936
 
 
 @pytest.fixture(params=TARGETS)
@@ -31,17 +35,26 @@ def test_there_is_an_entry_for_each_target():
 def test_draft_has_the_published_names_and_shapes(name):
     draft = on_meta(LongSpecConfig.from_pretrained(HUB_CONFIGS / name))
     expected = {key: shape for key, shape in published_shapes(TARGETS[name]).items() if key not in UNUSED}
+    if name in GUESSES_AMONG:
+        expected["draft_vocab"] = (GUESSES_AMONG[name],)
     assert {key: tuple(tensor.shape) for key, tensor in draft.state_dict().items()} == expected
     assert all(tensor.device.type == "meta" for tensor in draft.parameters())
+    weights = HUB_CONFIGS / name / "model.safetensors"
+    if weights.exists():
+        with safe_open(weights, "pt") as stored:
+            assert {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()} == expected
 
 
-def test_config_is_made_from_its_targets(name, tmp_path):
+def test_config_is_made_from_its_target_and_recipe(name, tmp_path):
     config = LongSpecConfig.from_pretrained(HUB_CONFIGS / name)
     target = AutoConfig.from_pretrained(write_config(tmp_path, TARGETS[name]))
-    expected = LongSpecConfig.from_target(target).to_dict()
+    trained = yaml.safe_load((HUB_CONFIGS / name / "recipe.yaml").read_text())["draft"]
+    expected = LongSpecConfig.from_target(target, **trained["config"], draft_vocab_size=trained.get("vocab")).to_dict()
     differing = {key for key, value in config.to_dict().items() if expected.get(key) != value}
     assert differing <= {"architectures", "auto_map", "dtype", "_name_or_path"}
-    assert config.target_layer == TARGETS[name]["num_hidden_layers"] - 1
+    layers = TARGETS[name]["num_hidden_layers"]
+    assert config.target_layer == (layers * 3 // 4 if name in GUESSES_AMONG else layers - 1)
+    assert config.draft_vocab_size == GUESSES_AMONG.get(name)
     assert (config.window, config.final_norm, config.tree_shape) == (512, False, (4, 16, 16, 16, 16))
 
 

@@ -1,0 +1,1 @@
+../../modeling/call_longspec.py

@@ -1,0 +1,1 @@
+../../modeling/children_longspec.py

@@ -1,0 +1,1 @@
+../../modeling/compiled_longspec.py

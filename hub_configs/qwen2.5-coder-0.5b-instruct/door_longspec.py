@@ -1,0 +1,1 @@
+../../modeling/door_longspec.py

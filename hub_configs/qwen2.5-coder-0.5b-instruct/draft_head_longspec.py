@@ -1,0 +1,1 @@
+../../modeling/draft_head_longspec.py

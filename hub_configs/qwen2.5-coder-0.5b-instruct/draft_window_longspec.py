@@ -1,0 +1,1 @@
+../../modeling/draft_window_longspec.py

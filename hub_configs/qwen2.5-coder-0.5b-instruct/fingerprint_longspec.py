@@ -1,0 +1,1 @@
+../../modeling/fingerprint_longspec.py

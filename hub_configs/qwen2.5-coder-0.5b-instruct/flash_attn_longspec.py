@@ -1,0 +1,1 @@
+../../modeling/flash_attn_longspec.py

@@ -1,0 +1,1 @@
+../../modeling/graphs_longspec.py

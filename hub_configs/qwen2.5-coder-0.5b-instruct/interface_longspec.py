@@ -1,0 +1,1 @@
+../../modeling/interface_longspec.py

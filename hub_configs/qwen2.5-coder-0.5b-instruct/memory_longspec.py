@@ -1,0 +1,1 @@
+../../modeling/memory_longspec.py

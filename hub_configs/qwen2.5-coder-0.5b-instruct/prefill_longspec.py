@@ -1,0 +1,1 @@
+../../modeling/prefill_longspec.py

@@ -1,0 +1,1 @@
+../../modeling/records_longspec.py

@@ -1,0 +1,1 @@
+../../modeling/rope_switch_longspec.py

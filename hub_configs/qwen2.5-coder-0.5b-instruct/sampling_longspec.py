@@ -1,0 +1,1 @@
+../../modeling/sampling_longspec.py

@@ -1,0 +1,1 @@
+../../modeling/sharing_longspec.py

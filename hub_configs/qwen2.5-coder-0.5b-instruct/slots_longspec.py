@@ -1,0 +1,1 @@
+../../modeling/slots_longspec.py

@@ -1,0 +1,1 @@
+../../modeling/stops_longspec.py

@@ -1,0 +1,1 @@
+../../modeling/text_longspec.py

@@ -1,0 +1,1 @@
+../../modeling/torch_flash_longspec.py

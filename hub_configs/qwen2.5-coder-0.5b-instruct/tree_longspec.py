@@ -1,0 +1,1 @@
+../../modeling/tree_longspec.py

@@ -1,0 +1,1 @@
+../../modeling/triton_blocks_longspec.py

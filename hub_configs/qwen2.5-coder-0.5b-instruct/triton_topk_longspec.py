@@ -1,0 +1,1 @@
+../../modeling/triton_topk_longspec.py

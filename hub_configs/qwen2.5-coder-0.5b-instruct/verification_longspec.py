@@ -1,0 +1,1 @@
+../../modeling/verification_longspec.py

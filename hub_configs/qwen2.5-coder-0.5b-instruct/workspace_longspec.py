@@ -1,0 +1,1 @@
+../../modeling/workspace_longspec.py
