@@ -1,5 +1,6 @@
 """`hf-longspec bench text`: the padded prompts, the engines, what is counted, and the ties of rows."""
 
+import gc
 import json
 
 import pytest
@@ -48,6 +49,19 @@ def test_a_batch_is_counted(dtype):
     assert all(engine.seconds > 0 and engine.prefill_seconds > 0 for engine in result.engines)
     json.loads(json.dumps(result.as_dict()))
     assert tables.text_table([result]).row_count == 4 and tables.phases_table([result]).row_count == 2
+
+
+def test_no_garbage_is_looked_for_while_the_clock_runs(monkeypatch):
+    target, seen = tiny_target("llama"), []
+
+    def generate(**options):
+        seen.append(gc.isenabled())
+        raise ValueError
+
+    monkeypatch.setattr(target, "generate", generate)
+    with pytest.raises(ValueError):
+        text.timed(target, [{}], {})
+    assert seen == [False] and gc.isenabled()
 
 
 def test_rates_are_of_decoding_alone():

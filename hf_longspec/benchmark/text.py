@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ..evaluation import side_by_side
 from ..evaluation.text import places
 from .engines import DEFAULT, engines_for
+from .timing import uncollected
 
 
 @dataclass(frozen=True)
@@ -150,10 +151,11 @@ def timed(
     the next one with.
     """
     _wait(target)
-    began = time.perf_counter()
-    texts = [target.generate(**inputs, **options) for inputs in prompts]
-    _wait(target)
-    return time.perf_counter() - began, texts
+    with uncollected():
+        began = time.perf_counter()
+        texts = [target.generate(**inputs, **options) for inputs in prompts]
+        _wait(target)
+        return time.perf_counter() - began, texts
 
 
 def what_ours_tells(
