@@ -25,19 +25,22 @@ class Roots(NamedTuple):
     """The newest token of each row: on the device, kept up to date in place.
 
     stump: it alone as a tree; positions: (B,), where it stands; axes: (axes, B), how far each axis of a target's
-    positions (mrope) is from the last one, None with one axis; stopped: (B,) bool, whether the row has stopped.
+    positions (mrope) is from the last one, None with one axis; stopped: (B,) bool, whether the row has stopped;
+    hidden: (B, hidden), the target's last hidden state at the token before it, None if the draft does not read it.
     """
 
     stump: TokenTree
     positions: Tensor
     axes: Tensor | None
     stopped: Tensor
+    hidden: Tensor | None
 
     @classmethod
     def of(cls, text: Text, start: Start) -> Roots:
         device = start.root_positions.device
         stump = TokenTree(*Level.of_root(torch.tensor(text.newest, device=device)), levels=0)
-        return cls(stump, start.root_positions.clone(), start.axes, torch.tensor(text.stopped, device=device))
+        stopped = torch.tensor(text.stopped, device=device)
+        return cls(stump, start.root_positions.clone(), start.axes, stopped, start.hidden)
 
     @property
     def tokens(self) -> Tensor:

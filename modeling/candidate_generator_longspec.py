@@ -25,12 +25,14 @@ class LevelInputs(NamedTuple):
     angles, query_angles: of the draft's own attention and of the target's, (…, L, rotary dims)
     mask: (B, N, slots) bool, what each of the N inner nodes may see of the window; filled as the tree grows
     prefix: the target's keys and values; its mask, if there is one, is (B, L, S)
+    read: what the draft makes of the target's last hidden state, (B, 1, hidden); None if it reads none
     """
 
     angles: Angles
     query_angles: Angles
     mask: Tensor
     prefix: Prefix
+    read: Tensor | None
 
 
 class LongSpecCandidateGenerator:
@@ -79,15 +81,24 @@ class LongSpecCandidateGenerator:
             key, value = self.draft.window_kv(self.target.embed(tokens.to(positions.device)), positions)
             self.window.write(key, value, positions, real)
 
-    def grow(self, root: Tensor, position: Tensor, cache: SpeculativeCache, levels: int | None = None) -> TokenTree:
+    def grow(
+        self,
+        root: Tensor,
+        position: Tensor,
+        cache: SpeculativeCache,
+        levels: int | None = None,
+        hidden: Tensor | None = None,
+    ) -> TokenTree:
         """The tree below `root` (B,), which stands at `position` (B,), pruned to `verify_tokens`.
 
-        levels: at most so many levels of the tree shape.
+        levels: at most so many levels of the tree shape. hidden: (B, hidden), the target's last hidden state at the
+        token before the root, for drafts that read it.
         """
         level = Level.of_root(root.to(position.device))
         grown, shape = [level], self.shape[:levels]
         if shape:
-            inputs = self._level_inputs(position, cache, len(shape))
+            read = self.draft.read_hidden_state(None if hidden is None else hidden[:, None])
+            inputs = self._level_inputs(position, cache, len(shape), read)
         for depth, width in enumerate(shape):
             logits = self._level_logits(level.tokens, depth, inputs)
             level = self.backend.children(logits, level.scores, width, self.vocab)
@@ -95,7 +106,9 @@ class LongSpecCandidateGenerator:
             grown.append(level)
         return TokenTree.from_levels(grown, self.above[: 1 + sum(shape)]).prune(self.verify_tokens)
 
-    def _level_inputs(self, root_position: Tensor, cache: SpeculativeCache, levels: int) -> LevelInputs:
+    def _level_inputs(
+        self, root_position: Tensor, cache: SpeculativeCache, levels: int, read: Tensor | None
+    ) -> LevelInputs:
         depths = self.depths[:levels]  # of no level that is not grown: some rotations look at the largest position
         positions = root_position[:, None] + depths
         inner = root_position[:, None] + self.inner_depths
@@ -104,6 +117,7 @@ class LongSpecCandidateGenerator:
             self.target.angles(self.window.keys, positions),
             self.window.mask(inner, root_position, self.itself.expand(len(inner), -1, -1)),
             cache.layers[self.target.layer].prefix(cache.place(depths.expand_as(positions))),
+            read,
         )
 
     def _hand_down(self, mask: Tensor, parents: Tensor, depth: int) -> None:
@@ -134,7 +148,7 @@ class LongSpecCandidateGenerator:
         def cross_attend(query: Tensor) -> Tensor:
             return self._attend(self.target.rotate(query, query_angles), prefix)
 
-        hidden = self.draft.layer(self.target.embed(tokens), angles, self_attend, cross_attend)
+        hidden = self.draft.layer(self.target.embed(tokens), angles, self_attend, cross_attend, inputs.read)
         if self.head_rows is None:
             return self.target.logits(hidden)
         return self.target.scaled(self.head_rows(hidden))

@@ -25,6 +25,8 @@ class LongSpecConfig(PreTrainedConfig):
         target_model_type (`str`): `model_type` of the target's text config.
         target_num_hidden_layers (`int`): number of decoder layers of the target.
         target_layer (`int`): the target layer whose cached keys and values the draft attends to.
+        target_hidden_state (`bool`): the draft also reads the target's last hidden state at the token before the root,
+            of which the target's LM head made the root. One vector a sequence. The published drafts do not.
         draft_vocab_size (`int`, *optional*): how many tokens the draft guesses among, see
             `LongSpecForCausalLM.set_draft_vocab`. `None`: all.
         final_norm (`bool`): an RMSNorm before the target's LM head; the published drafts have none.
@@ -67,6 +69,7 @@ class LongSpecConfig(PreTrainedConfig):
     target_model_type: str = "llama"
     target_num_hidden_layers: int = 32
     target_layer: int = 31
+    target_hidden_state: bool = False
     tree_shape: tuple | list = (4, 16, 16, 16, 16)
     verify_tokens: int | None = None
     attention_backend: str = "auto"

@@ -19,6 +19,7 @@ from .checks_longspec import check_inputs, ended_on_error
 from .clock_longspec import PhaseClock
 from .compiled_longspec import compiled_layers
 from .graphs_longspec import Graphs, may_capture
+from .hidden_state_longspec import catching
 from .interface_longspec import Round, attending, switched
 from .prefill_longspec import PER_TOKEN, make_cache, prefill
 from .records_longspec import LongSpecOutput
@@ -162,7 +163,7 @@ def decode_round(call: Call, graphs: Graphs) -> list[int]:
         else:
             steps = Steps.of(paths, text.newest, tree.levels, tree.parents.device)
         with clock("commit"):
-            graphs.run(commit, call, tree, steps)
+            graphs.run(commit, call, tree, steps, verified.hidden)
             cache.committed(counts)
     return counts
 
@@ -170,10 +171,13 @@ def decode_round(call: Call, graphs: Graphs) -> list[int]:
 def rebuild(call: Call) -> list[int]:
     """A step of plain `generate` that reads all of the text anew; see `RopeSwitch`."""
     text, roots = call.text, call.roots
-    outputs = call.rope_switch.rebuild(text, call.cache)
+    with catching(call.target, roots.hidden is not None) as caught:
+        outputs = call.rope_switch.rebuild(text, call.cache)
     read = text.sequences[:, -1:]
     text.emit(list(range(text.batch)), outputs.logits[:, -1], outputs.hidden_states)
     call.generator.advance(read, roots.positions[:, None])
+    if caught is not None and roots.hidden is not None:
+        roots.hidden.copy_(caught.of_last_token())
     roots.positions.add_(1)
     roots.update(text)
     return [1] * text.batch
@@ -183,7 +187,7 @@ def grow(call: Call) -> TokenTree:
     """A tree below each root; of padding in the rows that have stopped, if padding follows there."""
     roots = call.roots
     levels = call.rope_switch.levels(roots.positions, call.cache)
-    tree = call.generator.grow(roots.tokens, roots.positions, call.cache, levels)
+    tree = call.generator.grow(roots.tokens, roots.positions, call.cache, levels, roots.hidden)
     return tree if call.text.padding is None else tree.forced(roots.stopped, call.text.padding)
 
 
@@ -198,7 +202,8 @@ def verify(call: Call, tree: TokenTree) -> Verified:
     positions = call.roots.positions[:, None] + depths
     cache.begin_round(depths)
     state = Round(cache, ancestors, call.backend, seen=set())
-    with attending(state), compiled_layers(target, call.generator.draft.config.compile_target):
+    compiled = compiled_layers(target, call.generator.draft.config.compile_target)
+    with attending(state), compiled, catching(target, call.roots.hidden is not None) as caught:
         outputs = target(
             input_ids=tree.tokens,
             position_ids=positions if axes is None else positions + axes[:, :, None],
@@ -213,7 +218,8 @@ def verify(call: Call, tree: TokenTree) -> Verified:
             f"{type(target).__name__} does not follow transformers' attention interface: expected it to attend "
             f"through it in layers {sorted(expected)}, it did in {sorted(state.seen)}"
         )
-    return Verified(ancestors, depths, outputs.logits, outputs.hidden_states)
+    hidden = None if caught is None else caught.every().to(call.roots.positions.device)
+    return Verified(ancestors, depths, outputs.logits, outputs.hidden_states, hidden)
 
 
 def find_greedy_paths(call: Call, tree: TokenTree, verified: Verified) -> Walk:
@@ -228,10 +234,14 @@ def find_paths(call: Call, tree: TokenTree, verified: Verified, picks: Tensor) -
     return walk(tree, verified.ancestors, verified.depths, picks)
 
 
-def commit(call: Call, tree: TokenTree, steps: Steps) -> None:
-    """Keep what a round accepted in both caches, and move the roots on."""
+def commit(call: Call, tree: TokenTree, steps: Steps, hidden: Tensor | None) -> None:
+    """Keep what a round accepted in both caches, and move the roots on; hidden: `Verified.hidden`."""
     path, counts, newest = steps
     roots = call.roots
+    if hidden is not None and roots.hidden is not None:
+        last = path.gather(1, (counts - 1).clamp(min=0)[:, None])
+        states = hidden.gather(1, last[:, :, None].expand(-1, -1, hidden.shape[2]))[:, 0]
+        roots.hidden.copy_(torch.where(counts[:, None] > 0, states, roots.hidden))
     if call.generator.shape:
         step = torch.arange(path.shape[1], device=path.device)
         call.generator.advance(tree.tokens.gather(1, path), roots.positions[:, None] + step, step < counts[:, None])

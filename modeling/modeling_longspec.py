@@ -1,6 +1,7 @@
 """LongSpecForCausalLM: the draft. One decoder layer between the target's embedding and the target's LM head.
 
     x = x + self_attn(norm(x))      over the last `window` tokens
+    x = x + hidden_proj(norm(h))    h: the target's last hidden state behind the newest token it has read (optional)
     x = x + cross_attn(norm(x))     over the target's cached keys and values of one layer
     x = x + mlp(norm(x))
 
@@ -101,6 +102,9 @@ class LongSpecForCausalLM(PreTrainedModel):
         self.input_layernorm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_self_attention_layernorm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_cross_attention_layernorm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.target_hidden_state:
+            self.hidden_layernorm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.hidden_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.norm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps) if config.final_norm else nn.Identity()
         ids = None if config.draft_vocab_size is None else torch.arange(config.draft_vocab_size)
         self.register_buffer("draft_vocab", ids)
@@ -152,6 +156,7 @@ class LongSpecForCausalLM(PreTrainedModel):
         angles: tuple[Tensor, Tensor],
         self_attend: SelfAttend,
         cross_attend: CrossAttend,
+        read: Tensor | None = None,
     ) -> Tensor:
         """The draft's forward pass, up to the input of the target's LM head.
 
@@ -161,6 +166,7 @@ class LongSpecForCausalLM(PreTrainedModel):
             self_attend: (query (B, H, T, D), key (B, K, T, D), value (B, K, T, D)) -> (B, H, T, D); all rotated.
             cross_attend: query (B, H, T, D), which is not rotated (see `BoundTarget.rotate`) -> (B, H, T, D) over the
                 target's keys and values.
+            read: what `read_hidden_state` made of the target's last hidden state, (B, T, hidden) or (B, 1, hidden).
         Returns: (B, T, hidden).
         """
         config = self.config
@@ -173,10 +179,20 @@ class LongSpecForCausalLM(PreTrainedModel):
         query, key = both.split([config.num_attention_heads, config.num_key_value_heads], dim=1)
         value = _heads(self.self_attn.v_proj(normed), config.head_dim)
         x = x + self.self_attn.o_proj(_merge_heads(self_attend(query, key, value)))
+        x = x if read is None else x + read
         query = _heads(self.cross_attn.q_proj(self.post_self_attention_layernorm(x)), config.head_dim)
         x = x + self.cross_attn.o_proj(_merge_heads(cross_attend(query)))
         x = x + self.mlp(self.post_cross_attention_layernorm(x))
         return self.norm(x)
+
+    def read_hidden_state(self, hidden: Tensor | None) -> Tensor | None:
+        """What the layer adds for the target's last hidden state (B, T, hidden), or None if it reads none.
+
+        Of tokens that no target has read, zeros; they add nothing.
+        """
+        if not self.config.target_hidden_state or hidden is None:
+            return None
+        return self.hidden_proj(self.hidden_layernorm(hidden.to(self.hidden_proj.weight.dtype)))
 
     def window_kv(self, embeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, K, T, D) of the self-attention: functions of token and position only.
@@ -207,10 +223,12 @@ class LongSpecForCausalLM(PreTrainedModel):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the decoding state for one sequence at the present dtype: window and tree, whatever the context."""
+        """Bytes of the decoding state for one sequence at the present dtype, whatever the context: window, tree, and
+        the target's last hidden state where it is read."""
         config = self.config
         slots = config.window + 1 + 1 + sum(tuple(config.tree_shape)[:-1])
-        return 2 * config.num_key_value_heads * slots * config.head_dim * self.dtype.itemsize
+        numbers = 2 * config.num_key_value_heads * slots * config.head_dim
+        return (numbers + config.target_hidden_state * config.hidden_size) * self.dtype.itemsize
 
     def release(self) -> None:
         """Give back the memory that the last call has left for the next one: one cache of the target, and graphs."""

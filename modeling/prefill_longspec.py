@@ -11,6 +11,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from .cache_longspec import SpeculativeCache
 from .candidate_generator_longspec import LongSpecCandidateGenerator
 from .checks_longspec import check_prefix
+from .hidden_state_longspec import catching
 from .text_longspec import Text
 
 # What a target takes with one value for each token, beside the usual inputs.
@@ -49,11 +50,13 @@ class Start(NamedTuple):
     """Where decoding starts: the positions (B,) of the first roots, and what every forward of the target gets.
 
     axes: (axes, B), how far each axis of a target's positions (mrope) is from the last one; None with one axis.
+    hidden: (B, hidden), the target's last hidden state at the prompt's last token; None if the draft does not read it.
     extras: see `step_inputs`.
     """
 
     root_positions: Tensor
     axes: Tensor | None
+    hidden: Tensor | None
     extras: dict[str, Any]
 
 
@@ -68,9 +71,11 @@ def prefill(
     """Read the prompt as plain `generate` does, emit its first token, fill the draft's window."""
     model_kwargs["past_key_values"] = cache
     prompt = text.sequences
-    outputs = target._prefill(
-        prompt, generation_config, model_kwargs, is_first_iteration=not generation_config.is_assistant
-    )
+    reads_hidden = bool(generator.shape) and generator.draft.config.target_hidden_state
+    with catching(target, reads_hidden) as caught:
+        outputs = target._prefill(
+            prompt, generation_config, model_kwargs, is_first_iteration=not generation_config.is_assistant
+        )
     if outputs.past_key_values is not cache:
         # phi3 drops the cache it is given when a prompt reaches beyond its rope switch
         cache.drop(outputs.past_key_values)
@@ -92,7 +97,8 @@ def prefill(
         embeds = bound.embed(ids.masked_fill(ids >= vocab, 0))  # some targets have no embedding for an image's tokens
     index = torch.arange(cache.length - embeds.shape[1], cache.length, device=bound.device)
     generator.prefill(embeds, root_positions - 1, index >= starts[:, None])
-    return Start(root_positions, None if positions.dim() == 1 else positions - root_positions, extras)
+    hidden = None if caught is None else caught.of_last_token().to(bound.device)
+    return Start(root_positions, None if positions.dim() == 1 else positions - root_positions, hidden, extras)
 
 
 def step_inputs(

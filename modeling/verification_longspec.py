@@ -20,12 +20,13 @@ from .tree_longspec import TokenTree, children
 
 class Verified(NamedTuple):
     """Of each node: its ancestors (B, T, T) and depth (B, T); the target's logits (B, T, vocab) and, for each layer,
-    hidden_states (…, B, T, hidden)."""
+    hidden_states (…, B, T, hidden); hidden: (B, T, hidden), what the draft reads of them, if it does."""
 
     ancestors: Tensor
     depths: Tensor
     logits: Tensor
     hidden_states: tuple[Tensor, ...] | None
+    hidden: Tensor | None = None
 
 
 class Steps(NamedTuple):

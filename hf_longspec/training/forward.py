@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM
@@ -41,4 +42,16 @@ def draft_hidden(
         return lagged_attention_by_span(*given, spans)
 
     self_attend = partial(windowed_attention, window=draft.config.window, document_ids=document_ids)
-    return draft.layer(bound.embed(ids), draft.angles(positions), self_attend, cross_attend)
+    read = None
+    if draft.config.target_hidden_state:
+        read = draft.read_hidden_state(lagged_states(states.hidden, lags, document_ids))
+    return draft.layer(bound.embed(ids), draft.angles(positions), self_attend, cross_attend, read)
+
+
+def lagged_states(hidden: Tensor, lags: Tensor, document_ids: Tensor | None = None) -> Tensor:
+    """At each token t the state (B, T, hidden) of token t-lag, lags (B,); zeros where the document begins later."""
+    source = torch.arange(hidden.shape[1], device=hidden.device) - lags[:, None]
+    known, source = source >= 0, source.clamp(min=0)
+    if document_ids is not None:
+        known = known & (document_ids.gather(1, source) == document_ids)
+    return hidden.gather(1, source[:, :, None].expand_as(hidden)) * known[:, :, None]

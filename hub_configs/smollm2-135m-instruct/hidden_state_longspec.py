@@ -1,0 +1,1 @@
+../../modeling/hidden_state_longspec.py
