@@ -223,7 +223,7 @@ class LongSpecForCausalLM(PreTrainedModel):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the decoding state for one sequence at the present dtype, whatever the context: window, tree, and
+        """Bytes of the decoding state for one sequence at the present dtype, whatever the context: window, tree and
         the target's last hidden state where it is read."""
         config = self.config
         slots = config.window + 1 + 1 + sum(tuple(config.tree_shape)[:-1])
