@@ -47,7 +47,7 @@ class Distillation:
         self.draft, self.signal, self.piece, self.recompute = draft, signal, piece, recompute
         self.compiled = compiled
         compiled_as = torch.compile(dynamic=False) if compiled else lambda function: function
-        self._draft_hidden, self._terms = compiled_as(draft_hidden), compiled_as(token_terms(*self._guesses()))
+        self._draft_hidden, self.terms = compiled_as(draft_hidden), compiled_as(token_terms(*self._guesses()))
 
     def _guesses(self) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
         """The LM head that is guessed with, and which of its rows each token has if these are not all."""
@@ -107,4 +107,4 @@ class Distillation:
         hidden = checkpoint(run, *arguments, use_reentrant=False) if self.recompute else run(*arguments)
         hidden = hidden.to(states.hidden.dtype)  # FSDP and ZeRO may hold the draft in another format than the target
         weights = LossWeights(self.signal.kl_weight, self.signal.ce_weight)
-        return distillation_loss(self._terms, hidden, states.hidden, labels, weights, self.signal.loss_chunk, items)
+        return distillation_loss(self.terms, hidden, states.hidden, labels, weights, self.signal.loss_chunk, items)

@@ -55,22 +55,21 @@ class PassThroughLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name up to transformers 5.17
 
 
-class OneLayerCache(Cache):
-    """Keeps K/V of a single layer.
+class FewLayersCache(Cache):
+    """Keeps K/V of the layers `kept` only.
 
     Memory is one reason. The other: without a cache object, transformers takes positions that jump for packed
     sequences and masks them apart, which Anchor-Offset positions are not.
     """
 
-    def __init__(self, layers: int, kept: int):
-        super().__init__(layers=[PassThroughLayer(keep=index == kept) for index in range(layers)])
+    def __init__(self, layers: int, kept: Sequence[int]):
+        super().__init__(layers=[PassThroughLayer(keep=index in kept) for index in range(layers)])
 
     @torch.compiler.disable  # or each layer of a target would be compiled for its own place here
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return super().update(*args, **kwargs)
 
 
-@torch.no_grad()
 def read_target(
     target: PreTrainedModel, layer: int, ids: Tensor, positions: Tensor, masks: Any = None
 ) -> TargetStates:
@@ -78,13 +77,23 @@ def read_target(
 
     masks: as `documents.target_masks` makes them, where rows hold several documents.
     """
+    return read_layers(target, [layer], ids, positions, masks)[0]
+
+
+@torch.no_grad()
+def read_layers(
+    target: PreTrainedModel, layers: Sequence[int], ids: Tensor, positions: Tensor, masks: Any = None
+) -> list[TargetStates]:
+    """The same of several ``layers``, from the same forward pass."""
     text_config = target.config.get_text_config(decoder=True)
-    cache = OneLayerCache(text_config.num_hidden_layers, layer)
+    cache = FewLayersCache(text_config.num_hidden_layers, layers)
     output = target.get_decoder()(
         input_ids=ids, position_ids=positions, attention_mask=masks, past_key_values=cache, use_cache=True
     )
-    kept = cache.layers[layer]
-    return TargetStates(output.last_hidden_state, kept.keys, kept.values, window_of(text_config, layer))
+    return [
+        TargetStates(output.last_hidden_state, kept.keys, kept.values, window_of(text_config, layer))
+        for layer, kept in ((layer, cache.layers[layer]) for layer in layers)
+    ]
 
 
 @torch.no_grad()

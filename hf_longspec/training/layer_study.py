@@ -1,0 +1,155 @@
+"""`python -m hf_longspec.training.layer_study RECIPE`: which layer's keys and values a draft of a target should read.
+
+Layers differ more than anything else that a recipe sets, and neighbours may be far apart (docs/LOG.md, 2026-11-26).
+One small draft a layer learns from the same forward passes of the target, so that all layers cost little more than
+one. The recipe says the rest: target, data, signal, batch, optimizer; of the drafts it may be well to say
+
+    --set draft.config.intermediate_size=1024 --set draft.vocab=16384
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+from transformers import PreTrainedModel, TrainingArguments, get_scheduler, set_seed
+
+from hf_longspec.modeling.compiled_longspec import compiled_layers
+from hf_longspec.modeling.configuration_longspec import layer_kinds
+from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM
+
+from ..evaluation.room import positions_of
+from .distillation import Distillation
+from .documents import target_masks
+from .forward import draft_hidden
+from .loss import DistillationSums, LossWeights, distillation_loss
+from .models import load_target, load_tokenizer, make_draft
+from .optimizer import make_muon
+from .recipe import Recipe
+from .run import datasets, training_arguments
+from .samples import Collator, batch_of
+from .teacher import TargetStates, read_layers
+from .vocabulary import frequent_tokens
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one layer, over all lags on held-out text: KL, and how often both have the same first guess."""
+
+    layer: int
+    kl: float
+    agreement: float
+
+
+class Study:
+    """Drafts of one recipe that differ in `target_layer`, one for each of `layers`."""
+
+    def __init__(self, target: PreTrainedModel, recipe: Recipe, layers: Sequence[int], vocabulary: Tensor | None):
+        self.target, self.recipe, self.layers = target, recipe, list(layers)
+        self.drafts: list[LongSpecForCausalLM] = []
+        for layer in layers:
+            set_seed(0)
+            own = replace(recipe.draft, config=recipe.draft.config | {"target_layer": layer}, vocab=None)
+            draft = make_draft(own, target, target.device)
+            draft.set_draft_vocab(vocabulary)
+            self.drafts.append(draft.train())
+        self.bounds = [draft.bind(target) for draft in self.drafts]
+        # one loss for all: they borrow the same rows of the same LM head
+        self.terms = Distillation(target, self.drafts[0], recipe.signal, compiled=recipe.compiled).terms
+
+    def read(self, ids: Tensor, positions: Tensor, document_ids: Tensor | None) -> list[TargetStates]:
+        masks = None if document_ids is None else target_masks(self.target, document_ids)
+        with compiled_layers(self.target, self.recipe.compiled):
+            return read_layers(self.target, self.layers, ids, positions, masks)
+
+    def sums(self, index: int, states: TargetStates, batch: dict[str, Any], lags: Tensor) -> DistillationSums:
+        """Of the draft number `index`."""
+        draft, signal, ids = self.drafts[index], self.recipe.signal, batch["input_ids"]
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.target.dtype == torch.bfloat16):
+            hidden = draft_hidden(
+                draft, self.bounds[index], ids, batch["positions"], states, lags, batch.get("document_ids")
+            )
+        weights = LossWeights(signal.kl_weight, signal.ce_weight)
+        hidden = hidden.to(states.hidden.dtype)
+        return distillation_loss(self.terms, hidden, states.hidden, batch["labels"], weights, signal.loss_chunk)
+
+    def train(self, samples: Any, args: TrainingArguments) -> None:
+        optimizers = [make_muon(draft, args, sharded=False) for draft in self.drafts]
+        warm_up = args.get_warmup_steps(args.max_steps)
+        schedules: list[Any] = [
+            get_scheduler(args.lr_scheduler_type, each, warm_up, args.max_steps) for each in optimizers
+        ]
+        collate, size = Collator(self.recipe.signal.max_lag, args.seed), args.train_batch_size
+        for step in range(args.max_steps):
+            batch = self._on_device(collate([samples[step * size + index] for index in range(size)]))
+            every = self.read(batch["input_ids"], batch["positions"], batch.get("document_ids"))
+            for index, states in enumerate(every):
+                self.sums(index, states, batch, batch["lags"]).loss.backward()
+                torch.nn.utils.clip_grad_norm_(self.drafts[index].parameters(), args.max_grad_norm)
+                optimizers[index].step()
+                optimizers[index].zero_grad()
+                schedules[index].step()
+
+    @torch.no_grad()
+    def scores(self, held_out: Any, count: int) -> list[Score]:
+        """By up to `count` samples, at their real positions."""
+        lags = range(1, self.recipe.signal.max_lag + 1)
+        sums = torch.zeros(len(self.drafts), 3, dtype=torch.float64)  # kl, agreements, tokens
+        for number in range(min(count, len(held_out))):
+            batch = self._on_device(batch_of([held_out[number]]))
+            every = self.read(batch["input_ids"], batch["positions"], batch.get("document_ids"))
+            for index, states in enumerate(every):
+                for lag in lags:
+                    found = self.sums(index, states, batch, torch.full_like(batch["input_ids"][:, 0], lag))
+                    tokens = (batch["labels"] >= 0).sum()
+                    sums[index] += torch.stack([found.kl.sum(), found.agreements.sum(), tokens]).double().cpu()
+        return [Score(layer, *(row[:2] / row[2]).tolist()) for layer, row in zip(self.layers, sums, strict=True)]
+
+    def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {name: x.to(self.target.device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+
+
+def study(recipe: Recipe, layers: Sequence[int] | None, count: int) -> list[Score]:
+    """Raises `ValueError` for a recipe that a study cannot follow."""
+    if not recipe.muon:
+        raise ValueError("recipe.trainer.optim: a layer study trains with muon; expected it, got another")
+    if recipe.draft.init is not None or recipe.draft.lora is not None:
+        raise ValueError("recipe.draft: a layer study trains new drafts; expected neither `init` nor `lora`")
+    recipe = replace(recipe, evaluation=replace(recipe.evaluation, contexts=(recipe.signal.length,)))
+    args = training_arguments(recipe)
+    target = load_target(recipe.target, args.device)
+    if layers is None:
+        kinds = layer_kinds(target.config.get_text_config(decoder=True))
+        layers = [index for index, kind in enumerate(kinds) if kind == "full"]
+    positions = positions_of(target.config.get_text_config(decoder=True)) or recipe.signal.length
+    samples, held_out = datasets(recipe, args, load_tokenizer(recipe.target), positions)
+    if held_out is None or not len(held_out):
+        raise ValueError("recipe.data.held_out: a layer study needs held-out text, got none")
+    vocabulary = None
+    if recipe.draft.vocab is not None:
+        size = target.config.get_text_config(decoder=True).vocab_size
+        vocabulary = frequent_tokens(samples, size)[: recipe.draft.vocab]
+    made = Study(target, recipe, layers, vocabulary)
+    made.train(samples, args)
+    return made.scores(held_out, count)
+
+
+def main(
+    recipe: Annotated[Path, typer.Argument(help="YAML file, as those in hub_configs.")],
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
+    layers: Annotated[str | None, typer.Option(help="Such as 10,12,14; all full-attention layers without.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Held-out samples.")] = 64,
+) -> None:
+    """Trains a small draft for each layer side by side, and ranks the layers by held-out KL."""
+    chosen = None if layers is None else [int(layer) for layer in layers.split(",")]
+    for score in sorted(study(Recipe.load(recipe, settings or []), chosen, samples), key=lambda score: score.kl):
+        typer.echo(f"layer {score.layer:3}: KL {score.kl:.3f}, agreement {score.agreement:.3f}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,59 @@
+"""The study of layers: drafts learn side by side as they would alone, and what is ranked is what they learned."""
+
+import pytest
+import typer
+from recipes import tiny_recipe
+from typer.testing import CliRunner
+
+from hf_longspec.training import layer_study
+from hf_longspec.training.layer_study import study
+from hf_longspec.training.recipe import Recipe
+
+SETTINGS = {
+    "trainer__optim": "muon",
+    "trainer__max_steps": 12,
+    "trainer__learning_rate": 0.02,
+    "signal__length": 32,
+    "draft__vocab": 20,
+}
+
+
+def recipe(folder, **settings):
+    return Recipe.load(tiny_recipe(folder, **(SETTINGS | settings)))
+
+
+def test_layers_learn_side_by_side_as_they_would_alone(tmp_path):
+    together = study(recipe(tmp_path), None, 4)
+    assert [score.layer for score in together] == list(range(len(together)))
+    for score in (together[0], together[-1]):
+        assert study(recipe(tmp_path), [score.layer], 4) == [pytest.approx(score)]
+
+
+def test_more_steps_give_a_smaller_kl(tmp_path):
+    few, many = (study(recipe(tmp_path, trainer__max_steps=steps), [1], 4)[0] for steps in (1, 60))
+    assert many.kl < 0.8 * few.kl and many.agreement > few.agreement
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"trainer__optim": "adamw_torch"}, "trainer.optim: a layer study trains with muon"),
+        ({"data__held_out": {}}, "needs held-out text"),
+        ({"draft__init": "draft", "draft__vocab": None}, "neither `init` nor `lora`"),
+    ],
+)
+def test_recipes_that_a_study_cannot_follow(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        study(recipe(tmp_path, **settings), [1], 1)
+
+
+def test_the_command_ranks_layers(tmp_path):
+    app = typer.Typer()
+    app.command()(layer_study.main)
+    path = tiny_recipe(tmp_path, **SETTINGS)
+    result = CliRunner().invoke(app, [str(path), "--layers", "0,1", "--samples", "2", "--set", "trainer.max_steps=2"])
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.stdout.splitlines() if line.startswith("layer")]
+    assert len(lines) == 2
+    losses = [float(line.split("KL ")[1].split(",")[0]) for line in lines]
+    assert losses == sorted(losses)
