@@ -69,8 +69,15 @@ def run_layer(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 @functools.cache
 def compiled_run() -> Callable[..., Any]:
     """`run_layer`, compiled; what it compiled torch keeps beside the code of the layers, for all calls."""
-    # rounded where the layers' own code rounds, so that texts in half precision part no more often than they must
-    return torch.compile(run_layer, options={"emulate_precision_casts": True, "triton.cudagraphs": False})
+    from .linear_pass_longspec import FewRowsPass  # seconds, as above
+
+    options: dict[str, Any] = {
+        # rounded where the layers' own code rounds, so that texts in half precision part no more often than they must
+        "emulate_precision_casts": True,
+        "triton.cudagraphs": False,
+        "post_grad_custom_pre_pass": FewRowsPass(),
+    }
+    return torch.compile(run_layer, options=options)
 
 
 def decoder_layers(target: PreTrainedModel) -> list[nn.Module]:

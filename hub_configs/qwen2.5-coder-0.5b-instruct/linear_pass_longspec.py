@@ -1,0 +1,1 @@
+../../modeling/linear_pass_longspec.py

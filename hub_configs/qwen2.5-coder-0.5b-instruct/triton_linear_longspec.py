@@ -1,0 +1,1 @@
+../../modeling/triton_linear_longspec.py

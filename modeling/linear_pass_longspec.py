@@ -1,0 +1,80 @@
+"""Which linear layers of a compiled target go to our kernel: a pass over the graphs that Inductor is given.
+
+Those of at most 16 rows by a weight of the target in 16 bits on a CUDA device; every other product stays as it is. The
+target's modules are not touched. Imported only when something is compiled.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+aten = torch.ops.aten
+MOST_ROWS, DEVICE = 16, "cuda"
+# Each copy of this file, as drafts of the Hub carry them, has an operator of its own.
+NAME = f"{__name__.replace('.', '_')}::few_rows_linear"
+
+
+@torch.library.custom_op(NAME, mutates_args=())
+def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    from .triton_linear_longspec import triton_linear
+
+    return triton_linear(x, weight, bias)
+
+
+@few_rows_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+class FewRowsPass(CustomGraphPass):
+    """For Inductor's `post_grad_custom_pre_pass`: puts `few_rows_linear` in the place of the products it serves."""
+
+    def __call__(self, graph: Graph) -> None:
+        for node in list(graph.nodes):
+            if (parts := served(node)) is not None:
+                with graph.inserting_before(node):
+                    ours = graph.call_function(few_rows_linear._opoverload, parts)
+                ours.meta.update(node.meta)
+                transposed: Any = node.args[-1]
+                node.replace_all_uses_with(ours)
+                graph.erase_node(node)
+                if not transposed.users:
+                    graph.erase_node(transposed)
+
+    def uuid(self) -> bytes:
+        return get_hash_for_files((__file__,), extra=NAME)
+
+
+def served(node: Node) -> tuple[Node, Node, Node | None] | None:
+    """x (M, K), weight (N, K) and bias (N,) or None of a product that our kernel computes; None for any other node.
+
+    A number of rows that the graph leaves open is asked for, so that more than 16 make a graph of their own.
+    """
+    inputs: Any = node.args
+    if node.target == aten.mm.default:
+        bias, (x, transposed) = None, inputs
+    elif node.target == aten.addmm.default and not node.kwargs:  # no factors
+        bias, x, transposed = inputs
+    else:
+        return None
+    if transposed.target != aten.permute.default or list(transposed.args[1]) != [1, 0]:
+        return None
+    weight = transposed.args[0]
+    if weight.op != "placeholder":  # it was computed, as from a quantized one
+        return None
+    states, values = x.meta["val"], weight.meta["val"]
+    if values.device.type != DEVICE or values.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    if not all(isinstance(size, int) for size in values.shape) or not values.is_contiguous():
+        return None
+    if bias is not None and (bias.meta["val"].shape != values.shape[:1] or bias.meta["val"].dtype != values.dtype):
+        return None
+    if not guard_or_false(states.shape[0] <= MOST_ROWS):
+        return None
+    return x, weight, bias
