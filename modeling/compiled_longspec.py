@@ -69,13 +69,13 @@ def run_layer(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 @functools.cache
 def compiled_run() -> Callable[..., Any]:
     """`run_layer`, compiled; what it compiled torch keeps beside the code of the layers, for all calls."""
-    from .linear_pass_longspec import FewRowsPass  # seconds, as above
+    from .linear_pass_longspec import OneRowPass  # seconds, as above
 
     options: dict[str, Any] = {
         # rounded where the layers' own code rounds, so that texts in half precision part no more often than they must
         "emulate_precision_casts": True,
         "triton.cudagraphs": False,
-        "post_grad_custom_pre_pass": FewRowsPass(),
+        "post_grad_custom_pre_pass": OneRowPass(),
     }
     return torch.compile(run_layer, options=options)
 

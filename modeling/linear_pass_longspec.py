@@ -1,7 +1,7 @@
 """Which linear layers of a compiled target go to our kernel: a pass over the graphs that Inductor is given.
 
-Those of at most 16 rows by a weight of the target in 16 bits on a CUDA device; every other product stays as it is. The
-target's modules are not touched. Imported only when something is compiled.
+Those of one row by a weight of the target in 16 bits on a CUDA device; every other product stays as it is, since with
+more rows cuBLAS is as fast. The target's modules are not touched. Imported only when something is compiled.
 """
 
 from __future__ import annotations
@@ -12,34 +12,33 @@ import torch
 from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 aten = torch.ops.aten
-MOST_ROWS, DEVICE = 16, "cuda"
+DEVICE = "cuda"
 # Each copy of this file, as drafts of the Hub carry them, has an operator of its own.
-NAME = f"{__name__.replace('.', '_')}::few_rows_linear"
+NAME = f"{__name__.replace('.', '_')}::one_row_linear"
 
 
 @torch.library.custom_op(NAME, mutates_args=())
-def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    from .triton_linear_longspec import triton_linear
+def one_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    from .triton_linear_longspec import one_row_linear as run
 
-    return triton_linear(x, weight, bias)
+    return run(x, weight, bias)
 
 
-@few_rows_linear.register_fake
+@one_row_linear.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-class FewRowsPass(CustomGraphPass):
-    """For Inductor's `post_grad_custom_pre_pass`: puts `few_rows_linear` in the place of the products it serves."""
+class OneRowPass(CustomGraphPass):
+    """For Inductor's `post_grad_custom_pre_pass`: puts `one_row_linear` in the place of the products it serves."""
 
     def __call__(self, graph: Graph) -> None:
         for node in list(graph.nodes):
             if (parts := served(node)) is not None:
                 with graph.inserting_before(node):
-                    ours = graph.call_function(few_rows_linear._opoverload, parts)
+                    ours = graph.call_function(one_row_linear._opoverload, parts)
                 ours.meta.update(node.meta)
                 transposed: Any = node.args[-1]
                 node.replace_all_uses_with(ours)
@@ -52,9 +51,9 @@ class FewRowsPass(CustomGraphPass):
 
 
 def served(node: Node) -> tuple[Node, Node, Node | None] | None:
-    """x (M, K), weight (N, K) and bias (N,) or None of a product that our kernel computes; None for any other node.
+    """x (1, K), weight (N, K) and bias (N,) or None of a product that our kernel computes; None for any other node.
 
-    A number of rows that the graph leaves open is asked for, so that more than 16 make a graph of their own.
+    Graphs that leave the number of rows open are of more than one: torch never takes 1 for open.
     """
     inputs: Any = node.args
     if node.target == aten.mm.default:
@@ -75,6 +74,6 @@ def served(node: Node) -> tuple[Node, Node, Node | None] | None:
         return None
     if bias is not None and (bias.meta["val"].shape != values.shape[:1] or bias.meta["val"].dtype != values.dtype):
         return None
-    if not guard_or_false(states.shape[0] <= MOST_ROWS):
+    if not isinstance(states.shape[0], int) or states.shape[0] != 1:
         return None
     return x, weight, bias
