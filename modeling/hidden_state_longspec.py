@@ -12,15 +12,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 
 class Caught:
-    """The last hidden states (B, T, hidden) of the latest forward; `of_last_token` is (B, hidden)."""
+    """The last hidden states (B, T, hidden) of this thread's latest forward; `of_last_token` is (B, hidden)."""
 
     def __init__(self) -> None:
         self.states: Tensor | None = None
+        self.thread = threading.get_ident()
+
+    @torch.compiler.disable  # dynamo, in a target that its user compiled, knows no threads
+    def catch(self, module: Any, inputs: Any, output: Any) -> None:
+        if threading.get_ident() == self.thread:  # others may use the target too
+            self.states = output[0]
 
     def every(self) -> Tensor:
         """Raises `ValueError` if no forward went through the decoder as a module."""
@@ -41,13 +48,8 @@ def catching(target: PreTrainedModel, wanted: bool) -> Iterator[Caught | None]:
     if not wanted:
         yield None
         return
-    caught, thread = Caught(), threading.get_ident()
-
-    def catch(module: Any, inputs: Any, output: Any) -> None:
-        if threading.get_ident() == thread:  # others may use the target too
-            caught.states = output[0]
-
-    hook = target.get_decoder().register_forward_hook(catch)
+    caught = Caught()
+    hook = target.get_decoder().register_forward_hook(caught.catch)
     try:
         yield caught
     finally:

@@ -100,6 +100,8 @@ def test_parameters_are_named_as_in_the_published_checkpoints():
     }
     assert names == projections | {"self_attn.o_proj.weight"} | cross | mlp | norms
     assert set(tiny_draft(tiny_target("llama"), final_norm=True).state_dict()) - names == {"norm.weight"}
+    reading = set(tiny_draft(tiny_target("llama"), target_hidden_state=True).state_dict())
+    assert reading - names == {"hidden_layernorm.weight", "hidden_proj.weight"}
 
 
 def test_shapes_follow_the_config():
@@ -124,6 +126,30 @@ def test_window_is_filled_with_what_the_layer_computes():
     draft.layer(embeds, draft.angles(POSITIONS), self_attend, torch.zeros_like)
     for ours, theirs in zip(draft.window_kv(embeds, POSITIONS), seen[0], strict=True):
         assert torch.equal(ours, theirs)
+
+
+@torch.no_grad()
+def test_the_state_is_added_behind_the_self_attention_and_zeros_add_nothing():
+    draft = tiny_draft(tiny_target("llama"), target_hidden_state=True)
+    embeds, state, seen = torch.randn(1, 7, 32), torch.randn(1, 7, 32), []
+
+    def cross_attend(query):
+        seen.append(query)
+        return torch.zeros_like(query)
+
+    def layer(read):
+        return draft.layer(
+            embeds, draft.angles(POSITIONS), lambda query, *_: torch.zeros_like(query), cross_attend, read
+        )
+
+    assert torch.equal(layer(draft.read_hidden_state(torch.zeros_like(state))), layer(None))
+    layer(draft.read_hidden_state(state))
+    root = state.pow(2).mean(-1, keepdim=True).add(draft.config.rms_norm_eps).rsqrt()
+    x = embeds + (state * root * draft.hidden_layernorm.weight) @ draft.hidden_proj.weight.T
+    query = draft.cross_attn.q_proj(draft.post_self_attention_layernorm(x))
+    torch.testing.assert_close(seen[-1].transpose(1, 2).flatten(2), query)
+    assert draft.read_hidden_state(None) is None
+    assert tiny_draft(tiny_target("llama")).read_hidden_state(state) is None
 
 
 def test_draft_cannot_run_alone():

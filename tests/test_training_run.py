@@ -237,6 +237,28 @@ def test_a_bare_no_is_false_in_yaml(tmp_path):
     assert outcome.complete and outcome.best_accept_length is None
 
 
+def test_a_draft_that_reads_the_last_hidden_state(tmp_path):
+    """Whole, cut, in pieces and recomputed; and an earlier stage's draft may begin to read it."""
+    reads = {"draft__config": {"window": 16, "tree_shape": [2, 4, 4], "target_hidden_state": True}, **EVALUATED}
+    outcome, expected = run(tmp_path, "whole", **reads)
+    draft = LongSpecForCausalLM.from_pretrained(outcome.draft)
+    assert draft.config.target_hidden_state and expected[6] < expected[1]
+    first = torch.load(last_complete(tmp_path / "whole") / "optimizer.pt", weights_only=True)
+    assert len(first["state"]) == len(list(draft.parameters()))
+    run(tmp_path, "parts", 0.0, **reads)
+    assert run(tmp_path, "parts", **reads)[1] == expected
+    for saved in ({"target__piece": 17}, {"trainer__gradient_checkpointing": True}):
+        assert run(tmp_path, next(iter(saved)), **reads, **saved)[1] == pytest.approx(expected, rel=1e-5)
+    target = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    prompt = torch.randint(2, 200, (1, 30))
+    options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(target.generate(prompt, assistant_model=draft, **options), target.generate(prompt, **options))
+    earlier, _ = run(tmp_path, "earlier")
+    later, _ = run(tmp_path, "later", draft__init=earlier.draft, **reads)
+    draft = LongSpecForCausalLM.from_pretrained(later.draft)
+    assert draft.hidden_proj.weight.any() and draft.hidden_layernorm.weight.any()
+
+
 def test_a_draft_goes_on_from_an_earlier_stage(tmp_path):
     first, _ = run(tmp_path, "short")
     second, found = run(tmp_path, "long", draft__init=first.draft, signal__offset=False, signal__length=128)

@@ -117,6 +117,17 @@ def test_adapters(tmp_path, sharded):
 
 
 @pytest.mark.parametrize("sharded", [SHARDED[0], SHARDED[-1]])
+def test_a_draft_that_reads_the_last_hidden_state(tmp_path, sharded):
+    reads = {"draft__config": {"window": 16, "tree_shape": [2, 4, 4], "target_hidden_state": True}}
+    alone, result = on_one(tmp_path, **reads), on_two(tmp_path, **reads, **sharded)
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-4)
+    ours, theirs = (load_file(run / "draft" / "model.safetensors") for run in (tmp_path / "run", alone))
+    assert "hidden_proj.weight" in ours
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("sharded", [SHARDED[0], SHARDED[-1]])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_drafts_in_half_precision(tmp_path, sharded, dtype):
     """What is logged is not rounded to bfloat16, and the target may have another format."""

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from hf_longspec.training import distillation, forward
 from hf_longspec.training.distillation import Distillation
 from hf_longspec.training.documents import positions_within, spans_of
-from hf_longspec.training.forward import draft_hidden
+from hf_longspec.training.forward import draft_hidden, lagged_states
 from hf_longspec.training.positions import anchor_offset_positions
 from hf_longspec.training.recipe import Signal
 from hf_longspec.training.teacher import read_target, read_target_in_pieces
@@ -51,25 +51,26 @@ def test_positions_that_jump_are_not_taken_for_packed_sequences():
     torch.testing.assert_close(read_target(target, 0, ids, positions).hidden, expected)
 
 
+@pytest.mark.parametrize("reads", [False, True], ids=["", "hidden state"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "granite", "cohere2"])
 @pytest.mark.parametrize("lag", [1, 2, 4])
-def test_training_sees_what_a_decoding_step_sees(family, lag):
+def test_training_sees_what_a_decoding_step_sees(family, lag, reads):
     """The draft's state for token t at lag d equals a step made by hand, whose target cache ends at t-d."""
     target = tiny_target(family)
-    draft = tiny_draft(target, window=5)
+    draft = tiny_draft(target, window=5, target_hidden_state=reads)
     bound = draft.bind(target)
     ids, positions = torch.randint(13, (1, LENGTH)), plain_positions(1, LENGTH)
     states = read_target(target, bound.layer, ids, positions)
     with torch.no_grad():
         trained = draft_hidden(draft, bound, ids, positions, states, torch.tensor([lag]))
-        for t in (lag, 6, LENGTH - 1):
+        for t in (lag - 1, lag, 6, LENGTH - 1):  # of the first one, nothing is known
             torch.testing.assert_close(decoding_step(target, draft, bound, ids, t, lag)[0, 0], trained[0, t])
 
 
 def decoding_step(target, draft, bound, ids, t, lag):
     cache = DynamicCache()  # made without a config it keeps the whole past of sliding layers
-    target(ids[:, : t - lag + 1], past_key_values=cache)
-    past = cache.layers[bound.layer]
+    read = target(ids[:, : t - lag + 1], past_key_values=cache, output_hidden_states=True) if t >= lag else None
+    past = cache.layers[bound.layer] if read is not None else None
     first = 0 if states_window(target, bound) is None else max(0, t - states_window(target, bound) + 1)
     window = slice(max(0, t - draft.config.window + 1), t + 1)
     key, value = draft.window_kv(bound.embed(ids[:, window]), torch.arange(LENGTH)[None, window])
@@ -80,18 +81,47 @@ def decoding_step(target, draft, bound, ids, t, lag):
 
     def cross_attend(query):
         query = bound.rotate(query, bound.angles(query, here))
-        seen = past.keys[:, :, first:], past.values[:, :, first:]
-        if not seen[0].shape[2]:
+        if past is None or past.keys.shape[2] <= first:
             return torch.zeros_like(query)
+        seen = past.keys[:, :, first:], past.values[:, :, first:]
         return scaled_dot_product_attention(query, *seen, enable_gqa=True)
 
     here = torch.tensor([[t]])
-    return draft.layer(bound.embed(ids[:, t : t + 1]), draft.angles(here), self_attend, cross_attend)
+    state = None if read is None else draft.read_hidden_state(read.hidden_states[-1][:, -1:])
+    return draft.layer(bound.embed(ids[:, t : t + 1]), draft.angles(here), self_attend, cross_attend, state)
 
 
 def states_window(target, bound):
     sliding = target.config.model_type == "mistral"  # the only one here whose target layer slides
     return target.config.sliding_window if sliding else None
+
+
+def test_lagged_states_are_those_of_earlier_tokens_of_the_same_document():
+    """Drawn by hand: two rows, of which the second holds documents of two and of three tokens; 0 is no state."""
+    hidden = torch.tensor([[1.0, 2, 3, 4, 5], [6, 7, 8, 9, 10]])[:, :, None]
+    documents = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 1, 1, 1]])
+    whole = lagged_states(hidden, torch.tensor([1, 2]))[..., 0]
+    assert whole.tolist() == [[0, 1, 2, 3, 4], [0, 0, 6, 7, 8]]
+    assert lagged_states(hidden, torch.tensor([1, 1]), documents)[..., 0].tolist() == [
+        [0, 1, 2, 3, 4],
+        [0, 6, 0, 8, 9],
+    ]
+    assert lagged_states(hidden, torch.tensor([4, 2]), documents)[..., 0].tolist() == [
+        [0, 0, 0, 0, 1],
+        [0, 0, 0, 0, 8],
+    ]
+    assert not lagged_states(hidden, torch.tensor([5, 9]), documents).any()
+
+
+def test_a_document_without_states_teaches_finite_gradients(llama):
+    """At most tokens nothing is known: zeros go through a norm."""
+    draft = tiny_draft(llama, target_hidden_state=True)
+    bound = draft.bind(llama)
+    ids, positions = torch.randint(13, (1, 3)), plain_positions(1, 3)
+    states = read_target(llama, bound.layer, ids, positions)
+    draft_hidden(draft, bound, ids, positions, states, torch.tensor([2])).sum().backward()
+    grads = [draft.hidden_proj.weight.grad, draft.hidden_layernorm.weight.grad]
+    assert all(grad.isfinite().all() and grad.any() for grad in grads)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
@@ -111,10 +141,11 @@ DOCUMENTS = torch.tensor([[0] * 8 + [1] * 1 + [2] * 12, [0] * 21])
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma2", "gpt_oss"])
 @pytest.mark.parametrize("way", ["masks", "spans", "pieces"])
-def test_documents_side_by_side_are_as_if_each_were_alone(family, way, monkeypatch):
+@pytest.mark.parametrize("reads", [False, True], ids=["", "hidden state"])
+def test_documents_side_by_side_are_as_if_each_were_alone(family, way, reads, monkeypatch):
     """Target and draft, at Anchor-Offset positions."""
     target = tiny_target(family, attn_implementation="eager" if family in ("gpt_oss", "gemma2") else "sdpa")
-    draft = tiny_draft(target, window=5)
+    draft = tiny_draft(target, window=5, target_hidden_state=reads)
     if way != "masks":
         monkeypatch.setattr(forward, "LONGEST_MASKED", 0)
         monkeypatch.setattr(distillation, "LONGEST_MASKED", 0)

@@ -121,6 +121,17 @@ def test_records(monkeypatch, do_sample, by_tree):
             assert_same(target, draft, prompts(batch), do_sample=do_sample, **records)
 
 
+@pytest.mark.parametrize("layer", [1, 3])
+@pytest.mark.parametrize("places", MAPS.values(), ids=MAPS)
+def test_a_draft_that_reads_the_last_hidden_state(places, layer):
+    """Which lies beside the head, and the draft beside its layer."""
+    target = split(tiny_target("llama", tie_word_embeddings=False), **places)
+    draft = draft_for(target, target_layer=layer, target_hidden_state=True)
+    for batch in (1, 3):
+        assert_same(target, draft, prompts(batch))
+    assert draft.hidden_proj.weight.device == places["layers"][layer]
+
+
 def test_padding_inside_the_prompt():
     target = split(tiny_target("mistral", tie_word_embeddings=False), **MAPS["split"])
     inputs = prompts(3)
