@@ -15,6 +15,7 @@ from hf_longspec.hub.published import PUBLISHED
 from hf_longspec.modeling.modeling_longspec import rope_frequencies
 
 GUESSES_AMONG = {"qwen2.5-coder-0.5b-instruct": 49152, "qwen2.5-coder-1.5b-instruct": 49152}  # tokens, of 151,936
+READS_LAYER = {"qwen2.5-coder-0.5b-instruct": 16, "qwen2.5-coder-1.5b-instruct": 23}  # and the last hidden state
 
 
 @pytest.fixture(params=TARGETS)
@@ -37,6 +38,9 @@ def test_draft_has_the_published_names_and_shapes(name):
     expected = {key: shape for key, shape in published_shapes(TARGETS[name]).items() if key not in UNUSED}
     if name in GUESSES_AMONG:
         expected["draft_vocab"] = (GUESSES_AMONG[name],)
+    if name in READS_LAYER:
+        hidden = TARGETS[name]["hidden_size"]
+        expected |= {"hidden_layernorm.weight": (hidden,), "hidden_proj.weight": (hidden, hidden)}
     assert {key: tuple(tensor.shape) for key, tensor in draft.state_dict().items()} == expected
     assert all(tensor.device.type == "meta" for tensor in draft.parameters())
     weights = HUB_CONFIGS / name / "model.safetensors"
@@ -53,7 +57,8 @@ def test_config_is_made_from_its_target_and_recipe(name, tmp_path):
     differing = {key for key, value in config.to_dict().items() if expected.get(key) != value}
     assert differing <= {"architectures", "auto_map", "dtype", "_name_or_path"}
     layers = TARGETS[name]["num_hidden_layers"]
-    assert config.target_layer == (layers * 3 // 4 if name in GUESSES_AMONG else layers - 1)
+    assert config.target_layer == READS_LAYER.get(name, layers - 1)
+    assert config.target_hidden_state == (name in READS_LAYER)
     assert config.draft_vocab_size == GUESSES_AMONG.get(name)
     assert (config.window, config.final_norm, config.tree_shape) == (512, False, (4, 16, 16, 16, 16))
 
