@@ -104,8 +104,9 @@ class LongSpecConfig(PreTrainedConfig):
             )
         if self.cuda_graphs not in ("auto", True, False):
             raise ValueError(f"`cuda_graphs` must be 'auto', True or False, got {self.cuda_graphs!r}")
-        if not isinstance(self.compile_target, bool):
-            raise ValueError(f"`compile_target` must be True or False, got {self.compile_target!r}")
+        for name in ("compile_target", "target_hidden_state"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}")
         if self.verify_tokens is not None and (not _is_int(self.verify_tokens) or self.verify_tokens < 1):
             raise ValueError(f"`verify_tokens` must be None or a positive integer, got {self.verify_tokens!r}")
         size = self.draft_vocab_size

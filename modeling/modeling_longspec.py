@@ -102,6 +102,7 @@ class LongSpecForCausalLM(PreTrainedModel):
         self.input_layernorm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_self_attention_layernorm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_cross_attention_layernorm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hidden_layernorm, self.hidden_proj = None, None
         if config.target_hidden_state:
             self.hidden_layernorm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps)
             self.hidden_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
@@ -192,6 +193,7 @@ class LongSpecForCausalLM(PreTrainedModel):
         """
         if not self.config.target_hidden_state or hidden is None:
             return None
+        assert self.hidden_proj is not None and self.hidden_layernorm is not None, "`bind` checks"
         return self.hidden_proj(self.hidden_layernorm(hidden.to(self.hidden_proj.weight.dtype)))
 
     def window_kv(self, embeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,6 +221,10 @@ class LongSpecForCausalLM(PreTrainedModel):
 
     def bind(self, target: PreTrainedModel) -> BoundTarget:
         """What this draft borrows from `target`. Raises `ValueError` listing each mismatch if it does not fit."""
+        if self.config.target_hidden_state and self.hidden_proj is None:
+            raise ValueError(
+                "`target_hidden_state` is False, as the draft was made and has no weights for it, got True"
+            )
         return bind(self.config, target)
 
     @property

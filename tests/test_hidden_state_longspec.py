@@ -20,7 +20,9 @@ from hf_longspec import LongSpecConfig, LongSpecForCausalLM
 from hf_longspec.evaluation.tiny_models import tiny_model
 from hf_longspec.modeling.candidate_generator_longspec import LongSpecCandidateGenerator
 from hf_longspec.modeling.hidden_state_longspec import catching
+from hf_longspec.training.distillation import Distillation
 from hf_longspec.training.forward import draft_hidden
+from hf_longspec.training.recipe import Signal
 from hf_longspec.training.teacher import read_target
 
 TREE = (13, 60, 60)  # of 13 tokens: some guess is right nearly always
@@ -483,3 +485,27 @@ def test_state_bytes_counts_one_vector(llama):
     without = LongSpecForCausalLM(config).state_bytes
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
         assert reading_draft(llama, tree_shape=(4, 8)).to(dtype).state_bytes == without * size // 4 + 32 * size
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_the_field_is_true_or_false(llama, value):
+    message = rf"`target_hidden_state` must be True or False, got {value!r}"
+    with pytest.raises(ValueError, match=message):
+        LongSpecConfig.from_target(llama.config, target_hidden_state=value)
+
+
+def test_the_field_set_on_a_draft_without_the_weights(llama):
+    draft = tiny_draft(llama)
+    draft.config.target_hidden_state = True
+    with pytest.raises(ValueError, match="`target_hidden_state` is False, as the draft was made .* got True"):
+        llama.generate(prompt_of(9), assistant_model=draft, **OPTIONS)
+    with pytest.raises(ValueError, match="`target_hidden_state` is False, as the draft was made .* got True"):
+        Distillation(llama, draft, Signal())
+
+
+def test_the_field_put_out(llama, grown):
+    """To see what it gives: the same draft without what it reads."""
+    draft = reading_draft(llama)
+    draft.config.target_hidden_state = False
+    assert_same(llama, draft, prompt_of(9))
+    assert all(hidden is None for _, _, hidden, _ in grown.rounds)

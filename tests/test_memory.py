@@ -82,9 +82,10 @@ def decode(target, draft, context, batch=1):
     return min(probe.held[2:]), max(probe.peaks[3:]), cache
 
 
-def test_a_call_holds_one_cache_and_a_constant():
+@pytest.mark.parametrize("reads", [False, True], ids=["", "hidden state"])
+def test_a_call_holds_one_cache_and_a_constant(reads):
     target = tiny_target("llama", max_position_embeddings=8192)
-    draft = tiny_draft(target, window=WINDOW, tree_shape=SHAPE)
+    draft = tiny_draft(target, window=WINDOW, tree_shape=SHAPE, target_hidden_state=reads)
     over, above = [], []
     for context in (1024, 7168):
         held, peak, cache = decode(target, draft, context)
