@@ -1,6 +1,6 @@
 """Draws docs/img/ablations.png: `python docs/img/ablations.py` (needs matplotlib).
 
-The numbers are those of docs/LOG.md: the paper's ablations (2026-11-23), layers and the last hidden state (2026-11-26).
+The numbers are from docs/LOG.md: the paper's ablations (2026-11-23), layers and the last hidden state (2026-11-26).
 """
 
 from __future__ import annotations
