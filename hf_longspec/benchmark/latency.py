@@ -221,7 +221,10 @@ class Bench:
         return self.speed.floor(shapes.read_bytes(self.target) + self._cache_bytes(context))
 
     def _level_floor(self, context: int) -> float:
-        draft = sum(parameter.nbytes for parameter in self.draft.parameters())
+        parameters = self.draft.named_parameters()
+        draft = sum(
+            x.nbytes for name, x in parameters if not name.startswith("hidden_")
+        )  # those are read once a round
         head = self.target.get_output_embeddings().weight.nbytes
         if self.draft.config.draft_vocab_size is not None:
             head = head * self.draft.config.draft_vocab_size // self.target.config.vocab_size
