@@ -222,9 +222,7 @@ class Bench:
 
     def _level_floor(self, context: int) -> float:
         parameters = self.draft.named_parameters()
-        draft = sum(
-            x.nbytes for name, x in parameters if not name.startswith("hidden_")
-        )  # those are read once a round
+        draft = sum(x.nbytes for name, x in parameters if not name.startswith("hidden_"))  # read once a round
         head = self.target.get_output_embeddings().weight.nbytes
         if self.draft.config.draft_vocab_size is not None:
             head = head * self.draft.config.draft_vocab_size // self.target.config.vocab_size
