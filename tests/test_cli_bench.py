@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from hf_longspec import cli
 
+pytestmark = pytest.mark.slow  # each starts processes of its own
+
 runner = CliRunner()
 ATTENTION = ["attention", "--contexts", "64,96", "--nodes", "1,5", "--heads", "4,2,16", "--repeats", "1"]
 LATENCY = ["latency", "--shape", "tiny", "--contexts", "64,96", "--tree", "2,3", "--verify-tokens", "3,5"]

@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 from hf_longspec import cli
 from hf_longspec.training.checkpoints import COMPLETE, last_complete
 
+pytestmark = pytest.mark.slow  # each starts processes of its own
+
 runner = CliRunner()
 
 

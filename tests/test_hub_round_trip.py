@@ -13,6 +13,8 @@ from hf_longspec.hub.export import load_draft
 from hf_longspec.hub.push import push
 from hf_longspec.writing import MachineError
 
+pytestmark = pytest.mark.slow  # each starts processes of its own
+
 # What a stranger runs: none of our packages, only names on the Hub. The first argument is a list of steps: a fault
 # that the server is asked for, or None, and options of loading. Of each it tells the class's module, tokens, accept
 # lengths, a weight and the tokenizer's size; or the error's class and its first line.

@@ -7,6 +7,8 @@ import pytest
 
 from hf_longspec import LongSpecConfig, LongSpecForCausalLM
 
+pytestmark = pytest.mark.slow  # each starts processes of its own
+
 
 def fresh(code: str) -> str:
     """The output of `code` in an interpreter of its own."""
