@@ -10,7 +10,9 @@ import threading
 
 import pytest
 import torch
+import transformers
 from helpers import tiny_draft, tiny_target
+from packaging import version
 from pairs import assert_same
 from test_rope_switch_longspec import phi3_with_switch_at
 from texts import prompt_of
@@ -199,6 +201,10 @@ def test_a_cache_passed_in_is_continued_over_turns(family, grown):
     assert chats[0] == chats[1]
 
 
+@pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.18"),
+    reason="transformers 5.17 forgets the text at the switch: what it reads then is not the whole text",
+)
 @pytest.mark.parametrize("length", [5, 14, 15, 16, 17, 24])
 def test_longrope_across_its_switch(length, grown):
     """Where all of the text is read anew, so is the state; the roots beside the switch have no levels below them."""
