@@ -15,7 +15,11 @@ from hf_longspec.hub.published import PUBLISHED
 from hf_longspec.modeling.modeling_longspec import rope_frequencies
 
 GUESSES_AMONG = {"qwen2.5-coder-0.5b-instruct": 49152, "qwen2.5-coder-1.5b-instruct": 49152}  # tokens, of 151,936
-READS_LAYER = {"qwen2.5-coder-0.5b-instruct": 16, "qwen2.5-coder-1.5b-instruct": 23}  # and the last hidden state
+READS_LAYER = {  # and the last hidden state
+    "smollm2-135m-instruct": 23,
+    "qwen2.5-coder-0.5b-instruct": 16,
+    "qwen2.5-coder-1.5b-instruct": 23,
+}
 
 
 @pytest.fixture(params=TARGETS)
