@@ -26,23 +26,30 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func._schema.name.split("::")[1] in ASKS_THE_HOST:
             raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
-        result = func(*args, **(kwargs or {}))
-        self.operations.append((func, args, kwargs or {}, result))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given = {leaf.untyped_storage()._cdata for leaf in tensors((args, kwargs))}
+        made = [leaf.untyped_storage()._cdata not in given for leaf in tensors(result)]
+        if any(made) or func._schema.is_mutable:  # a view stays what it is
+            self.operations.append((func, args, kwargs, result, made))
         return result
 
     def replay(self):
         if self.fresh:
             self.fresh = False
             return
-        for func, args, kwargs, result in self.operations:
-            given = {leaf.untyped_storage()._cdata for leaf in tensors(args, kwargs)}
-            for mine, other in zip(tensors(result), tensors(func(*args, **kwargs)), strict=True):
-                if mine.untyped_storage()._cdata not in given:
+        for func, args, kwargs, result, made in self.operations:
+            again = func(*args, **kwargs)
+            for mine, other, own in zip(tensors(result), tensors(again), made, strict=True):
+                if own:
                     mine.copy_(other)
 
 
-def tensors(*values):
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+def tensors(value):
+    """Those in `value`; the common case first, for a tape plays thousands of operations."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 @contextmanager
