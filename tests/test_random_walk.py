@@ -11,10 +11,17 @@ from walk_steps import FAMILIES, FULL_TREES, Step, draw
 
 FIRST, COUNT = (int(number) for number in os.environ.get("LONGSPEC_WALK", "0:1000").split(":"))
 STEPS_A_CASE = 25
+QUICK = 400  # steps; the others are slow
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("first", range(FIRST, FIRST + COUNT, STEPS_A_CASE))
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param(first, marks=() if first < FIRST + QUICK else pytest.mark.slow)
+        for first in range(FIRST, FIRST + COUNT, STEPS_A_CASE)
+    ],
+)
 def test_no_step_differs(first):
     for seed in range(first, min(first + STEPS_A_CASE, FIRST + COUNT)):
         if not beyond_plain(step := draw(seed)):

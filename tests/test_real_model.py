@@ -16,7 +16,7 @@ from hf_longspec.evaluation import side_by_side
 pytestmark = pytest.mark.slow
 PACKAGE = Path(hf_longspec.__file__).parent
 DRAFT = PACKAGE / "hub_configs" / NAME
-NEW_TOKENS = 128
+NEW_TOKENS = 48
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_float32_equality_of_a_batch(tokens, do_sample):
     longest = max(len(row) for row in rows)
     ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0), value=2) for row in rows])
     mask = torch.stack([(torch.arange(longest) >= longest - len(row)).long() for row in rows])
-    options = {"max_new_tokens": 48, "do_sample": do_sample, "pad_token_id": 2}
+    options = {"max_new_tokens": 32, "do_sample": do_sample, "pad_token_id": 2}
 
     def text(**more):
         torch.manual_seed(5)
@@ -80,8 +80,8 @@ def first_places(rows, token):
 
 def test_bfloat16_parts_only_at_ties(tokens):
     target, draft = load(torch.bfloat16, tree_shape=(3, 4, 4, 4))
-    for inputs in prompts(tokens, 6, 600):
-        options = {"max_new_tokens": 64, "do_sample": False}
+    for inputs in prompts(tokens, 4, 400):
+        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
         plain = side_by_side.run(target, inputs, **options)
         ours = side_by_side.run(target, inputs, draft, **options)
         verdict = side_by_side.judge(target, inputs, plain.tokens, ours.tokens)

@@ -47,13 +47,32 @@ def test_recipes_that_a_study_cannot_follow(tmp_path, settings, message):
         study(recipe(tmp_path, **settings), [1], 1)
 
 
-def test_the_command_ranks_layers(tmp_path):
+def command(*arguments):
     app = typer.Typer()
     app.command()(layer_study.main)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_the_command_ranks_layers(tmp_path):
     path = tiny_recipe(tmp_path, **SETTINGS)
-    result = CliRunner().invoke(app, [str(path), "--layers", "0,1", "--samples", "2", "--set", "trainer.max_steps=2"])
+    result = command(path, "--layers", "0,1", "--samples", 2, "--set", "trainer.max_steps=2")
     assert result.exit_code == 0, result.output
     lines = [line for line in result.stdout.splitlines() if line.startswith("layer")]
     assert len(lines) == 2
     losses = [float(line.split("KL ")[1].split(",")[0]) for line in lines]
     assert losses == sorted(losses)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layers", "1,x"], "expected layers such as 10,12,14, got '1,x'"),
+        (["--layers", "1,9"], "layers: expected some of [0, 1, 2, 3], which have full attention, got [9]"),
+        (["--set", "trainer.optim=adamw_torch"], "a layer study trains with muon"),
+        (["--set", "trainer.max_step=3"], "unknown key 'max_step'"),
+    ],
+)
+def test_mistakes_end_without_a_traceback(tmp_path, options, message):
+    result = command(tiny_recipe(tmp_path, **SETTINGS), *options)
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
+    assert message in " ".join(result.stderr.replace("│", " ").split())

@@ -18,7 +18,10 @@ from hf_longspec import LongSpecForCausalLM, cli
 from hf_longspec.training.checkpoints import last_complete
 from hf_longspec.training.learning_curve import read_log
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 FSDP = {"trainer__fsdp": True, "trainer__fsdp_config": {"version": 2}}
 STEPS = {"trainer__max_steps": 4, "trainer__eval_strategy": "steps", "trainer__eval_steps": 2}

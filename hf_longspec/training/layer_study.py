@@ -115,7 +115,7 @@ class Study:
 
 
 def study(recipe: Recipe, layers: Sequence[int] | None, count: int) -> list[Score]:
-    """Raises `ValueError` for a recipe that a study cannot follow."""
+    """Raises `ValueError` for a recipe that a study cannot follow, and for layers that no draft can read."""
     if not recipe.muon:
         raise ValueError("recipe.trainer.optim: a layer study trains with muon; expected it, got another")
     if recipe.draft.init is not None or recipe.draft.lora is not None:
@@ -123,9 +123,11 @@ def study(recipe: Recipe, layers: Sequence[int] | None, count: int) -> list[Scor
     recipe = replace(recipe, evaluation=replace(recipe.evaluation, contexts=(recipe.signal.length,)))
     args = training_arguments(recipe)
     target = load_target(recipe.target, args.device)
-    if layers is None:
-        kinds = layer_kinds(target.config.get_text_config(decoder=True))
-        layers = [index for index, kind in enumerate(kinds) if kind == "full"]
+    kinds = layer_kinds(target.config.get_text_config(decoder=True))
+    readable = [index for index, kind in enumerate(kinds) if kind == "full"]
+    layers = readable if layers is None else layers
+    if other := sorted(set(layers) - set(readable)):
+        raise ValueError(f"layers: expected some of {readable}, which have full attention, got {other}")
     positions = positions_of(target.config.get_text_config(decoder=True)) or recipe.signal.length
     samples, held_out = datasets(recipe, args, load_tokenizer(recipe.target), positions)
     if held_out is None or not len(held_out):
@@ -139,15 +141,28 @@ def study(recipe: Recipe, layers: Sequence[int] | None, count: int) -> list[Scor
     return made.scores(held_out, count)
 
 
+def parse_layers(text: str) -> list[int]:
+    """`"10,12"` is [10, 12]."""
+    try:
+        return [int(layer) for layer in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"expected layers such as 10,12,14, got {text!r}") from None
+
+
 def main(
     recipe: Annotated[Path, typer.Argument(help="YAML file, as those in hub_configs.")],
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
-    layers: Annotated[str | None, typer.Option(help="Such as 10,12,14; all full-attention layers without.")] = None,
+    layers: Annotated[
+        Any, typer.Option(parser=parse_layers, metavar="N,N,...", help="All layers of full attention without.")
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Held-out samples.")] = 64,
 ) -> None:
     """Trains a small draft for each layer side by side, and ranks the layers by held-out KL."""
-    chosen = None if layers is None else [int(layer) for layer in layers.split(",")]
-    for score in sorted(study(Recipe.load(recipe, settings or []), chosen, samples), key=lambda score: score.kl):
+    try:
+        scores = study(Recipe.load(recipe, settings or []), layers, samples)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    for score in sorted(scores, key=lambda score: score.kl):
         typer.echo(f"layer {score.layer:3}: KL {score.kl:.3f}, agreement {score.agreement:.3f}")
 
 
