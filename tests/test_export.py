@@ -21,6 +21,8 @@ from hf_longspec.hub.export import export, load_draft
 from hf_longspec.hub.faults import file_faults, hub_faults
 from hf_longspec.hub.vocabulary import vocabulary_sha256
 
+pytestmark = pytest.mark.slow
+
 runner = CliRunner()
 FILES = ("LICENSE", "README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 MODELING = Path(__file__).parents[1] / "modeling"

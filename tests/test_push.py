@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 from hf_longspec import LongSpecForCausalLM, cli
 from hf_longspec.hub.push import HubError, push
 
+pytestmark = pytest.mark.slow
+
 runner = CliRunner()
 
 
