@@ -30,7 +30,7 @@ class Tape(TorchDispatchMode):
         result = func(*args, **kwargs)
         given = {leaf.untyped_storage()._cdata for leaf in tensors((args, kwargs))}
         made = [leaf.untyped_storage()._cdata not in given for leaf in tensors(result)]
-        if any(made) or func._schema.is_mutable:  # a view stays what it is
+        if any(made) or not made or func._schema.is_mutable:  # all but views, which stay what they are
             self.operations.append((func, args, kwargs, result, made))
         return result
 

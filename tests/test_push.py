@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from hf_longspec import LongSpecForCausalLM, cli
 from hf_longspec.hub.push import HubError, push
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # it meets huggingface_hub, not transformers
 
 runner = CliRunner()
 
