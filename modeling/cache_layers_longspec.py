@@ -1,59 +1,57 @@
 """The layers of a SpeculativeCache: where a target's keys and values lie, prefix and tree.
 
-Each layer appends in a prefill, says where prefix and tree of a round lie, and moves the accepted path next to the
-prefix in `commit`. Writes are in place; lengths come as tensors on the device.
+A layer appends while the prompt is read, tells where prefix and tree of a round lie, and moves the accepted path next
+to the prefix at the round's end. Writes are in place; lengths of a round are tensors on the device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .attention_longspec import Prefix, Spans
-from .memory_longspec import Memory, empty_stores
-from .slots_longspec import Move, ring_contents
+from .attention_longspec import Memo, Move, Prefix, Span, Spans, ring_contents
 
 BUCKET = 256  # tokens; capacities are multiples of this
-SLACK = 4  # memory of another call may be so many times what is needed: an eager attention reads all of it
+SLACK = 4  # stores of another call may be so many times as large as needed: an eager attention reads all slots
+
+
+class Stores(NamedTuple):
+    """Memory for the keys and the values of a layer, each (B, K, slots, D)."""
+
+    keys: Tensor
+    values: Tensor
 
 
 class Placement(NamedTuple):
-    """Where nodes at `depths` (B, T) of a tree lie: each row's behind the tokens of its prefix.
+    """Where the nodes of a tree lie: those of each row behind the tokens of its prefix.
 
-    spans: each row's prefix, from its first index that is no padding to its length; visible: (B, P) bool, false where
-    one of the first P indices is padding, None if all padding lies before the spans; shared: what layers have in
-    common, made once a round.
+    spans: each row's prefix, from its first index that is no padding to its length; layers share what they derive in
+        `spans.memo`.
+    visible: (B, P) bool, false where one of the first P indices is padding; None if all padding lies before the spans.
+    depths: (B, T), of the nodes.
     """
 
     spans: Spans
     visible: Tensor | None
     depths: Tensor
-    shared: dict[Any, Any]
-
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make` makes, for all layers that ask under `key`."""
-        if key not in self.shared:
-            self.shared[key] = make()
-        return self.shared[key]
 
     def to(self, device: torch.device) -> Placement:
-        """The same for a layer on another device than most are on."""
+        """Return the placement on the device of a layer that does not lie where most layers lie."""
         if self.depths.device == device:
             return self
-        return self.once(device, lambda: self._moved(device))
+        return self.spans.memo.once(device, lambda: self._moved(device))
 
     def _moved(self, device: torch.device) -> Placement:
         visible = None if self.visible is None else self.visible.to(device)
-        return Placement(self.spans.to(device), visible, self.depths.to(device), {})
+        return Placement(self.spans.to(device), visible, self.depths.to(device))
 
 
 class FullLayer(CacheLayerMixin):
-    """All keys and values of a layer, (B, K, capacity, D), with room for a tree behind the prefix.
+    """Keep all keys and values of a layer, (B, K, capacity, D), with room for a tree behind the prefix.
 
     `window` is set where a sliding layer keeps its whole past, as in a `DynamicCache` made without a config.
     """
@@ -65,11 +63,11 @@ class FullLayer(CacheLayerMixin):
         self.reserve = reserve  # tokens to have room for: prompt, first answer tokens, tree
         self.window = window
         self.length = 0
-        self.spare: Memory | None = None
+        self.spare: Stores | None = None  # of another call, to be used again
 
-    def takes(self, spare: Memory) -> bool:
-        """Whether the memory of another call has about the size that is needed here."""
-        return _bucket(self.reserve) <= spare[0].shape[2] <= SLACK * _bucket(self.reserve)
+    def accepts(self, spare: Stores) -> bool:
+        """Tell whether the stores of another call have about the size needed here."""
+        return _bucket(self.reserve) <= spare.keys.shape[2] <= SLACK * _bucket(self.reserve)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -79,11 +77,11 @@ class FullLayer(CacheLayerMixin):
 
     @property
     def capacity(self) -> float:
-        """How many tokens there is room for."""
+        """The number of tokens that there is room for."""
         return self.keys.shape[2]
 
     def ensure(self, capacity: int) -> None:
-        """Make room for `capacity` tokens. Doubling: a long answer copies the cache a logarithmic number of times."""
+        """Make room for `capacity` tokens, by doubling: a long answer copies the cache a few times only."""
         if self.is_initialized and capacity > self.keys.shape[2]:
             size = _bucket(max(capacity, 2 * self.keys.shape[2]))
             self.keys = _regrown(self.keys, size, self.length)
@@ -101,44 +99,47 @@ class FullLayer(CacheLayerMixin):
         return self.stored()
 
     def stored(self) -> tuple[Tensor, Tensor]:
-        """The keys and values of the text so far, (B, K, length, D), as views."""
+        """Return the keys and values of the text so far, (B, K, length, D), as views."""
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
-    def tree_slots(self, at: Placement) -> Tensor:
-        """(B,): where a tree begins, in slots."""
-        return at.spans.ends
+    def tree_slots(self, placement: Placement) -> Tensor:
+        """Return the slot (B,) where each row's tree begins."""
+        return placement.spans.ends
 
-    def prefix(self, at: Placement) -> Prefix:
-        if self.window is None and at.visible is None:
-            return Prefix(self.keys, self.values, at.spans, None)
-        spans, mask = at.once(("full", self.window), lambda: (self._spans(at), self._mask(at)))
+    def prefix_of(self, placement: Placement) -> Prefix:
+        """Return the prefix that the nodes of a round attend to."""
+        if self.window is None and placement.visible is None:
+            return Prefix(self.keys, self.values, placement.spans, None)
+        key = "full", self.window
+        spans, mask = placement.spans.memo.once(key, lambda: (self._spans(placement), self._mask(placement)))
         return Prefix(self.keys, self.values, spans, mask)
 
-    def _spans(self, at: Placement) -> Spans:
-        """What any node of a row may see."""
+    def _spans(self, placement: Placement) -> Spans:
+        """Return the slots that any node of a row may see."""
+        spans = placement.spans
         if self.window is None:
-            return at.spans
+            return spans
         reach = self.window - 1
-        host = at.spans.host
-        return Spans(
-            torch.maximum(at.spans.starts, at.spans.ends - reach),
-            at.spans.ends,
-            None if host is None else tuple((max(start, end - reach), end) for start, end in host),
-            {},
-        )
+        host = None
+        if spans.host is not None:
+            host = tuple(Span(max(span.start, span.end - reach), span.end) for span in spans.host)
+        return Spans(torch.maximum(spans.starts, spans.ends - reach), spans.ends, host, Memo())
 
-    def _mask(self, at: Placement) -> Tensor:
-        index = torch.arange(self.keys.shape[2], device=self.keys.device).expand(len(at.depths), 1, -1)
-        mask = (index >= at.spans.starts[:, None, None]) & (index < at.spans.ends[:, None, None])
+    def _mask(self, placement: Placement) -> Tensor:
+        spans, depths = placement.spans, placement.depths
+        index = torch.arange(self.keys.shape[2], device=self.keys.device).expand(len(depths), 1, -1)
+        mask = (index >= spans.starts[:, None, None]) & (index < spans.ends[:, None, None])
         if self.window is not None:
-            mask = mask & (index > _too_far(at, self.window))
-        return (mask & _seen(index, at.visible)).expand(-1, at.depths.shape[1], -1)
+            mask = mask & (index > _too_far(placement, self.window))
+        return (mask & _seen(index, placement.visible)).expand(-1, depths.shape[1], -1)
 
-    def commit(self, path: Tensor, counts: Tensor, at: Placement, move: Move) -> None:
+    def keep_path(self, path: Tensor, counts: Tensor, placement: Placement, move: Move) -> None:
+        """Move the nodes `path[:, :count]` of each row, path (B, P) and counts (B,), next to the prefix."""
         if path.shape[1] == 1:  # a root lies where it is kept
             return
         # steps beyond `counts` land behind the new prefix, where the next tree overwrites them
-        move(self.keys, self.values, *at.once("path", lambda: _path_slots(at, path)))
+        slots = placement.spans.memo.once("path", lambda: _path_slots(placement, path))
+        move(self.keys, self.values, slots.source, slots.target)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -151,10 +152,11 @@ class FullLayer(CacheLayerMixin):
 
 
 class SlidingLayer(CacheLayerMixin):
-    """The last keys and values of a sliding-window layer as a ring, and the tree of a round behind it.
+    """Keep the last keys and values of a sliding-window layer in a ring, and the tree of a round behind the ring.
 
-    Token i of the text lies in slot i mod ring. The ring holds `window − 1` tokens and `lead` more: so many may a row
-    be ahead of the shortest one, whose length a cache is cut to in the end. Memory does not depend on the context.
+    Token i of the text lies in slot i mod ring. The ring holds `window − 1` tokens and `lead` more: the number of
+    tokens that a row may be ahead of the shortest row, to whose length the cache is cut in the end. The memory does
+    not depend on the context.
     """
 
     is_sliding = True
@@ -165,11 +167,11 @@ class SlidingLayer(CacheLayerMixin):
         self.window, self.tree_size = window, tree_size
         self.ring = max(window - 1, 1) + lead
         self.length = 0
-        self.spare: Memory | None = None
+        self.spare: Stores | None = None
 
-    def takes(self, spare: Memory) -> bool:
-        """Whether the memory of another call has the size that is needed here."""
-        return spare[0].shape[2] == self.ring + self.tree_size
+    def accepts(self, spare: Stores) -> bool:
+        """Tell whether the stores of another call have the size needed here."""
+        return spare.keys.shape[2] == self.ring + self.tree_size
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -177,7 +179,7 @@ class SlidingLayer(CacheLayerMixin):
         self.spare, self.is_initialized = None, True
 
     def ensure(self, capacity: int) -> None:
-        """A ring never grows."""
+        """Do nothing: a ring never grows."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Append (B, K, T, D); returns the window's tokens in the order of the text with the new ones behind them."""
@@ -193,43 +195,49 @@ class SlidingLayer(CacheLayerMixin):
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 
     def stored(self) -> tuple[Tensor, Tensor]:
-        """The window's keys and values in the order of the text, as copies."""
+        """Return the window's keys and values in the order of the text, as copies."""
         slots = self._slots(self.length, min(self.length, self.window - 1))
         return self.keys[:, :, slots], self.values[:, :, slots]
 
     def _slots(self, end: int, count: int) -> Tensor:
         return torch.arange(end - count, end, device=self.keys.device) % self.ring
 
-    def tree_slots(self, at: Placement) -> Tensor:
-        return at.once(("tree", self.ring), lambda: torch.full_like(at.spans.ends, self.ring))
+    def tree_slots(self, placement: Placement) -> Tensor:
+        """Return the slot (B,) where each row's tree begins: right behind the ring."""
+        ends = placement.spans.ends
+        return placement.spans.memo.once(("tree slots", self.ring), lambda: torch.full_like(ends, self.ring))
 
-    def prefix(self, at: Placement) -> Prefix:
-        spans, mask = at.once(("sliding", self.window, self.ring), lambda: (self._spans(at), self._mask(at)))
+    def prefix_of(self, placement: Placement) -> Prefix:
+        """Return the prefix that the nodes of a round attend to: the whole ring, masked by what each slot holds."""
+        key = "sliding", self.window, self.ring
+        spans, mask = placement.spans.memo.once(key, lambda: (self._spans(placement), self._mask(placement)))
         return Prefix(self.keys, self.values, spans, mask)
 
-    def _spans(self, at: Placement) -> Spans:
-        """The whole ring: what it holds, in no order, is told by the mask."""
-        ends = torch.full_like(at.spans.ends, self.ring)
-        return Spans(torch.zeros_like(ends), ends, ((0, self.ring),) * len(ends), {})
+    def _spans(self, placement: Placement) -> Spans:
+        ends = torch.full_like(placement.spans.ends, self.ring)
+        return Spans(torch.zeros_like(ends), ends, (Span(0, self.ring),) * len(ends), Memo())
 
-    def _mask(self, at: Placement) -> Tensor:
-        held = ring_contents(at.spans.ends, self.ring)[:, None]  # (B, 1, ring)
-        starts = at.spans.starts[:, None, None]
-        return (held > _too_far(at, self.window)) & (held >= starts) & _seen(held, at.visible)
+    def _mask(self, placement: Placement) -> Tensor:
+        held = ring_contents(placement.spans.ends, self.ring)[:, None]  # (B, 1, ring)
+        starts = placement.spans.starts[:, None, None]
+        return (held > _too_far(placement, self.window)) & (held >= starts) & _seen(held, placement.visible)
 
-    def commit(self, path: Tensor, counts: Tensor, at: Placement, move: Move) -> None:
-        move(self.keys, self.values, *at.once(("path", self.ring), lambda: self._path_slots(path, counts, at)))
+    def keep_path(self, path: Tensor, counts: Tensor, placement: Placement, move: Move) -> None:
+        """Move the nodes `path[:, :count]` of each row, path (B, P) and counts (B,), into the ring."""
+        key = "path", self.ring
+        slots = placement.spans.memo.once(key, lambda: self._path_slots(path, counts, placement))
+        move(self.keys, self.values, slots.source, slots.target)
 
-    def _path_slots(self, path: Tensor, counts: Tensor, at: Placement) -> tuple[Tensor, Tensor]:
-        """Where the ring has the nodes of `path` (B, P), and where it is to have them.
+    def _path_slots(self, path: Tensor, counts: Tensor, placement: Placement) -> PathSlots:
+        """Return the slots of a path (B, P) before and after a round.
 
-        Only accepted nodes may enter the ring, and of a path longer than the ring only its end: every other step moves
+        Only accepted nodes may enter the ring, and only the end of a path longer than the ring: every other step moves
         a tree slot onto itself.
         """
         steps = torch.arange(path.shape[1], device=path.device)
         enters = (steps < counts[:, None]) & (steps >= counts[:, None] - self.ring)
         source = self.ring + path
-        return source, torch.where(enters, (at.spans.ends[:, None] + steps) % self.ring, source)
+        return PathSlots(source, torch.where(enters, (placement.spans.ends[:, None] + steps) % self.ring, source))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         kept = min(self.length, self.window - 1)
@@ -243,7 +251,7 @@ class SlidingLayer(CacheLayerMixin):
 
 
 class SharedLayer:
-    """Stands where a layer attends to the keys and values of layer `owner` and stores none."""
+    """Stand for a layer that attends to the keys and values of layer `owner` and stores none."""
 
     is_sliding = False
     is_initialized = False
@@ -253,23 +261,30 @@ class SharedLayer:
         self.owner = owner
 
 
-def _path_slots(at: Placement, path: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a full layer has the nodes of `path` (B, P) below the root, and where it is to have them: (B, P − 1)."""
-    ends = at.spans.ends[:, None]
-    return ends + path[:, 1:], ends + torch.arange(1, path.shape[1], device=path.device)
+class PathSlots(NamedTuple):
+    """The slots of a path, each (B, steps): where a round left the nodes, and where the text is to have them."""
+
+    source: Tensor
+    target: Tensor
+
+
+def _path_slots(placement: Placement, path: Tensor) -> PathSlots:
+    """Return the slots in a full layer of the steps of a path (B, P) below the root."""
+    ends = placement.spans.ends[:, None]
+    return PathSlots(ends + path[:, 1:], ends + torch.arange(1, path.shape[1], device=path.device))
 
 
 def _seen(index: Tensor, visible: Tensor | None) -> Tensor:
-    """(B, 1, S) bool: which cache indices (B, 1, S) are no padding."""
+    """Return (B, 1, S) bool: which cache indices (B, 1, S) are no padding."""
     if visible is None:
         return torch.ones_like(index, dtype=torch.bool)
     prompt = visible.shape[1]
     return visible.gather(1, index[:, 0].clamp(0, prompt - 1))[:, None] | (index >= prompt)
 
 
-def _too_far(at: Placement, window: int) -> Tensor:
-    """(B, T, 1): the last position that is out of a node's sliding window."""
-    return (at.spans.ends[:, None] + at.depths - window)[:, :, None]
+def _too_far(placement: Placement, window: int) -> Tensor:
+    """Return (B, T, 1): the last position beyond each node's sliding window."""
+    return (placement.spans.ends[:, None] + placement.depths - window)[:, :, None]
 
 
 def _bucket(tokens: int) -> int:
@@ -280,3 +295,23 @@ def _regrown(old: Tensor, capacity: int, length: int) -> Tensor:
     new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
     new[:, :, :length] = old[:, :, :length]
     return new
+
+
+def empty_stores(spare: Stores | None, keys: Tensor, values: Tensor, slots: int) -> Stores:
+    """Make stores of `slots` for states like `keys` and `values` (B, K, T, D), in the memory of `spare` if it fits.
+
+    Filled with zeros, not with what memory or another call holds: a masked slot still meets the weights, and 0 · NaN
+    is NaN.
+    """
+    states = (keys, values)
+    if spare is not None and all(_fits(own, like, slots) for own, like in zip(spare, states, strict=True)):
+        return Stores(spare.keys.zero_(), spare.values.zero_())
+    shapes = [(*like.shape[:2], slots, like.shape[3]) for like in states]
+    return Stores(keys.new_zeros(shapes[0]), values.new_zeros(shapes[1]))
+
+
+def _fits(spare: Tensor, states: Tensor, slots: int) -> bool:
+    alike = spare.shape[:2] == states.shape[:2] and spare.shape[3] == states.shape[3] and spare.shape[2] >= slots
+    # what was made in inference mode may not be written to outside of it
+    forbidden = spare.is_inference() and not torch.is_inference_mode_enabled()
+    return alike and (spare.dtype, spare.device) == (states.dtype, states.device) and not forbidden

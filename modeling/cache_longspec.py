@@ -1,8 +1,9 @@
 """SpeculativeCache: the target's cache of one call, written in place.
 
-A prefill appends, a round has its tree behind the prefix and `commit` moves the accepted path next to it. Shapes do
-not depend on values and lengths live on the device, so that a round can be captured in a CUDA graph. Knows nothing of
-models; attention reads the prefix it holds.
+Reading the prompt appends; a round writes its tree behind the prefix, and `commit` moves the accepted path next to the
+prefix. Shapes do not depend on values and lengths live on the device, so that a round can be captured in a CUDA graph.
+A call goes through the cache as `reuse`, `take_over`, then `make_room`, `begin_round`, `commit`, `end_round` for each
+round, then `hand_back`. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -11,11 +12,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 
-from .attention_longspec import Spans
-from .cache_layers_longspec import FullLayer, Placement, SharedLayer, SlidingLayer
+from .attention_longspec import Memo, Move, Span, Spans, move_slots
+from .cache_layers_longspec import FullLayer, Placement, SharedLayer, SlidingLayer, Stores
 from .configuration_longspec import layer_kinds
-from .memory_longspec import Memory
-from .slots_longspec import Move, move_slots
 
 # Tokens. A ring takes its memory at once, and some windows (phi3: 262,144) are wider than any text.
 LARGEST_RING = 16_384
@@ -24,8 +23,8 @@ LARGEST_RING = 16_384
 class SpeculativeCache(Cache):
     """The target's cache of one call; see the module docstring.
 
-    Outside a round, `update` appends. Between `begin_round` and `commit` it hands the tree's own keys and values back:
-    the attention over them puts them where `layers[i].tree_slots` says; the prefix is read through `layers[i].prefix`.
+    Outside a round, `update` appends. Between `begin_round` and `end_round`, `update` returns the tree's own keys and
+    values: hybrid attention writes them where `tree_slots` of the layer says and reads the prefix by `prefix_of`.
     """
 
     def __init__(
@@ -38,19 +37,18 @@ class SpeculativeCache(Cache):
         batch: int = 1,
         lead: int = 0,
     ):
-        """An empty cache with the layers of `past`.
+        """Make an empty cache with the layers of `past`.
 
-        reserve: tokens to have room for; tree_size: nodes of the largest tree; longest: tokens that text and tree can
-        reach at most, if that is known: a sliding window that is no shorter never slides; lead: how many tokens a row
-        may be ahead of the shortest one.
+        reserve: tokens to have room for. tree_size: nodes of the largest tree. lead: tokens that a row may be ahead of
+        the shortest row. longest: the largest length of text and tree, if known: a window of that size never slides.
         """
-        self.past = past  # the cache that `hand_back` fills
+        self.past = past  # the cache of the user, which `hand_back` fills
         self.tree_size = tree_size
         self.placement: Placement | None = None
-        self.starts = [0] * batch
-        self.visible: Tensor | None = None
-        self.on_device = False  # whether the lengths of rounds shall be read on the device only, as CUDA graphs do
-        self._committed: list[int] | None = None
+        self.starts = [0] * batch  # of each row, the first index that is no padding
+        self.visible: Tensor | None = None  # see `Placement`
+        self.on_device = False  # whether rounds read the lengths on the device only, as CUDA graphs do
+        self._row_lengths: list[int] | None = None  # None while all rows are as long as the layers say
         self.bounds: Tensor | None = None  # see `bounds_on`
         window = getattr(text_config, "sliding_window", None) or 0
         layers: list = []
@@ -70,41 +68,41 @@ class SpeculativeCache(Cache):
         self.owners: list[FullLayer | SlidingLayer] = [layer for layer in layers if not isinstance(layer, SharedLayer)]
 
     def __bool__(self) -> bool:
-        """As the cache it stands for: phi3 asks, and a `DynamicCache()` that nothing was put into is false."""
+        """Answer as the cache of the user would: phi3 asks, and an empty `DynamicCache()` is false."""
         return len(self.past) > 0 or self.length > 0
 
     def owner(self, layer_idx: int) -> FullLayer | SlidingLayer:
-        """The layer whose keys and values layer `layer_idx` of the target attends to."""
+        """Return the layer whose keys and values layer `layer_idx` of the target attends to."""
         layer = self.layers[layer_idx]
         return self.layers[layer.owner] if isinstance(layer, SharedLayer) else layer
 
-    def borrow(self, memory: list[Memory]) -> None:
-        """Lie in the `memory` of another cache where that fits; else it is given up before anything is allocated."""
+    def reuse(self, memory: list[Stores]) -> None:
+        """Use the stores of an earlier cache if all of them fit; else they are freed before anything is allocated."""
         if len(memory) == len(self.owners) and all(
-            layer.takes(spare) and len(spare[0]) == len(self.starts)
+            layer.accepts(spare) and len(spare.keys) == len(self.starts)
             for layer, spare in zip(self.owners, memory, strict=True)
         ):
             for layer, spare in zip(self.owners, memory, strict=True):
                 layer.spare = spare
 
     @property
-    def memory(self) -> list[Memory]:
-        """Of the layers that have some."""
-        return [(layer.keys, layer.values) for layer in self.owners if layer.is_initialized]
+    def memory(self) -> list[Stores]:
+        """The stores of the layers that have some."""
+        return [Stores(layer.keys, layer.values) for layer in self.owners if layer.is_initialized]
 
     @property
     def lengths(self) -> list[int]:
-        """The tokens of each row that the cache holds."""
-        return self._committed or [self.owners[0].length] * len(self.starts)
+        """The number of tokens of each row in the cache."""
+        return self._row_lengths or [self.owners[0].length] * len(self.starts)
 
     @property
     def length(self) -> int:
-        """That of the longest row."""
+        """The number of tokens of the longest row."""
         return max(self.lengths)
 
     @property
     def round_placement(self) -> Placement:
-        """Where the tree of the present round lies."""
+        """The placement of the present round's tree."""
         assert self.placement is not None, "no round has begun"
         return self.placement
 
@@ -115,30 +113,30 @@ class SpeculativeCache(Cache):
         if self.placement is not None:
             return key_states, value_states
         assert len(set(self.lengths)) == 1, "rows of different lengths cannot be appended to"
-        self._committed = self.bounds = None
+        self._row_lengths = self.bounds = None
         return self.layers[layer_idx].update(key_states, value_states)
 
     def bounds_on(self, device: torch.device) -> Tensor:
-        """(2, B): where the spans of the rows start and end. They cross once a call; `commit` keeps them up there."""
+        """Return (2, B), the starts and ends of the rows' spans: sent once a call, then kept up by `commit`."""
         if self.bounds is None:
             self.bounds = torch.tensor([self.starts, self.lengths], device=device)
         return self.bounds
 
-    def place(self, depths: Tensor) -> Placement:
-        """The placement of nodes at `depths` (B, T) behind what the cache holds."""
+    def placement_of(self, depths: Tensor) -> Placement:
+        """Return the placement of nodes at `depths` (B, T) behind the cached tokens."""
         starts, ends = self.bounds_on(depths.device)
-        host = None if self.on_device else tuple(zip(self.starts, self.lengths, strict=True))
-        return Placement(Spans(starts, ends, host, {}), self.visible, depths, {})
+        host = None if self.on_device else tuple(map(Span, self.starts, self.lengths))
+        return Placement(Spans(starts, ends, host, Memo()), self.visible, depths)
 
     def hide_padding(self, mask: Tensor) -> None:
-        """Attend only to indices where `mask` (B, P), an attention mask of the prompt, is one."""
+        """Attend only to indices where `mask` (B, P), the attention mask of the prompt, is one."""
         self.starts = mask.long().argmax(dim=1).tolist()  # read once a call
         index = torch.arange(mask.shape[1], device=mask.device)
         behind = index >= torch.tensor(self.starts, device=mask.device)[:, None]
         self.visible = None if bool((mask.bool() == behind).all()) else mask.bool()
 
     def make_room(self) -> bool:
-        """Room for a tree behind the longest row in all layers. Returns whether any of them had to move its memory."""
+        """Make room for a tree behind the longest row. Returns whether the stores of any layer had to move."""
         needed = self.length + self.tree_size
         short = [layer for layer in self.owners if layer.is_initialized and needed > layer.capacity]
         for layer in short:
@@ -146,45 +144,41 @@ class SpeculativeCache(Cache):
         return bool(short)
 
     def begin_round(self, depths: Tensor) -> None:
-        """Until `committed` or `abandon`, what comes is a tree whose nodes have these depths (B, T)."""
+        """Take what comes until `end_round` for a tree whose nodes have these depths (B, T)."""
         for layer in self.owners:
             layer.ensure(self.length + depths.shape[1])
-        self.placement = self.place(depths)
+        self.placement = self.placement_of(depths)
 
     def commit(self, path: Tensor, counts: Tensor, move: Move = move_slots) -> None:
-        """Keep the nodes `path[:, :count]`, (B, P) with counts (B,), as the next tokens of each row; drop the rest.
+        """Keep the nodes `path[:, :count]`, path (B, P) and counts (B,), as each row's next tokens; drop the others.
 
-        move: how the stores of a layer are written. Work of the device alone; `committed` tells the host.
+        move: how the stores of a layer are written. Only the device works here; `end_round` tells the host.
         """
         placement = self.round_placement
         for layer in self.owners:
             device = layer.keys.device
-            layer.commit(path.to(device), counts.to(device), placement.to(device), move)
+            layer.keep_path(path.to(device), counts.to(device), placement.to(device), move)
         placement.spans.ends.add_(counts)
 
-    def committed(self, emitted: list[int]) -> None:
-        """`emitted`: the counts of the `commit` before."""
-        self._committed = [length + count for length, count in zip(self.lengths, emitted, strict=True)]
-        longest = max(self._committed)
+    def end_round(self, counts: list[int]) -> None:
+        """Leave the round, in which `commit` kept `counts` nodes of each row."""
+        self._row_lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        longest = max(self._row_lengths)
         for layer in self.owners:
             layer.length = longest
         self.placement = None
 
-    def abandon(self) -> None:
-        """Leave a round without keeping anything of its tree."""
-        self.placement = None
-
-    def drop(self, successor: DynamicCache) -> None:
-        """Where plain `generate` drops its cache and starts another: `past` keeps what it has, `successor` follows."""
-        self.hand_back(self.past)
+    def restart(self, successor: DynamicCache) -> None:
+        """Start empty where plain `generate` drops its cache for `successor`: `past` keeps what it has."""
+        self.hand_back()
         self.past = successor
-        self._committed = self.bounds = None
+        self._row_lengths = self.bounds = None
         for layer in self.owners:
             layer.length, layer.is_initialized = 0, False  # the memory is the old cache's now
 
-    def adopt(self, past: DynamicCache) -> None:
-        """Take over what a cache holds, layer by layer, so that no more than one layer exists twice."""
-        for ours, theirs in zip(self.layers, past.layers, strict=False):
+    def take_over(self) -> None:
+        """Take over what `past` holds, layer by layer, so that no more than one layer exists twice."""
+        for ours, theirs in zip(self.layers, self.past.layers, strict=False):
             if isinstance(ours, SharedLayer):
                 continue
             if getattr(theirs, "is_initialized", False) and theirs.get_seq_length() > 0:
@@ -193,8 +187,9 @@ class SpeculativeCache(Cache):
                 ours.update(theirs.keys, theirs.values)
                 theirs.keys = theirs.values = None
 
-    def hand_back(self, past: DynamicCache) -> None:
-        """Give `past` what plain decoding would have left in it: all rows as long as the shortest."""
+    def hand_back(self) -> None:
+        """Give `past` what plain decoding would have left there: all rows as long as the shortest."""
+        past = self.past
         for index, layer in enumerate(self.layers):
             if isinstance(layer, SharedLayer) or not layer.is_initialized:
                 continue
@@ -203,7 +198,7 @@ class SpeculativeCache(Cache):
             theirs = past.layers[index]
             if not theirs.is_initialized:
                 theirs.lazy_initialization(layer.keys, layer.values)
-            layer.length = min(self._committed or [layer.length])
+            layer.length = min(self._row_lengths or [layer.length])
             keys, values = layer.stored()
             if getattr(theirs, "is_sliding", False):
                 kept = slice(1 - theirs.sliding_window, None) if theirs.sliding_window > 1 else slice(None)

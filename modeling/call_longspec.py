@@ -1,105 +1,142 @@
-"""Call: what all rounds of one call of `generate` have in common, and the roots that move on from round to round."""
+"""Call: what all rounds of one call of `generate` have in common, and the roots that move on from round to round.
+
+`make_cache` makes room; `read_prompt` reads the prompt as plain `generate` does, writes the first token and returns
+the roots of the first round.
+"""
 
 from __future__ import annotations
 
-import weakref
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from .backends_longspec import Backend
 from .cache_longspec import SpeculativeCache
 from .candidate_generator_longspec import LongSpecCandidateGenerator
-from .clock_longspec import PhaseClock
-from .fingerprint_longspec import fingerprint, has_hooks, plain
-from .prefill_longspec import Start
+from .engine_longspec import Backend, Engine
+from .interface_longspec import CACHE, prefill, step_inputs
+from .output_longspec import PhaseClock
 from .rope_switch_longspec import RopeSwitch
+from .sampling_longspec import Sampler
+from .target_longspec import catching, check_cached
 from .text_longspec import Text
 from .tree_longspec import Level, TokenTree
-from .workspace_longspec import Workspace
+from .verification_longspec import emit
+
+HEADROOM = 512  # tokens that a call makes room for beyond its prompt before the cache has to grow
 
 
 class Roots(NamedTuple):
     """The newest token of each row: on the device, kept up to date in place.
 
-    stump: it alone as a tree; positions: (B,), where it stands; axes: (axes, B), how far each axis of a target's
-    positions (mrope) is from the last one, None with one axis; stopped: (B,) bool, whether the row has stopped;
-    hidden: (B, hidden), the target's last hidden state at the token before it, None if the draft does not read it.
+    stump: the roots alone as trees; positions: (B,), where the roots stand; stopped: (B,) bool, whether the row has
+    stopped; hidden: (B, hidden), the target's last hidden state at the token before the root, None for drafts that do
+    not read it.
     """
 
     stump: TokenTree
     positions: Tensor
-    axes: Tensor | None
     stopped: Tensor
     hidden: Tensor | None
 
     @classmethod
-    def of(cls, text: Text, start: Start) -> Roots:
-        device = start.root_positions.device
+    def of(cls, text: Text, positions: Tensor, hidden: Tensor | None) -> Roots:
+        """Make the roots of the first round; positions: (B,), which become the roots' own."""
+        device = positions.device
         stump = TokenTree(*Level.of_root(torch.tensor(text.newest, device=device)), levels=0)
-        stopped = torch.tensor(text.stopped, device=device)
-        return cls(stump, start.root_positions.clone(), start.axes, stopped, start.hidden)
+        return cls(stump, positions, torch.tensor(text.stopped, device=device), hidden)
 
     @property
     def tokens(self) -> Tensor:
-        """(B,), a view."""
+        """The tokens (B,) of the roots, a view."""
         return self.stump.tokens[:, 0]
 
-    def update(self, text: Text) -> None:
-        """To what the host knows of the text; it does not know positions."""
+    def follow(self, text: Text) -> None:
+        """Take over from the host the newest tokens and which rows have stopped; the host does not know positions."""
         self.tokens.copy_(torch.tensor(text.newest))
         self.stopped.copy_(torch.tensor(text.stopped))
 
 
 class Call(NamedTuple):
-    """What all rounds of a call have in common. extras: what every forward of the target gets, see `step_inputs`."""
+    """What all rounds of a call have in common.
+
+    roots: moved on in place by each round; extras: unusual inputs of every forward of the target, see `step_inputs`.
+    """
 
     target: PreTrainedModel
     text: Text
+    sampler: Sampler
     cache: SpeculativeCache
     generator: LongSpecCandidateGenerator
     backend: Backend
+    engine: Engine
     rope_switch: RopeSwitch
     clock: PhaseClock
     roots: Roots
     extras: dict[str, Any]
 
-    @property
-    def mark(self) -> tuple[Any, ...]:
-        """All that a captured round has taken as it was, but for what a workspace keeps."""
-        target, draft, cache = self.target, self.generator.draft, self.cache
-        options = {name: value for name, value in vars(draft.config).items() if name not in ("cuda_graphs", "profile")}
-        return (
-            weakref.ref(target),
-            object() if has_hooks(target) or has_hooks(draft) else None,  # equal to nothing: each call is captured
-            fingerprint(target),
-            plain(vars(target.config)),
-            plain(vars(target.config.get_text_config(decoder=True))),
-            fingerprint(draft),
-            plain(options),
-            (self.backend.name, plain(self.generator.head_rows)),
-            [(type(layer), layer.window, plain((layer.keys, layer.values))) for layer in cache.owners],
-            (cache.tree_size, self.text.batch, self.text.padding),
-            plain(self.extras),
-            torch.is_inference_mode_enabled(),
-        )
+
+def make_cache(
+    target: PreTrainedModel,
+    draft: Any,
+    text: Text,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    device: torch.device,
+) -> SpeculativeCache:
+    """Make an empty cache with room for the prompt, the first `HEADROOM` tokens of the answer and a tree.
+
+    device: where most layers lie.
+    """
+    past: DynamicCache = model_kwargs[CACHE]
+    embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
+    prompt = past.get_seq_length() + (text.prompt if embeds is None else embeds.shape[1])
+    answer = max(generation_config.max_length - text.prompt, 0)
+    tree_size = 1 + sum(draft.config.tree_shape)
+    text_config = target.config.get_text_config(decoder=True)
+    reserve = prompt + min(answer, HEADROOM) + tree_size
+    longest = prompt + answer + tree_size
+    lead = 0 if text.together else text.lead
+    cache = SpeculativeCache(text_config, past, reserve, tree_size, longest, batch=text.batch, lead=lead)
+    if mask is not None:
+        cache.hide_padding(mask.to(device))
+    return cache
 
 
-def settle(
-    workspace: Workspace,
-    roots: Roots,
-    extras: dict[str, Any],
+def read_prompt(
+    target: PreTrainedModel,
+    text: Text,
+    sampler: Sampler,
     cache: SpeculativeCache,
     generator: LongSpecCandidateGenerator,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
 ) -> tuple[Roots, dict[str, Any]]:
-    """Move all tensors of a call that rounds read or write, and that do not lie there yet, into its workspace."""
-    cache.bounds_on(roots.positions.device)
-    for holder in (cache, generator, generator.window):
-        vars(holder).update(workspace.settle(type(holder).__name__, _tensors_in(vars(holder))))
-    return workspace.settle("roots", roots), extras | workspace.settle("extras", _tensors_in(extras))
-
-
-def _tensors_in(values: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    """Read the prompt, write the first token, fill the draft's window. Returns the roots and `Call.extras`."""
+    draft, bound = generator.draft, generator.target
+    prompt = text.sequences
+    reads_hidden = bool(generator.shape) and draft.config.target_hidden_state
+    with catching(target, reads_hidden) as caught:
+        outputs = prefill(target, prompt, cache, generation_config, model_kwargs)
+    if (other := getattr(outputs, CACHE)) is not cache:
+        # phi3 drops the cache it is given when a prompt reaches beyond its rope switch
+        cache.restart(other)
+        cache.take_over()
+    check_cached(cache.layers[bound.layer], draft.config)
+    emit(text, sampler, list(range(text.batch)), outputs.logits[:, -1], outputs.hidden_states)
+    positions, extras = step_inputs(target, text.sequences, outputs, model_kwargs)
+    starts = torch.tensor(cache.starts, device=bound.device)
+    if positions is None:  # a target that counts for itself counts what the cache holds, padding too
+        positions = torch.full_like(starts, cache.length)
+    positions = positions.to(bound.device).long().expand(text.batch).clone()  # one family has them in float
+    window = slice(-draft.config.window, None)
+    if (embeds := model_kwargs.get("inputs_embeds")) is not None:
+        embeds = bound.scale(embeds[:, window]).to(bound.device)
+    else:
+        ids, vocab = prompt[:, window].to(bound.device), draft.config.vocab_size
+        embeds = bound.embed(ids.masked_fill(ids >= vocab, 0))  # some targets have no embedding for an image's tokens
+    index = torch.arange(cache.length - embeds.shape[1], cache.length, device=bound.device)
+    generator.fill_window(embeds, positions - 1, index >= starts[:, None])
+    hidden = None if caught is None else caught.of_last_token().to(bound.device)
+    return Roots.of(text, positions, hidden), extras

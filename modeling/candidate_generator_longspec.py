@@ -1,6 +1,6 @@
-"""LongSpecCandidateGenerator: lets the draft grow one tree of guesses per round.
+"""LongSpecCandidateGenerator: lets the draft grow one tree of guesses a round, over the window of its own K/V.
 
-Knows the draft's layer, the window it keeps and the target's prefix; knows nothing of verification.
+Knows the draft's layer and the target's prefix; knows nothing of verification.
 """
 
 from __future__ import annotations
@@ -11,21 +11,78 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .attention_longspec import Prefix
-from .backends_longspec import Backend
+from .attention_longspec import Memo, Prefix, Span, Spans, ring_contents, write_slots
 from .cache_longspec import SpeculativeCache
-from .draft_window_longspec import DraftWindow
+from .engine_longspec import Backend
 from .target_longspec import Angles, BoundTarget
 from .tree_longspec import Level, TokenTree, levels_above
 
 
-class LevelInputs(NamedTuple):
-    """What the draft needs to know of the levels of one round's tree, L of them, beside their tokens.
+class DraftWindow:
+    """Keep the draft's own keys and values: a ring of the last `window` tokens, and the inner nodes of one tree.
 
-    angles, query_angles: of the draft's own attention and of the target's, (…, L, rotary dims)
+    Token i of the text lies in slot i mod `window`; then one slot that swallows writes of padding; then the tree.
+    The number of bytes does not depend on the context.
+    """
+
+    def __init__(
+        self, window: int, tree_size: int, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+    ):
+        """shape: (B, K, D)."""
+        batch, heads, dim = shape
+        self.window = window
+        self.tree_start = window + 1
+        self.keys = torch.zeros(batch, heads, self.tree_start + tree_size, dim, dtype=dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
+        self.first = torch.zeros(batch, dtype=torch.long, device=device)  # position of each row's earliest token
+        self.starts, self.ends = torch.zeros_like(self.first), torch.full_like(self.first, self.keys.shape[2])
+
+    def write(self, key: Tensor, value: Tensor, positions: Tensor, real: Tensor | None = None) -> None:
+        """Store keys and values (B, K, T, D) of tokens at `positions` (B, T); of more than `window`, the last ones.
+
+        real: (B, T), false where a token is padding; without it, T ≤ window.
+        """
+        slots = positions % self.window
+        if real is not None:
+            if positions.shape[1] > self.window:  # two writes to one slot would come in any order
+                real = real & (positions > positions.masked_fill(~real, -1).amax(dim=1, keepdim=True) - self.window)
+            slots = torch.where(real, slots, self.window)
+        write_slots(self.keys, slots, key)
+        write_slots(self.values, slots, value)
+
+    def write_nodes(self, key: Tensor, value: Tensor, first_node: int) -> None:
+        """Store keys and values (B, K, T, D) of the tree nodes `first_node`, `first_node` + 1, …"""
+        slots = slice(self.tree_start + first_node, self.tree_start + first_node + key.shape[2])
+        self.keys[:, :, slots] = key
+        self.values[:, :, slots] = value
+
+    def mask(self, positions: Tensor, root_position: Tensor, ancestry: Tensor) -> Tensor:
+        """Return (B, T, slots) bool: what nodes at `positions` (B, T) see; the root stands at `root_position` (B,).
+
+        ancestry: (B, T, tree_size), true for a node itself and its ancestors.
+        """
+        held = ring_contents(root_position, self.window)[:, None]  # (B, 1, window)
+        ring = (held >= self.first[:, None, None]) & (held > positions[:, :, None] - self.window)
+        padding = torch.zeros_like(ring[:, :, :1])
+        return torch.cat([ring, padding, ancestry], dim=-1)
+
+    def as_prefix(self, mask: Tensor) -> Prefix:
+        """Return all slots as a prefix that nodes see as `mask` (B, T, slots) says."""
+        batch, _, slots, _ = self.keys.shape
+        return Prefix(self.keys, self.values, Spans(self.starts, self.ends, (Span(0, slots),) * batch, Memo()), mask)
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+
+class LevelInputs(NamedTuple):
+    """What the draft reads at the L levels of one round's tree, beside the tokens.
+
+    angles, query_angles: (…, L, rotary dims), for the draft's own attention and for the target's rotation of queries
     mask: (B, N, slots) bool, what each of the N inner nodes may see of the window; filled as the tree grows
-    prefix: the target's keys and values; its mask, if there is one, is (B, L, S)
-    read: what the draft makes of the target's last hidden state, (B, 1, hidden); None if it reads none
+    prefix: the target's keys and values; a mask there is (B, L, S)
+    read: (B, 1, hidden), what the draft makes of the target's last hidden state; None for drafts that do not read it
     """
 
     angles: Angles
@@ -36,7 +93,7 @@ class LevelInputs(NamedTuple):
 
 
 class LongSpecCandidateGenerator:
-    """Grows token trees by beam search over cumulative draft log-probability, one draft forward per level."""
+    """Grow token trees by beam search over cumulative draft log-probability, one draft forward a level."""
 
     def __init__(self, draft: Any, target: BoundTarget, backend: Backend, batch: int):
         config, device = draft.config, target.device
@@ -58,8 +115,8 @@ class LongSpecCandidateGenerator:
         heads = (batch, config.num_key_value_heads, config.head_dim)
         self.window = DraftWindow(config.window, starts[-1], heads, draft.dtype, device)
 
-    def prefill(self, embeds: Tensor, last_position: Tensor, real: Tensor) -> None:
-        """Fill the window from the text's embeddings (B, T, hidden), whose last tokens stand at `last_position` (B,).
+    def fill_window(self, embeds: Tensor, last_position: Tensor, real: Tensor) -> None:
+        """Fill the window from the prompt's embeddings (B, T, hidden); the last tokens stand at `last_position` (B,).
 
         real: (B, T), false where a token is padding.
         """
@@ -76,7 +133,7 @@ class LongSpecCandidateGenerator:
         self.window.write(key, value, positions, real)
 
     def advance(self, tokens: Tensor, positions: Tensor, real: Tensor | None = None) -> None:
-        """Add emitted tokens (B, T) at `positions` (B, T) to the window; where `real` (B, T) is false is padding."""
+        """Add emitted tokens (B, T) at `positions` (B, T) to the window; where `real` (B, T) is false, padding."""
         if self.shape:
             key, value = self.draft.window_kv(self.target.embed(tokens.to(positions.device)), positions)
             self.window.write(key, value, positions, real)
@@ -89,10 +146,10 @@ class LongSpecCandidateGenerator:
         levels: int | None = None,
         hidden: Tensor | None = None,
     ) -> TokenTree:
-        """The tree below `root` (B,), which stands at `position` (B,), pruned to `verify_tokens`.
+        """Grow the tree below `root` (B,), which stands at `position` (B,), and prune it to `verify_tokens`.
 
-        levels: at most so many levels of the tree shape. hidden: (B, hidden), the target's last hidden state at the
-        token before the root, for drafts that read it.
+        levels: the largest number of levels, None for the whole tree shape. hidden: (B, hidden), the target's last
+        hidden state at the token before the root, for drafts that read it.
         """
         level = Level.of_root(root.to(position.device))
         grown, shape = [level], self.shape[:levels]
@@ -116,12 +173,12 @@ class LongSpecCandidateGenerator:
             self.draft.angles(positions),
             self.target.angles(self.window.keys, positions),
             self.window.mask(inner, root_position, self.itself.expand(len(inner), -1, -1)),
-            cache.layers[self.target.layer].prefix(cache.place(depths.expand_as(positions))),
+            cache.layers[self.target.layer].prefix_of(cache.placement_of(depths.expand_as(positions))),
             read,
         )
 
     def _hand_down(self, mask: Tensor, parents: Tensor, depth: int) -> None:
-        """Let the nodes at `depth`, with these parents (B, width), see what those see of the tree."""
+        """Let the nodes at `depth`, with parents (B, width), see what their parents see of the tree."""
         if depth == len(self.inner):
             return  # leaves look at nothing
         above, nodes = self.inner[depth - 1], self.inner[depth]
@@ -131,7 +188,7 @@ class LongSpecCandidateGenerator:
         torch.gather(seen, 1, parents[:, :, None].expand(-1, -1, seen.shape[2]), out=tree[:, nodes, reach])
 
     def _level_logits(self, tokens: Tensor, depth: int, inputs: LevelInputs) -> Tensor:
-        """Logits (B, T, N) of what may follow the nodes at `depth`, which have `tokens` (B, T)."""
+        """Return logits (B, T, N) of what may follow the nodes at `depth`, which have `tokens` (B, T)."""
         window, nodes = self.window, self.inner[depth]
         here = slice(depth, depth + 1)
         angles, query_angles = (
@@ -142,8 +199,8 @@ class LongSpecCandidateGenerator:
             prefix = prefix._replace(mask=prefix.mask[:, here].expand(-1, tokens.shape[1], -1))
 
         def self_attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            window.place(key, value, nodes.start)
-            return self._attend(query, window.prefix(inputs.mask[:, nodes]))
+            window.write_nodes(key, value, nodes.start)
+            return self._attend(query, window.as_prefix(inputs.mask[:, nodes]))
 
         def cross_attend(query: Tensor) -> Tensor:
             return self._attend(self.target.rotate(query, query_angles), prefix)
@@ -154,5 +211,5 @@ class LongSpecCandidateGenerator:
         return self.target.scaled(self.head_rows(hidden))
 
     def _attend(self, query: Tensor, prefix: Prefix) -> Tensor:
-        """Attention of (B, H, T, D) to a prefix, by the backend that verifies."""
+        """Attend from (B, H, T, D) to a prefix, by the backend that verifies."""
         return self.backend.attention(query, prefix, None, self.scaling, None, None).transpose(1, 2)

@@ -1,4 +1,7 @@
-"""What LongSpec cannot serve is refused here: one clear `ValueError` before any work is done."""
+"""Checks: what LongSpec cannot serve of a call is refused here, in one clear `ValueError`, before any work is done.
+
+A part refuses beside its code what that part cannot serve: a draft's config, a target that does not fit, an engine.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.generation import GenerationMode
 
-from .compiled_longspec import check_compilable
+from .interface_longspec import CACHE, is_stateful
 
 
 @contextmanager
 def ended_on_error(streamer: Any) -> Iterator[None]:
-    """Where what runs within it raises, the streamer is told the end: the reader of an iterator waits for it."""
+    """Tell the streamer the end if what runs within raises: the reader of an iterator waits for the end."""
     try:
         yield
     except BaseException:
@@ -27,14 +30,12 @@ def ended_on_error(streamer: Any) -> Iterator[None]:
 
 
 def check_inputs(input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
-    """Raises `ValueError` for inputs of a call that LongSpec cannot serve."""
+    """Raise `ValueError` for inputs of a call that LongSpec cannot serve."""
     if not model_kwargs.get("use_cache", True):
         raise ValueError("LongSpec needs the target's cache, got use_cache=False")
-    past = model_kwargs.get("past_key_values")
+    past = model_kwargs.get(CACHE)
     if isinstance(past, StaticCache):
-        raise ValueError(
-            "LongSpec keeps its own cache in place; expected past_key_values=DynamicCache, got a StaticCache"
-        )
+        raise ValueError(f"LongSpec keeps its own cache in place; expected {CACHE}=DynamicCache, got a StaticCache")
     if not isinstance(past, DynamicCache) or type(past) is not DynamicCache or past.offloading:
         raise ValueError(f"LongSpec needs a plain DynamicCache, got {past!r}")
     check_reading(input_ids, generation_config.prefill_chunk_size, model_kwargs)
@@ -43,13 +44,13 @@ def check_inputs(input_ids: Tensor, generation_config: GenerationConfig, model_k
     held = past.layers[0].keys if past.get_seq_length() > 0 else input_ids
     if held is not None and held.shape[0] != input_ids.shape[0]:
         raise ValueError(
-            f"expected past_key_values of the prompts' batch size {input_ids.shape[0]}, got {held.shape[0]}"
+            f"expected {CACHE} of the prompts' batch size {input_ids.shape[0]}, got {held.shape[0]}"
         )
 
 
 def check_reading(input_ids: Tensor, chunk: int | None, model_kwargs: dict[str, Any]) -> None:
-    """Raises `ValueError` where transformers itself reads a prompt twice, and plain `generate` writes nonsense."""
-    past, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
+    """Raise `ValueError` where transformers itself reads a prompt twice, and plain `generate` writes nonsense."""
+    past, mask = model_kwargs[CACHE], model_kwargs.get("attention_mask")
     held = past.get_seq_length()
     if chunk is not None and model_kwargs.get("inputs_embeds") is not None:
         raise ValueError("transformers splits token ids only, got inputs_embeds beside prefill_chunk_size")
@@ -60,7 +61,7 @@ def check_reading(input_ids: Tensor, chunk: int | None, model_kwargs: dict[str, 
         )
     if mask is not None and held >= input_ids.shape[1] == mask.shape[1]:
         raise ValueError(
-            f"expected past_key_values that hold less than the prompt of {mask.shape[1]} tokens, got {held} tokens"
+            f"expected {CACHE} that hold less than the prompt of {mask.shape[1]} tokens, got {held} tokens"
         )
 
 
@@ -71,21 +72,20 @@ def check_generation(
     generation_config: GenerationConfig,
     mode_kwargs: dict[str, Any],
 ) -> None:
-    """Raises `ValueError`, before anything is allocated, for what plain `generate` serves and LongSpec cannot."""
+    """Raise `ValueError`, before anything is allocated, for what plain `generate` serves and LongSpec cannot."""
     with ended_on_error(mode_kwargs.get("streamer")):
         draft.config.check()
         check_target(target)
         check_options(mode, generation_config, mode_kwargs)
-        draft.bind(target)
-        if draft.config.compile_target:
-            check_compilable(target)
+        bound = draft.bind(target)
+        draft.check_engine(target, bound.device, bool(mode_kwargs.get("synced_gpus")))
 
 
 def check_target(target: PreTrainedModel) -> None:
-    """Raises `ValueError` for a target that LongSpec cannot serve, whatever the draft."""
+    """Raise `ValueError` for a target that LongSpec cannot serve, whatever the draft."""
     if target.config.is_encoder_decoder:
         raise ValueError(f"LongSpec needs a decoder-only target, got the encoder–decoder {type(target).__name__}")
-    if target._is_stateful:
+    if is_stateful(target):
         raise ValueError(f"LongSpec needs a target with key/value caches, got the stateful {type(target).__name__}")
     if (ranks := getattr(target, "tp_size", None) or 1) > 1:
         raise ValueError(f"LongSpec does not serve tensor-parallel targets, got tp_size={ranks}")
@@ -93,7 +93,7 @@ def check_target(target: PreTrainedModel) -> None:
 
 
 def check_options(mode: GenerationMode, generation_config: GenerationConfig, mode_kwargs: dict[str, Any]) -> None:
-    """Raises `ValueError` for options of `generate` that LongSpec cannot serve."""
+    """Raise `ValueError` for options of `generate` that LongSpec cannot serve."""
     if generation_config.num_beams != 1:
         raise ValueError(f"LongSpec needs num_beams=1, got num_beams={generation_config.num_beams}")
     if generation_config.prompt_lookup_num_tokens is not None:
@@ -118,7 +118,7 @@ def check_options(mode: GenerationMode, generation_config: GenerationConfig, mod
 
 
 def check_steadiness(target: PreTrainedModel) -> None:
-    """Raises `ValueError` for a target that draws at random, works without its cache or sees tokens that we do not."""
+    """Raise `ValueError` for a target that draws at random, works without its cache or sees tokens unknown to us."""
     for name, module in target.named_modules():
         if module.training and getattr(module, "gradient_checkpointing", False):
             raise ValueError("LongSpec needs the target's cache, got a target that trains with gradient checkpointing")
@@ -135,15 +135,3 @@ def check_steadiness(target: PreTrainedModel) -> None:
     wrapper = getattr(target.prepare_inputs_for_generation, "__self__", None)
     if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
         raise ValueError("LongSpec does not serve virtual tokens, got a target with PEFT prompt learning")
-
-
-def check_prefix(layer: Any, config: Any) -> None:
-    """Raises `ValueError` if a target left other keys and values in its cache than its config promised.
-
-    layer: of the cache, the one a draft with this config attends to.
-    """
-    expected = (config.num_key_value_heads, config.head_dim)
-    held = [states[0, :, 0].shape for states in (layer.keys, layer.values)] if layer.is_initialized else []
-    if held != [expected, expected]:
-        found = " and ".join(str(tuple(shape)) for shape in held) or "none"
-        raise ValueError(f"LongSpec needs cached keys and values of (heads, dimension) {expected}, got {found}")

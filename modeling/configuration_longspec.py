@@ -33,11 +33,11 @@ class LongSpecConfig(PreTrainedConfig):
         tree_shape (`tuple[int, ...]`): nodes of each tree level below the root. `(1, 1, 1)` is a chain, `()` means
             nothing to guess: one token a round.
         verify_tokens (`int`, *optional*): rows fed to the target, root included: the tree's best. `None`: all of it.
-        attention_backend (`str`): how the target attends while it verifies: one of `ATTENTION_BACKENDS`; "auto" is
-            "triton" on a GPU, with "flash_attn_3" for large trees if that is installed, and "torch" elsewhere, where
-            these can run, else "eager". Beside "triton" and the two of flash_attn, other small work of a round is done
-            by Triton kernels too.
-        cuda_graphs (`str` or `bool`): replay a round's phases as CUDA graphs: `"auto"` where that is possible. They
+        attention_backend (`str`): how the target attends while it verifies: one of `ATTENTION_BACKENDS`. "auto" is
+            "triton" on a GPU, with "flash_attn_3" for large trees if that is installed; "torch" elsewhere; "eager"
+            where neither can run. With "triton" and the two of flash_attn, Triton kernels also choose the tree's nodes
+            and move the accepted path.
+        cuda_graphs (`str` or `bool`): replay a round's phases as CUDA graphs: `"auto"` where that is possible. Graphs
             are kept for the next call, with the memory they work on: see `LongSpecForCausalLM.release`.
         compile_target (`bool`): run the target's decoder layers through torch.compile while they verify. The first
             call waits for the compiler, later ones only where trees or batches have sizes it has not met.
@@ -84,7 +84,7 @@ class LongSpecConfig(PreTrainedConfig):
         self.check()
 
     def check(self) -> None:
-        """Raises `ValueError` where a field cannot be meant. Called on construction and before every generation."""
+        """Raise `ValueError` for a field of no meaning. Called on construction and before every generation."""
         positive = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
         for name in (*positive, "head_dim", "window", "target_num_hidden_layers"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
@@ -130,7 +130,7 @@ class LongSpecConfig(PreTrainedConfig):
 
     @classmethod
     def from_target(cls, config: PreTrainedConfig, **fields: Any) -> LongSpecConfig:
-        """The config of a draft that fits a target with this config; `fields` override or add.
+        """Make the config of a draft that fits a target with this config; `fields` override or add.
 
         Raises `ValueError` for targets LongSpec cannot serve: encoder–decoder models, models without per-layer
         key/value caches of full size, RoPE whose frequencies depend on the current length (dynamic NTK).
@@ -165,9 +165,9 @@ class LongSpecConfig(PreTrainedConfig):
 
 
 def layer_kinds(text_config: PreTrainedConfig) -> list[str]:
-    """`"full"`, `"sliding"` or `"shared"` (uses another layer's K/V) for each layer of a target.
+    """Return `"full"`, `"sliding"` or `"shared"` (uses another layer's K/V) for each layer of a target.
 
-    Read off the cache transformers itself would build. Raises `ValueError` for any other kind of layer state.
+    Read off the cache that transformers itself would build. Raises `ValueError` for any other kind of layer state.
     """
     family = text_config.model_type
     if not _is_int(getattr(text_config, "num_hidden_layers", None)):
@@ -192,19 +192,8 @@ def layer_kinds(text_config: PreTrainedConfig) -> list[str]:
     return kinds + ["shared"] * (text_config.num_hidden_layers - len(kinds))
 
 
-def kv_sources(text_config: PreTrainedConfig) -> list[int]:
-    """For each layer of a target the one whose keys and values it attends to: itself, or for a `"shared"` layer the
-    last layer of its own type that has some (gemma3n, gemma4).
-    """
-    kinds = layer_kinds(text_config)
-    types = getattr(text_config, "layer_types", None) or kinds
-    owners = [index for index, kind in enumerate(kinds) if kind != "shared"]
-    last = {types[index]: index for index in owners}
-    return [index if kind != "shared" else last.get(types[index], index) for index, kind in enumerate(kinds)]
-
-
 def default_target_layer(text_config: PreTrainedConfig) -> int:
-    """The last full-attention layer that owns its K/V; where a target has none, the last sliding one."""
+    """Return the last full-attention layer that owns its K/V; in a target without one, the last sliding layer."""
     kinds = layer_kinds(text_config)
     for kind in ("full", "sliding"):
         if kind in kinds:
@@ -213,26 +202,26 @@ def default_target_layer(text_config: PreTrainedConfig) -> int:
 
 
 def layer_config(text_config: PreTrainedConfig, layer: int) -> PreTrainedConfig:
-    """The config of one layer: gemma4's full layers, for one, have larger heads than its sliding ones.
+    """Return the config of one layer: gemma4's full layers, for one, have larger heads than its sliding layers.
 
-    That of the first layer where there is no such layer: what it is asked for is refused elsewhere.
+    The first layer's config where a target has no layer of this number, which `check` and `check_fit` refuse.
     """
     layers = range(text_config.num_hidden_layers)
     return text_config.per_layer_config[layer if _is_int(layer) and layer in layers else 0]
 
 
 def kv_shape(config: PreTrainedConfig) -> tuple[int, int]:
-    """Key/value heads and head dimension of a layer with this config."""
+    """Return the key/value heads and the head dimension of a layer with this config."""
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
 def main_rope_parameters(text_config: PreTrainedConfig) -> dict:
-    """RoPE parameters of the target's full-attention layers, as one flat dict; default RoPE where it has none.
+    """Return the RoPE parameters of the target's full-attention layers as one flat dict; default RoPE where none are.
 
-    Where only the sliding layers have a rotary embedding, theirs. Raises `ValueError` for dynamic NTK, whose cached
-    keys change meaning as the text grows.
+    The sliding layers' parameters where only sliding layers have a rotary embedding. Raises `ValueError` for dynamic
+    NTK, whose cached keys change meaning as the text grows.
     """
     parameters = getattr(text_config, "rope_parameters", None) or {}
     if "full_attention" in parameters:

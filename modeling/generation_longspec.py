@@ -1,6 +1,7 @@
 """The decoding loop: what `target.generate(assistant_model=draft)` runs.
 
-A round: grow a tree, verify it in one target forward, accept a path, commit it. Knows the draft by its methods only.
+A round: grow a tree, verify it in one target forward, accept a path, commit the path. The engine runs the phases that
+work on the device alone. Knows the draft by its methods only.
 """
 
 from __future__ import annotations
@@ -12,24 +13,30 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .backends_longspec import Backend, Demand, resolve_backend
-from .call_longspec import Call, Roots, settle
+from .call_longspec import Call, make_cache, read_prompt
 from .candidate_generator_longspec import LongSpecCandidateGenerator
 from .checks_longspec import check_inputs, ended_on_error
-from .clock_longspec import PhaseClock
-from .compiled_longspec import compiled_layers
-from .graphs_longspec import Graphs, may_capture
-from .hidden_state_longspec import catching
-from .interface_longspec import Round, attending, switched
-from .prefill_longspec import PER_TOKEN, make_cache, prefill
-from .records_longspec import LongSpecOutput
+from .engine_longspec import Demand
+from .hybrid_attention_longspec import Round
+from .interface_longspec import CACHE, attending, decoding, forward, has_unfinished, is_user_defined, switched
+from .output_longspec import LongSpecOutput, PhaseClock
 from .rope_switch_longspec import RopeSwitch
-from .sampling_longspec import IMPOSSIBLE
-from .target_longspec import BoundTarget
+from .sampling_longspec import IMPOSSIBLE, Plan, Sampler
+from .target_longspec import catching
 from .text_longspec import Text
 from .tree_longspec import TokenTree, ancestor_mask, node_depths
-from .verification_longspec import Steps, Verified, Walk, accept, accept_step_by_step, walk
-from .workspace_longspec import Workspace
+from .verification_longspec import (
+    Accepted,
+    RowWalk,
+    Verified,
+    Walk,
+    accept,
+    along_walk,
+    emit,
+    pick_tree,
+    step_by_step,
+    walk,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -51,58 +58,63 @@ def assisted_decoding(
     tokenizer: Any = None,
     **model_kwargs: Any,
 ) -> LongSpecOutput | Tensor:
-    """Write what `target` alone would write, several tokens per forward; `generate` calls this for LongSpec drafts.
+    """Write what `target` alone would write, several tokens a forward; `generate` calls this for LongSpec drafts.
 
     input_ids: (B, L) prompts. Returns (B, L + new) ids, or a `LongSpecOutput` with `return_dict_in_generate`.
-    The four behind `synced_gpus` come from `generate` and are of no use here; they are named since `model_kwargs` is
-    what the target's forward gets, and accelerate's hooks move all of that, a draft too, to the device of each layer.
-    Raises `ValueError` for what speculation cannot serve, before any work is done.
+    The four arguments behind `synced_gpus` come from `generate` and are of no use here; they are named since
+    `model_kwargs` goes to the target's forward, and accelerate's hooks move all of that, a draft too, to each layer's
+    device. Raises `ValueError` for what speculation cannot serve, before any work is done.
     """
     with ended_on_error(streamer):
+        # 1. What cannot be served is refused.
         check_inputs(input_ids, generation_config, model_kwargs)
         bound = draft.bind(target)
-        backend = choose_backend(draft, target, bound)
-        captures = may_capture(draft.config.cuda_graphs, target, bound.device, synced_gpus)
+        engine = draft.take_engine(bound.device)
+        text_config = target.config.get_text_config(decoder=True)
+        softcap = getattr(text_config, "attn_logit_softcapping", None)
+        demand = Demand(bound.device, bound.dtype, draft.config.head_dim, softcap)
+        backend = engine.backend(draft.config.attention_backend, demand)
+        logger.info(f"LongSpec verifies with the {backend.name!r} attention backend")
+        rope_switch = RopeSwitch(target, model_kwargs)
+        rows_alike = rope_switch.last_short is not None
+        if synced_gpus and rows_alike:
+            raise ValueError("LongSpec needs ranks that read alike, got synced_gpus with a target of longrope")
+
+        # 2. Text, sampler, cache and draft are made ready.
         with torch.inference_mode(False):  # or a caller's inference mode would leave the draft unfit for training
             draft.to(device=bound.device, dtype=bound.dtype)
         clock = PhaseClock(draft.config.profile, bound.device)
-        rope_switch = RopeSwitch(target, model_kwargs)
-        if synced_gpus and rope_switch.last_short is not None:
-            raise ValueError("LongSpec needs ranks that read alike, got synced_gpus with a target of longrope")
-        past = model_kwargs["past_key_values"]
-        cache_is_returned = generation_config.return_dict_in_generate or getattr(past, "_is_user_defined", False)
+        returns_cache = generation_config.return_dict_in_generate or is_user_defined(model_kwargs[CACHE])
+        do_sample, nodes = generation_config.do_sample, 1 + sum(draft.config.tree_shape)
+        together = rows_alike or streamer is not None
+        tree_logits = nodes * text_config.vocab_size
+        plan = Plan.of(logits_processor, stopping_criteria, do_sample, input_ids, tree_logits, together)
+        sampler = Sampler(logits_processor, do_sample, plan, *input_ids.shape[:1], input_ids.device)
         text = Text(
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            streamer,
-            nodes=1 + sum(draft.config.tree_shape),
-            vocab=target.config.get_text_config(decoder=True).vocab_size,
-            keeps_cache=cache_is_returned,
-            together=rope_switch.last_short is not None,
+            input_ids, stopping_criteria, generation_config, streamer, plan, nodes=nodes, keeps_cache=returns_cache
         )
-        workspace = draft.workspaces.take(bound.device)
-        workspace.graphs.captures = captures
-        cache = make_cache(target, draft, past, text, generation_config, model_kwargs, bound.device)
-        cache.borrow(workspace.lend())
+        cache = make_cache(target, draft, text, generation_config, model_kwargs, bound.device)
+        engine.lend(cache)
         generator = LongSpecCandidateGenerator(draft, bound, backend, text.batch)
+
+        # 3. The prompt is read, then rounds write the text.
         try:
             with clock("prefill"):
-                cache.adopt(past)
-                start = prefill(target, text, cache, generator, generation_config, model_kwargs)
-            roots, extras = settle(workspace, Roots.of(text, start), start.extras, cache, generator)
-            call = Call(target, text, cache, generator, backend, rope_switch, clock, roots, extras)
-            with switched(target), target._optimize_model_for_decode():
-                accept_lengths = decode(call, workspace, synced_gpus)
-        finally:
-            text.rewind_noise()
-            cache.abandon()
-            if cache_is_returned:
-                cache.hand_back(cache.past)
-        if not cache_is_returned:  # nor has anything failed
-            workspace.memory = cache.memory
-            draft.workspaces.keep(workspace)
+                cache.take_over()
+                prompt = read_prompt(target, text, sampler, cache, generator, generation_config, model_kwargs)
+            call = Call(target, text, sampler, cache, generator, backend, engine, rope_switch, clock, *prompt)
+            with switched(target), decoding(target):
+                call = engine.begin(call, synced_gpus)
+                accept_lengths = decode(call, synced_gpus)
+        finally:  # also after a failure all is left as plain `generate` would leave it
+            sampler.rewind(text.slowest)
+            if returns_cache:
+                cache.hand_back()
+        if not returns_cache:
+            engine.end(call)
+            draft.keep_engine(engine)
+
+    # 4. The text goes back to the user.
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:
@@ -110,81 +122,65 @@ def assisted_decoding(
     return LongSpecOutput(
         sequences=text.sequences,
         **text.records.as_dict(),
-        past_key_values=cache.past,
+        **{CACHE: cache.past},
         accept_lengths=accept_lengths,
         phase_seconds=clock.seconds() if draft.config.profile else None,
     )
 
 
-def decode(call: Call, workspace: Workspace, synced_gpus: bool) -> list[list[int]]:
-    """Rounds until every row is finished. Returns the number of tokens that each round wrote of each row's text."""
-    target, text, cache, graphs = call.target, call.text, call.cache, workspace.graphs
-    cache.on_device = graphs.captures
+def decode(call: Call, synced_gpus: bool) -> list[list[int]]:
+    """Run rounds until every row is finished. Returns the number of tokens that each round wrote of each row."""
+    text, cache = call.text, call.cache
     accept_lengths: list[list[int]] = [[] for _ in range(text.batch)]
-    workspace.expect(call.mark if graphs.captures else None)
     # under synced_gpus a rank that has finished goes on with rounds that write nothing
-    while target._has_unfinished_sequences(text.finished, synced_gpus, device=text.device):
-        if cache.make_room() and graphs.captures:
-            workspace.expect(call.mark)
+    while has_unfinished(call.target, text.finished, synced_gpus, text.device):
+        if cache.make_room():
+            call.engine.moved(call)
         stopped = text.stopped
-        counts = rebuild(call) if call.rope_switch.drops_cache(text, cache) else decode_round(call, graphs)
+        counts = read_anew(call) if call.rope_switch.drops_cache(text, cache) else decode_round(call)
         if text.stopped != stopped:
-            call.roots.update(text)
+            call.roots.follow(text)
         for lengths, count, padding in zip(accept_lengths, counts, stopped, strict=True):
             if count and not padding:
                 lengths.append(count)
     return accept_lengths
 
 
-def decode_round(call: Call, graphs: Graphs) -> list[int]:
+def decode_round(call: Call) -> list[int]:
     """Grow, verify, accept, commit. Returns the number of tokens that each row wrote; a row may rest."""
-    text, cache, clock = call.text, call.cache, call.clock
+    text, cache, engine, clock = call.text, call.cache, call.engine, call.clock
     with clock("grow"):
-        tree = graphs.run(grow, call) if call.generator.shape else call.roots.stump
+        tree = engine.run(grow, call) if call.generator.shape else call.roots.stump
     with clock("verify"):
-        verified = graphs.run(verify, call, tree)
+        verified = engine.run(verify, call, tree)
     paths = [[0] if room else [] for room in text.room()]
-    found, known = None, None
+    found: Walk | None = None
+    walks: list[RowWalk] = []
     try:
-        if text.by_tree:
-            with clock("accept"):
-                picks = None if text.by_argmax else text.pick_tree(verified.logits, verified.depths, tree.levels)
+        with clock("accept"):
+            if call.sampler.plan.by_tree:
+                picks = pick_tree(text, call.sampler, verified, tree.levels)
                 chosen = () if picks is None else (picks.tokens,)
-                found = graphs.run(find_paths if chosen else find_greedy_paths, call, tree, verified, *chosen)
-                known = found.on_host()
-            accept(known, verified, picks, text, paths)
-        else:
-            with clock("accept"):
-                accept_step_by_step(tree, verified, text, paths)
+                found = engine.run(find_paths if chosen else find_greedy_paths, call, tree, verified, *chosen)
+                walks = found.on_host()
+                accept(text, paths, along_walk(walks, verified, picks, text))
+            else:
+                accept(text, paths, step_by_step(tree, verified, call.sampler, text))
     finally:  # also when a user's processor, criterion or streamer raises: the cache keeps up with the text
         counts = [len(path) for path in paths]
-        if found is not None and known is not None and counts == [row[-1] for row in known]:
-            steps = found.steps  # as the device has them
+        if found is not None and counts == [len(row.nodes) for row in walks]:
+            accepted = found.accepted  # as the device has it
         else:
-            steps = Steps.of(paths, text.newest, tree.levels, tree.parents.device)
+            accepted = Accepted.of(paths, text.newest, tree.levels, tree.parents.device)
         with clock("commit"):
-            graphs.run(commit, call, tree, steps, verified.hidden)
-            cache.committed(counts)
+            engine.run(commit, call, tree, accepted, verified.hidden)
+            cache.end_round(counts)
+    call.sampler.forget(text.slowest)
     return counts
 
 
-def rebuild(call: Call) -> list[int]:
-    """A step of plain `generate` that reads all of the text anew; see `RopeSwitch`."""
-    text, roots = call.text, call.roots
-    with catching(call.target, roots.hidden is not None) as caught:
-        outputs = call.rope_switch.rebuild(text, call.cache)
-    read = text.sequences[:, -1:]
-    text.emit(list(range(text.batch)), outputs.logits[:, -1], outputs.hidden_states)
-    call.generator.advance(read, roots.positions[:, None])
-    if caught is not None and roots.hidden is not None:
-        roots.hidden.copy_(caught.of_last_token())
-    roots.positions.add_(1)
-    roots.update(text)
-    return [1] * text.batch
-
-
 def grow(call: Call) -> TokenTree:
-    """A tree below each root; of padding in the rows that have stopped, if padding follows there."""
+    """Grow a tree below each root; in rows that have stopped, a chain of padding where padding follows."""
     roots = call.roots
     levels = call.rope_switch.levels(roots.positions, call.cache)
     tree = call.generator.grow(roots.tokens, roots.positions, call.cache, levels, roots.hidden)
@@ -192,51 +188,35 @@ def grow(call: Call) -> TokenTree:
 
 
 def verify(call: Call, tree: TokenTree) -> Verified:
-    """One target forward over the trees. The cache is left inside the round."""
-    target, cache = call.target, call.cache
+    """Run one target forward over the trees. The cache is left inside the round."""
+    target, cache, roots = call.target, call.cache, call.roots
     ancestors = ancestor_mask(tree.parents, tree.levels)
     depths = node_depths(ancestors)
-    nodes = tree.tokens.shape[1]
-    axes = call.roots.axes
-    extras = {name: value.expand(-1, nodes) if name in PER_TOKEN else value for name, value in call.extras.items()}
-    positions = call.roots.positions[:, None] + depths
     cache.begin_round(depths)
     state = Round(cache, ancestors, call.backend, seen=set())
-    compiled = compiled_layers(target, call.generator.draft.config.compile_target)
-    with attending(state), compiled, catching(target, call.roots.hidden is not None) as caught:
-        outputs = target(
-            input_ids=tree.tokens,
-            position_ids=positions if axes is None else positions + axes[:, :, None],
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-            **extras,
-        )
-    expected = set(range(len(cache.layers)))
-    if state.seen != expected:
-        raise ValueError(
-            f"{type(target).__name__} does not follow transformers' attention interface: expected it to attend "
-            f"through it in layers {sorted(expected)}, it did in {sorted(state.seen)}"
-        )
-    hidden = None if caught is None else caught.every().to(call.roots.positions.device)
+    with attending(state.attend), call.engine.layers(call), catching(target, roots.hidden is not None) as caught:
+        outputs = forward(target, tree.tokens, roots.positions[:, None] + depths, cache, call.extras)
+    state.check(target)
+    hidden = None if caught is None else caught.every().to(roots.positions.device)
     return Verified(ancestors, depths, outputs.logits, outputs.hidden_states, hidden)
 
 
 def find_greedy_paths(call: Call, tree: TokenTree, verified: Verified) -> Walk:
+    """Find how far each tree agrees with the largest logits behind its nodes."""
     return find_paths(call, tree, verified, verified.logits.argmax(dim=-1))
 
 
 def find_paths(call: Call, tree: TokenTree, verified: Verified, picks: Tensor) -> Walk:
-    """How far each tree agrees with what is picked (B, T) behind its nodes."""
+    """Find how far each tree agrees with the tokens picked (B, T) behind its nodes."""
     picks = picks.to(tree.parents.device)
     if call.text.padding is not None:
         picks = picks.masked_fill(call.roots.stopped[:, None] & (picks != IMPOSSIBLE), call.text.padding)
     return walk(tree, verified.ancestors, verified.depths, picks)
 
 
-def commit(call: Call, tree: TokenTree, steps: Steps, hidden: Tensor | None) -> None:
-    """Keep what a round accepted in both caches, and move the roots on; hidden: `Verified.hidden`."""
-    path, counts, newest = steps
+def commit(call: Call, tree: TokenTree, accepted: Accepted, hidden: Tensor | None) -> None:
+    """Keep what a round accepted in both caches, and move the roots on; hidden: as in `Verified`."""
+    path, counts, newest = accepted
     roots = call.roots
     if hidden is not None and roots.hidden is not None:
         last = path.gather(1, (counts - 1).clamp(min=0)[:, None])
@@ -247,13 +227,20 @@ def commit(call: Call, tree: TokenTree, steps: Steps, hidden: Tensor | None) -> 
         call.generator.advance(tree.tokens.gather(1, path), roots.positions[:, None] + step, step < counts[:, None])
     roots.tokens.copy_(newest)
     roots.positions.add_(counts)
-    # last: once a ring has moved on, nothing may fail before it is `committed`
+    # last: once a ring has moved on, nothing may fail before the round ends
     call.cache.commit(path, counts, call.backend.move)
 
 
-def choose_backend(draft: Any, target: PreTrainedModel, bound: BoundTarget) -> Backend:
-    softcap = getattr(target.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
-    demand = Demand(bound.device, bound.dtype, draft.config.head_dim, softcap)
-    backend = resolve_backend(draft.config.attention_backend, demand)
-    logger.info(f"LongSpec verifies with the {backend.name!r} attention backend")
-    return backend
+def read_anew(call: Call) -> list[int]:
+    """Write one token of each row where plain `generate` reads all of the text anew; see `RopeSwitch`."""
+    text, roots = call.text, call.roots
+    with catching(call.target, roots.hidden is not None) as caught:
+        outputs = call.rope_switch.read_anew(text, call.cache)
+    read = text.sequences[:, -1:]
+    emit(text, call.sampler, list(range(text.batch)), outputs.logits[:, -1], outputs.hidden_states)
+    call.generator.advance(read, roots.positions[:, None])
+    if caught is not None and roots.hidden is not None:
+        roots.hidden.copy_(caught.of_last_token())
+    roots.positions.add_(1)
+    roots.follow(text)
+    return [1] * text.batch

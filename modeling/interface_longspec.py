@@ -1,39 +1,78 @@
-"""Hybrid attention as transformers sees it: a registered name, and a switch that puts a target under it.
+"""The interface to transformers: every private name of it that LongSpec builds on, and nothing else.
 
-The attention of a round reaches the registered function through one `ContextVar`, set around the verification forward
-only. With none set, function and mask function do what the target's own implementation does, so another thread that
-prefills on the same target is not disturbed.
+Three things: the door, by which `generate` reaches a draft; the attention switch, by which a target attends through
+LongSpec during a round; and the steps of plain `generate` that a call repeats, such as reading the prompt. A new
+release of transformers that breaks LongSpec breaks it here. Knows no draft, tree or cache of ours.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from functools import partial
-from typing import Any, NamedTuple
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, GenerationConfig, PreTrainedModel
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
 
-from .attention_longspec import Nodes
-from .backends_longspec import Backend
-from .cache_layers_longspec import Placement
-from .cache_longspec import SpeculativeCache
+# The name of the cache in the arguments of forwards and of `generate` and in outputs, which transformers 5.24 changed.
+CACHE = "cache" if "cache" in {field.name for field in fields(GenerateDecoderOnlyOutput)} else "past_key_values"
+# Inputs of a target with one value for each token, beside the usual ones.
+PER_TOKEN = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+_OWN_INPUTS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", CACHE}
+_OWN_INPUTS |= {"use_cache", "logits_to_keep", "return_dict"}
+
+Attend = Callable[..., tuple[Tensor, Tensor | None]]  # with the signature of a registered attention function
+
+
+# --- the door --------------------------------------------------------------------------------------------------------
+
+
+def install_door() -> None:
+    """Let `generate` reach drafts that offer `assisted_decoding`; other assistants are served as before. Idempotent.
+
+    `generate` looks its decoding method up on the target's class, so only a wrapped method gets the assistant, the
+    streamer and all else that a user passed. Dispatch is by method, since a class loaded as remote code is never the
+    class of the pip package, and both may live in one process.
+    """
+    _wrap("_assisted_decoding", lambda assistant: getattr(assistant, "assisted_decoding", None))
+    _wrap("_validate_generation_mode", lambda assistant: getattr(assistant, "check_generation", None))
+
+
+def _wrap(name: str, own_method: Callable[[Any], Callable | None]) -> None:
+    original = getattr(GenerationMixin, name)
+    if hasattr(original, "_longspec_original"):
+        return
+
+    @functools.wraps(original)
+    def dispatch(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        # `_validate_generation_mode` gets the assistant inside its last argument, `_assisted_decoding` by keyword
+        options = kwargs or (args[-1] if args and isinstance(args[-1], dict) else {})
+        method = own_method(options.get("assistant_model"))
+        return original(self, *args, **kwargs) if method is None else method(self, *args, **kwargs)
+
+    dispatch._longspec_original = original  # type: ignore[attr-defined]
+    setattr(GenerationMixin, name, dispatch)
+
+
+# --- the attention switch --------------------------------------------------------------------------------------------
 
 
 class _Shared:
     """What all copies of this file in a process share: a draft's remote code is one copy, the pip package another.
 
-    Two copies may serve one target at once, so they share the variable that carries a round's attention (a callable
-    with the signature of an attention function) and the record of switched targets.
+    Two copies may serve one target at once, so they share the variable that carries a round's attention and the record
+    of switched targets.
     """
 
     def __init__(self) -> None:
-        self.attention: ContextVar[Callable | None] = ContextVar("longspec_attention", default=None)
+        self.attention: ContextVar[Attend | None] = ContextVar("longspec_attention", default=None)
         self.lock = threading.Lock()
         self.switched: dict[int, tuple[int, str, Any]] = {}  # id(config) -> users, own implementation, config
 
@@ -43,76 +82,19 @@ if not hasattr(AttentionInterface, "_longspec"):
 _SHARED: _Shared = AttentionInterface._longspec
 
 
-class Round(NamedTuple):
-    """What the attention of one verification forward needs to know.
-
-    ancestors: (B, T, T) bool; seen: filled with the index of every layer that attended.
-    """
-
-    cache: SpeculativeCache
-    ancestors: Tensor
-    backend: Backend
-    seen: set[int]
-
-
 @contextmanager
-def attending(state: Round) -> Iterator[None]:
-    """Within it, the target's attention is hybrid attention over `state`."""
-    token = _SHARED.attention.set(partial(hybrid_attention, state))
+def attending(attend: Attend) -> Iterator[None]:
+    """Let targets that run under our attention name attend by `attend` in this thread."""
+    token = _SHARED.attention.set(attend)
     try:
         yield
     finally:
         _SHARED.attention.reset(token)
 
 
-def hybrid_attention(
-    state: Round,
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention of a tree over prefix and tree: query (B, H, T, D), key and value (B, K, T, D), all of the tree.
-
-    Returns (B, T, H, D) in the query's dtype and no weights.
-    """
-    once = module.layer_idx not in state.seen
-    state.seen.add(module.layer_idx)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer = state.cache.owner(module.layer_idx)
-    at = state.cache.round_placement.to(layer.keys.device)
-    prefix = layer.prefix(at).to(query.device)
-    shapes = [states.shape[1::2] for states in (prefix.key, prefix.value)]  # heads and dimension
-    if not once or [states.shape[1::2] for states in (key, value)] != shapes:
-        raise ValueError(
-            "LongSpec needs a target that attends once a layer to the keys and values it caches, got "
-            f"{type(module).__name__}, which does otherwise"
-        )
-    placement = state.cache.round_placement.to(query.device)
-    mask = placement.once(("tree", layer.window), lambda: tree_mask(state, placement, layer.window))
-    owns = layer is state.cache.layers[module.layer_idx]
-    nodes = Nodes(key, value, mask, layer.tree_slots(at) if owns else None)
-    with torch.autocast(query.device.type, enabled=False):  # or the products of float32 would be rounded
-        return state.backend.attention(query, prefix, nodes, scaling, softcap, s_aux), None
-
-
-def tree_mask(state: Round, placement: Placement, window: int | None) -> Tensor:
-    """(B, T, T) bool: a node sees itself and its ancestors, of a sliding layer those within its window."""
-    ancestors = state.ancestors.to(placement.depths.device)
-    if window is None:
-        return ancestors
-    apart = placement.depths[:, :, None] - placement.depths[:, None, :]
-    return ancestors & (apart < window)
-
-
-@torch.compiler.disable  # a round's state comes through a ContextVar, which dynamo cannot trace
+@torch.compiler.disable  # a round's attention comes through a ContextVar, which dynamo cannot trace
 def registered_attention(original: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The registered attention function: a round's attention if this thread is in one, else the target's own."""
+    """Attend by a round's attention if this thread is in a round, else by the target's own implementation."""
     attention = _SHARED.attention.get()
     if attention is None:
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
@@ -124,23 +106,23 @@ def registered_attention(original: str, module: nn.Module, *args: Any, **kwargs:
 
 @torch.compiler.disable
 def registered_mask(original: str, *args: Any, **kwargs: Any) -> Any:
-    """The mask function of the same name: no mask during a round, the target's own one otherwise."""
+    """Make no mask during a round, and the mask of the target's own implementation otherwise."""
     own = AttentionMaskInterface().get(original)
     return None if _SHARED.attention.get() is not None or own is None else own(*args, **kwargs)
 
 
 def register(original: str) -> str:
-    """The attention name for targets that otherwise run on `original`; registered on first use."""
+    """Return the attention name for targets that otherwise run on `original`; registered on first use."""
     name = f"longspec|{original}"
     if name not in AttentionInterface().valid_keys():
-        AttentionInterface.register(name, partial(registered_attention, original))
-        AttentionMaskInterface.register(name, partial(registered_mask, original))
+        AttentionInterface.register(name, functools.partial(registered_attention, original))
+        AttentionMaskInterface.register(name, functools.partial(registered_mask, original))
     return name
 
 
 @contextmanager
 def switched(target: PreTrainedModel) -> Iterator[None]:
-    """Within it, `target` runs under our attention name; the last of several users restores its own."""
+    """Run `target` under our attention name; the last of several users restores the target's own name."""
     config = target.get_decoder().config
     with _SHARED.lock:
         users, original, _ = _SHARED.switched.get(id(config), (0, config._attn_implementation, None))
@@ -156,3 +138,72 @@ def switched(target: PreTrainedModel) -> Iterator[None]:
                 _SHARED.switched[id(config)] = (users - 1, original, config)
             else:
                 config._attn_implementation_internal = original
+
+
+# --- the steps of plain `generate` -----------------------------------------------------------------------------------
+
+
+def prefill(
+    target: PreTrainedModel, ids: Tensor, cache: Cache, generation_config: GenerationConfig, model_kwargs: dict
+) -> Any:
+    """Let the target read a prompt as in plain `generate`, in chunks or at once, into `cache`.
+
+    ids: (B, L); `cache` replaces the user's cache in `model_kwargs`. Returns the outputs of the last forward.
+    """
+    model_kwargs[CACHE] = cache
+    first = not generation_config.is_assistant
+    return target._prefill(ids, generation_config, model_kwargs, is_first_iteration=first)
+
+
+def step_inputs(
+    target: PreTrainedModel, ids: Tensor, outputs: Any, model_kwargs: dict[str, Any]
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """Return what plain `generate` passes to its first forward of one token: its position, and the unusual inputs.
+
+    The position is (B,), and None where the target counts for itself. Of several axes (mrope) it is the last, since
+    those of text agree. The unusual inputs are what a user passed for the target's own `forward`, and token types,
+    which continue as the prompt's last; both stay the same in every step.
+    """
+    cache = model_kwargs[CACHE]
+    model_kwargs = target._update_model_kwargs_for_generation(outputs, dict(model_kwargs)) | {CACHE: cache}
+    inputs = target.prepare_inputs_for_generation(ids, next_sequence_length=1, **model_kwargs)
+    positions = inputs.get("position_ids")
+    extras = {name: value for name, value in inputs.items() if name not in _OWN_INPUTS and value is not None}
+    # before transformers 5.23 the types of the whole text come along with the one token
+    extras |= {name: extras[name][:, -1:] for name in PER_TOKEN if name in extras}
+    if positions is not None:
+        positions = positions[..., -1]
+        positions = positions if positions.dim() == 1 else positions[-1]
+    return positions, extras
+
+
+def forward(target: PreTrainedModel, ids: Tensor, positions: Tensor, cache: Cache, extras: dict[str, Any]) -> Any:
+    """Run the target over ids (B, T) at positions (B, T) behind `cache`; extras: as of `step_inputs`."""
+    extras = {name: value.expand(-1, ids.shape[1]) if name in PER_TOKEN else value for name, value in extras.items()}
+    own = {"input_ids": ids, "position_ids": positions, CACHE: cache, "use_cache": True, "return_dict": True}
+    return target(**own, **extras)
+
+
+def decoding(target: PreTrainedModel) -> AbstractContextManager:
+    """Return the context in which plain `generate` decodes: mixtures of experts switch kernels there."""
+    return target._optimize_model_for_decode()
+
+
+def has_unfinished(target: PreTrainedModel, finished: bool, synced_gpus: bool, device: torch.device) -> bool:
+    """Tell whether another round is due; under `synced_gpus`, as long as any rank has something to write."""
+    return target._has_unfinished_sequences(finished, synced_gpus, device=device)
+
+
+def is_stateful(target: PreTrainedModel) -> bool:
+    """Tell whether the target keeps a state other than keys and values, as transformers says."""
+    return target._is_stateful
+
+
+def is_user_defined(cache: Cache) -> bool:
+    """Tell whether the user passed this cache to `generate`."""
+    return getattr(cache, "_is_user_defined", False)
+
+
+def padding_token(generation_config: GenerationConfig) -> int:
+    """Return the token that `generate` writes behind the end of a row."""
+    return int(generation_config._pad_token_tensor)

@@ -5,8 +5,8 @@
     x = x + cross_attn(norm(x))     over the target's cached keys and values of one layer
     x = x + mlp(norm(x))
 
-How the two attentions find their keys is the caller's: training runs them over whole samples, drafting over the
-window and the tree. Parameter names are those of the published checkpoints (github.com/sail-sg/LongSpec).
+How the two attentions find their keys is up to the caller: training runs the attentions over whole samples, drafting
+over the window and the tree. Parameter names are those of the published checkpoints (github.com/sail-sg/LongSpec).
 """
 
 from __future__ import annotations
@@ -24,12 +24,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .checks_longspec import check_generation
 from .configuration_longspec import LongSpecConfig
-from .door_longspec import install
-from .draft_head_longspec import HeadRows, Rows, vocabulary
+from .engine_longspec import Engine, Engines
 from .generation_longspec import assisted_decoding
-from .sharing_longspec import push_to_hub
-from .target_longspec import BoundTarget, bind
-from .workspace_longspec import Workspaces
+from .interface_longspec import install_door
+from .target_longspec import BoundTarget, HeadRows, Rows, bind, vocabulary
 
 SelfAttend = Callable[[Tensor, Tensor, Tensor], Tensor]
 CrossAttend = Callable[[Tensor], Tensor]
@@ -112,7 +110,7 @@ class LongSpecForCausalLM(PreTrainedModel):
         self._head_rows = HeadRows()
         # not a buffer: it must stay float32 when the draft is cast, and exist when it is built on the meta device
         self._frequencies = {torch.device("cpu"): rope_frequencies(config)}
-        self.workspaces = Workspaces()
+        self._engines = Engines()
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -127,10 +125,10 @@ class LongSpecForCausalLM(PreTrainedModel):
         """None: see `get_input_embeddings`."""
 
     def set_draft_vocab(self, ids: Tensor | Sequence[int] | None) -> None:
-        """Let the draft guess only tokens `ids` (N,), whose rows of the target's LM head are all that it then reads.
+        """Let the draft guess only tokens `ids` (N,), and read only their rows of the target's LM head.
 
-        The text does not change: what the target writes beyond them is just never guessed. The draft keeps a copy of
-        these rows, N × hidden, beside each target. Ids are saved with the draft; `None`: it guesses among all tokens.
+        The text does not change: what the target writes beyond these tokens is just never guessed. The draft keeps a
+        copy of the rows, N × hidden, beside each target. Ids are saved with the draft; `None`: guess among all tokens.
         Raises `ValueError` for ids that are not in the vocabulary or come twice.
         """
         if ids is None:
@@ -140,9 +138,9 @@ class LongSpecForCausalLM(PreTrainedModel):
         self.config.draft_vocab_size = len(self.draft_vocab)
 
     def head_rows(self, bound: BoundTarget) -> Rows | None:
-        """The rows of the target's LM head that guesses are made with, or None for all of it.
+        """Return the rows of the target's LM head that the draft guesses with; None for the whole LM head.
 
-        Raises `ValueError` where some of the target's LM head is not to be had alone.
+        Raises `ValueError` where rows of the target's LM head cannot be taken alone.
         """
         size = None if self.draft_vocab is None else len(self.draft_vocab)
         if size != self.config.draft_vocab_size:
@@ -159,11 +157,11 @@ class LongSpecForCausalLM(PreTrainedModel):
         cross_attend: CrossAttend,
         read: Tensor | None = None,
     ) -> Tensor:
-        """The draft's forward pass, up to the input of the target's LM head.
+        """Run the draft's forward pass, up to the input of the target's LM head.
 
         Args:
             embeds: (B, T, hidden), the target's embedding of the tokens.
-            angles: those of their positions (`angles`), or of the one position where all T stand.
+            angles: of the T positions (`angles`), or of the one position where all T stand.
             self_attend: (query (B, H, T, D), key (B, K, T, D), value (B, K, T, D)) -> (B, H, T, D); all rotated.
             cross_attend: query (B, H, T, D), which is not rotated (see `BoundTarget.rotate`) -> (B, H, T, D) over the
                 target's keys and values.
@@ -187,9 +185,9 @@ class LongSpecForCausalLM(PreTrainedModel):
         return self.norm(x)
 
     def read_hidden_state(self, hidden: Tensor | None) -> Tensor | None:
-        """What the layer adds for the target's last hidden state (B, T, hidden), or None if it reads none.
+        """Return what the layer adds for the target's last hidden state (B, T, hidden); None for drafts without it.
 
-        Of tokens that no target has read, zeros; they add nothing.
+        hidden: zeros for tokens that no target has read; zeros add nothing.
         """
         if not self.config.target_hidden_state or hidden is None:
             return None
@@ -197,7 +195,7 @@ class LongSpecForCausalLM(PreTrainedModel):
         return self.hidden_proj(self.hidden_layernorm(hidden.to(self.hidden_proj.weight.dtype)))
 
     def window_kv(self, embeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, K, T, D) of the self-attention: functions of token and position only.
+        """Return keys and values (B, K, T, D) of the self-attention: functions of token and position only.
 
         embeds: (B, T, hidden), the target's embedding of the tokens; positions: (B, T).
         """
@@ -207,9 +205,9 @@ class LongSpecForCausalLM(PreTrainedModel):
         return rotate_half_pairs(key, *self.angles(positions)), value
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine (B, 1, T, rotary dims) of the target's main RoPE at `positions` (B, T), in float32.
+        """Return cosine and sine (B, 1, T, rotary dims) of the target's main RoPE at `positions` (B, T), in float32.
 
-        The sine is that of each dimension's own turn, see `rope_frequencies`.
+        The sine has the sign of each dimension's own turn, see `rope_frequencies`.
         """
         device = positions.device
         frequencies, scaling = self._frequencies[torch.device("cpu")]
@@ -220,7 +218,7 @@ class LongSpecForCausalLM(PreTrainedModel):
         return angles.cos() * scaling, angles.sin() * scaling
 
     def bind(self, target: PreTrainedModel) -> BoundTarget:
-        """What this draft borrows from `target`. Raises `ValueError` listing each mismatch if it does not fit."""
+        """Return the parts that this draft borrows from `target`. Raises `ValueError` that lists each mismatch."""
         if self.config.target_hidden_state and self.hidden_proj is None:
             raise ValueError(
                 "`target_hidden_state` is False, as the draft was made and has no weights for it, got True"
@@ -229,21 +227,34 @@ class LongSpecForCausalLM(PreTrainedModel):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the decoding state for one sequence at the present dtype, whatever the context: window, tree and
-        the target's last hidden state where it is read."""
+        """Bytes of the decoding state of one sequence at the present dtype, whatever the context.
+
+        That is the window, the tree and, for drafts that read it, the target's last hidden state.
+        """
         config = self.config
         slots = config.window + 1 + 1 + sum(tuple(config.tree_shape)[:-1])
         numbers = 2 * config.num_key_value_heads * slots * config.head_dim
         return (numbers + config.target_hidden_state * config.hidden_size) * self.dtype.itemsize
 
+    def take_engine(self, device: torch.device) -> Engine:
+        """Return an engine of the kind that the config asks for, for one call on `device`."""
+        return self._engines.take(engine_class(self.config), device)
+
+    def keep_engine(self, engine: Engine | None) -> None:
+        """Keep an engine for the next call, with the memory and graphs of the last call."""
+        self._engines.keep(engine)
+
+    def check_engine(self, target: PreTrainedModel, device: torch.device, synced_gpus: bool) -> None:
+        """Raise `ValueError` for options of the config that cannot be had with `target` on `device`."""
+        engine_class(self.config)(device).check(self.config, target, device, synced_gpus)
+
     def release(self) -> None:
-        """Give back the memory that the last call has left for the next one: one cache of the target, and graphs."""
-        self.workspaces.keep(None)
+        """Free the memory that the last call has left for the next call: one cache of the target, and graphs."""
+        self.keep_engine(None)
 
     # `target.generate(assistant_model=draft)` arrives here: see generation_longspec.py
     assisted_decoding = assisted_decoding
     check_generation = check_generation
-    push_to_hub = push_to_hub
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError(_USAGE)
@@ -252,11 +263,20 @@ class LongSpecForCausalLM(PreTrainedModel):
         raise ValueError(_USAGE)
 
 
-def rope_frequencies(config: LongSpecConfig) -> tuple[Tensor, float]:
-    """Frequencies (rotary dims,) and attention scaling of `config.rope_parameters`, in float32 on the CPU.
+def engine_class(config: LongSpecConfig) -> type[Engine]:
+    """Return the plain engine for a config that asks for no more, else the fast engine; imported only then."""
+    if config.attention_backend in ("eager", "torch") and config.cuda_graphs is False and not config.compile_target:
+        return Engine
+    from .fast_engine_longspec import FastEngine
 
-    The first half turns backwards, for in a pair (a, b) that is rotated b enters a with the negative sine.
-    Length-dependent scalings give those of short texts: a window never spans more than `window` tokens.
+    return FastEngine
+
+
+def rope_frequencies(config: LongSpecConfig) -> tuple[Tensor, float]:
+    """Return frequencies (rotary dims,) and attention scaling of `config.rope_parameters`, in float32 on the CPU.
+
+    The first half turns backwards, since in a rotated pair (a, b) b enters a with the negative sine.
+    Length-dependent scalings are those of short texts: a window never spans more than `window` tokens.
     """
     parameters = config.rope_parameters or {}
     rope_type = parameters.get("rope_type", "default")
@@ -272,7 +292,7 @@ def rope_frequencies(config: LongSpecConfig) -> tuple[Tensor, float]:
 
 
 def rotate_half_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on x (B, H, T, D) with pairs (i, i + dims/2); dimensions beyond the rotary ones pass through.
+    """Apply RoPE to x (B, H, T, D) in pairs (i, i + dims/2); dimensions beyond the rotary ones pass through.
 
     sin: negative in the first half, as `LongSpecForCausalLM.angles` has it.
     """
@@ -292,4 +312,4 @@ def _merge_heads(x: Tensor) -> Tensor:
 
 LongSpecConfig.register_for_auto_class()
 LongSpecForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-install()
+install_door()

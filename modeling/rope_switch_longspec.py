@@ -13,25 +13,28 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from .cache_longspec import SpeculativeCache
+from .interface_longspec import CACHE
 from .text_longspec import Text
 
 
 def last_short_length(target: PreTrainedModel) -> int | None:
-    """The longest text that a longrope target reads with its short frequencies; None for any other target."""
+    """Return the longest text that a longrope target reads with its short frequencies; None for other targets."""
     parameters = getattr(target.config.get_text_config(decoder=True), "rope_parameters", None) or {}
     return parameters["original_max_position_embeddings"] if parameters.get("rope_type") == "longrope" else None
 
 
 class RopeSwitch:
+    """Tell how a call has to respect the switch of its target; a target without one asks for nothing."""
+
     def __init__(self, target: PreTrainedModel, model_kwargs: dict[str, Any]):
-        """model_kwargs: those of the call; the attention mask and the positions of its prompt are read."""
+        """model_kwargs: those of the call, for the attention mask and the positions of the prompt."""
         self.target = target
         self.last_short = last_short_length(target)
         self.options = {name: model_kwargs[name] for name in ("output_hidden_states",) if name in model_kwargs}
         self.mask, self.positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
 
     def levels(self, root_positions: Tensor, cache: SpeculativeCache) -> int | None:
-        """How many levels below roots at `root_positions` (B,) may be guessed; None: any number.
+        """Return how many levels below roots at `root_positions` (B,) may be guessed; None: any number.
 
         The frequencies change by position, the cache is dropped by length; padding sets the two apart.
         """
@@ -42,19 +45,19 @@ class RopeSwitch:
         return min(limits, default=None)
 
     def drops_cache(self, text: Text, cache: SpeculativeCache) -> bool:
-        """Whether plain `generate` would throw the cache away before it reads the newest token of `text`."""
+        """Tell whether plain `generate` would drop its cache before it reads the newest token of `text`."""
         if self.last_short is None or text.lengths[0] <= self.last_short or cache.length > self.last_short:
             return False
-        return self._inputs(text.sequences, cache).get("past_key_values") is None
+        return self._inputs(text.sequences, cache).get(CACHE) is None
 
-    def rebuild(self, text: Text, cache: SpeculativeCache) -> Any:
-        """Read what plain `generate` reads anew of `text` into the emptied cache; the target's outputs.
+    def read_anew(self, text: Text, cache: SpeculativeCache) -> Any:
+        """Read what plain `generate` reads anew of `text` into the emptied cache. Returns the target's outputs.
 
-        That is all of it from transformers 5.18 on; 5.17 forgets the text here, and we with it.
+        That is the whole text from transformers 5.18 on; 5.17 forgets the text here, and we with it.
         """
         inputs = self._inputs(text.sequences, cache)
-        cache.drop(DynamicCache(config=self.target.config.get_text_config(decoder=True)))
-        return self.target(**inputs | {"past_key_values": cache} | self.options, return_dict=True)
+        cache.restart(DynamicCache(config=self.target.config.get_text_config(decoder=True)))
+        return self.target(**inputs | {CACHE: cache} | self.options, return_dict=True)
 
     def _inputs(self, ids: Tensor, cache: SpeculativeCache) -> dict:
         mask, positions = self.mask, self.positions
@@ -63,11 +66,5 @@ class RopeSwitch:
         if positions is not None:
             behind = torch.arange(1, 1 + ids.shape[1] - positions.shape[1], device=positions.device)
             positions = torch.cat([positions, positions[:, -1:] + behind], dim=1)
-        return self.target.prepare_inputs_for_generation(
-            ids,
-            next_sequence_length=1,
-            past_key_values=cache,
-            use_cache=True,
-            attention_mask=mask,
-            position_ids=positions,
-        )
+        own = {CACHE: cache, "use_cache": True, "attention_mask": mask, "position_ids": positions}
+        return self.target.prepare_inputs_for_generation(ids, next_sequence_length=1, **own)

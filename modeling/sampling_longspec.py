@@ -1,10 +1,12 @@
-"""Sampling: how the target's next token is picked from its logits, exactly as plain `generate` picks it.
+"""Sampling: how the target's next token is picked from its logits, and where a text stops, exactly as in `generate`.
 
-Which way fits depends on the logits processors, and is decided once a call. Knows logits and texts, no models.
+The way to pick depends on the logits processors and stopping criteria, and is planned once a call. Knows logits and
+token ids, no models.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,17 +40,19 @@ _BY_ROW = _WITHOUT_HISTORY | {
     "SuppressTokensAtBeginLogitsProcessor",
     "WatermarkLogitsProcessor",
 }
+_CRITERIA_BY_ROW = {"EosTokenCriteria", "MaxLengthCriteria", "MaxTimeCriteria", "StopStringCriteria"}
 IMPOSSIBLE = -1  # no token: what is picked from scores that are no distribution
 # Elements. The logits of a whole batch of trees in float32 are processed at once up to here (256 MB).
 LARGEST_TREE_LOGITS = 2**26
 
 
 def are_without_history(processors: list) -> bool:
+    """Tell whether the processors look at the logits alone; unknown processors do not count as such."""
     return all(is_of(processor, "logits_process", _WITHOUT_HISTORY) for processor in processors)
 
 
 def are_by_row(processors: list) -> bool:
-    """Whether the processors treat each row of a batch by itself and keep nothing between calls; unknown: no."""
+    """Tell whether the processors treat each row by itself and keep nothing between calls; unknown ones do not."""
     return all(
         is_of(processor, "logits_process", _BY_ROW)
         # given as a tensor, one length a row
@@ -58,27 +62,62 @@ def are_by_row(processors: list) -> bool:
 
 
 def are_criteria_by_row(criteria: list) -> bool:
-    """The same for stopping criteria."""
-    known = {"EosTokenCriteria", "MaxLengthCriteria", "MaxTimeCriteria", "StopStringCriteria"}
-    return all(is_of(criterion, "stopping_criteria", known) for criterion in criteria)
+    """Tell the same of stopping criteria."""
+    return all(is_of(criterion, "stopping_criteria", _CRITERIA_BY_ROW) for criterion in criteria)
+
+
+def is_of(instance: Any, module: str, names: set[str]) -> bool:
+    """Tell whether the class of `instance` is one of `names` in transformers' `module`, and no subclass of one."""
+    kind = type(instance)  # a subclass may keep a state
+    return kind.__module__ == f"transformers.generation.{module}" and kind.__name__ in names
 
 
 def pays_by_tree(device: torch.device, elements: int) -> bool:
-    """Whether to process the logits of all nodes, so many `elements`, rather than those of the path.
+    """Tell whether to process the logits of all nodes, so many `elements`, rather than the logits along the path.
 
     A CPU pays for every node; elsewhere a round trip to the host for every token of the path is dearer.
     """
     return device.type != "cpu" and elements <= LARGEST_TREE_LOGITS
 
 
-def is_of(instance: Any, module: str, names: set[str]) -> bool:
-    # the very class: a subclass may keep a state
-    kind = type(instance)
-    return kind.__module__ == f"transformers.generation.{module}" and kind.__name__ in names
+class Plan(NamedTuple):
+    """How the tokens of a call are picked.
+
+    together: all rows are written step by step together, because a processor, a stopping criterion, a streamer or the
+        target needs rows of one length.
+    by_tree: the tokens behind all nodes of a tree are picked at once; else along the path, one by one.
+    by_argmax: each token is just the largest logit.
+    draws_ahead: rows or nodes at different steps need random numbers drawn ahead, see `Noise`.
+    on_host: nothing on the device reads the text.
+    """
+
+    together: bool
+    by_tree: bool
+    by_argmax: bool
+    draws_ahead: bool
+    on_host: bool
+
+    @classmethod
+    def of(
+        cls, processors: list, criteria: list, do_sample: bool, ids: Tensor, tree_logits: int, together: bool
+    ) -> Plan:
+        """Plan a call on prompts `ids` (B, L). tree_logits: elements of the logits of one row's largest tree.
+
+        together: a streamer or the target needs rows of one length.
+        """
+        batch, device = len(ids), ids.device
+        known_criteria = are_criteria_by_row(criteria)
+        together = batch == 1 or together or not (are_by_row(processors) and known_criteria)
+        by_argmax = not do_sample and len(processors) == 0
+        # a user's own criteria may draw random numbers between ours
+        alone = are_without_history(processors) and known_criteria
+        by_tree = by_argmax or (alone and pays_by_tree(device, batch * tree_logits))
+        draws_ahead = do_sample and (by_tree or not together)
+        return cls(together, by_tree, by_argmax, draws_ahead, by_tree and known_criteria)
 
 
 class Noise:
-    """The random numbers of `torch.multinomial`, one draw of (B, vocab) for each step of plain `generate`.
+    """Hold the random numbers of `torch.multinomial`, one draw of (B, vocab) for each step of plain `generate`.
 
     `multinomial(p, 1)` is argmax(p / q) with q ~ Exp(1), of the shape of p. Rows of different lengths, and nodes of
     one tree, need the draws of different steps: each is drawn in order, when the first row needs it.
@@ -91,12 +130,12 @@ class Noise:
         self.states: list[Tensor] = []  # of the generator, before each draw
 
     def at(self, rows: list[int], steps: list[int], vocab: int) -> Tensor:
-        """(R, vocab): what `rows` need at their `steps`."""
+        """Return (R, vocab), the draws for `rows` at their `steps`."""
         self._draw_until(max(steps), vocab)
         return torch.stack([self.draws[step - self.first][row] for row, step in zip(rows, steps, strict=True)])
 
     def ahead(self, steps: list[int], count: int, vocab: int) -> Tensor:
-        """(B, count, vocab): what each row needs from its step on."""
+        """Return (B, count, vocab), each row's draws from its step on."""
         self._draw_until(max(max(steps), self.first) + count - 1, vocab)
         rows = [
             torch.stack([draw[row] for draw in self.draws[index : index + count]])
@@ -110,7 +149,7 @@ class Noise:
             self.draws.append(torch.empty(self.batch, vocab, device=self.device).exponential_(1))
 
     def forget(self, step: int) -> None:
-        """Drop the draws before `step`: no row needs them any more."""
+        """Drop the draws before `step`, which no row needs any more."""
         del self.draws[: step - self.first], self.states[: step - self.first]
         self.first = max(self.first, step)
 
@@ -133,14 +172,14 @@ class Picks(NamedTuple):
 
 
 class Sampler:
-    """Picks the next token from logits: `pick` for some rows, `pick_tree` for all nodes at once."""
+    """Pick the next token from logits: `pick` for some rows, `pick_tree` for all nodes at once."""
 
-    def __init__(self, processors: Any, do_sample: bool, noise: Noise | None):
-        """noise: None if all rows are always at the same step, as in plain `generate`, and only `pick` is asked."""
-        self.processors, self.do_sample, self.noise = processors, do_sample, noise
+    def __init__(self, processors: Any, do_sample: bool, plan: Plan, batch: int, device: torch.device):
+        self.processors, self.do_sample, self.plan = processors, do_sample, plan
+        self.noise = Noise(batch, device) if plan.draws_ahead else None
 
     def pick(self, ids: Callable[[list[int]], Tensor], rows: list[int], steps: list[int], logits: Tensor) -> Picks:
-        """logits: (R, vocab) float32 of `rows`, each at its step; ids(rows): (R, L) of rows of one length."""
+        """Pick from logits (R, vocab) float32 of `rows`, each at its step; ids(rows): (R, L) of rows of one length."""
         if len(set(steps)) == 1:
             scores = self.processors(ids(rows), logits)
         else:
@@ -153,9 +192,9 @@ class Sampler:
         return Picks(_largest(probabilities, self.noise.at(rows, steps, logits.shape[-1])), scores)
 
     def pick_tree(self, ids: Tensor, steps: list[int], logits: Tensor, depths: Tensor, levels: int) -> Picks:
-        """logits: (B, T, vocab) of nodes at depths (B, T) up to `levels`; steps: the one that each row's root is at.
+        """Pick from logits (B, T, vocab) of nodes at depths (B, T) up to `levels`; steps: of each row's root.
 
-        For processors without history only. ids: (1, L), of no use to them.
+        For processors without history only. ids: (1, L), which these processors do not read.
         """
         flat = logits.float().flatten(0, 1)
         scores = self.processors(ids.expand(len(flat), -1), flat).view(logits.shape)
@@ -167,8 +206,50 @@ class Sampler:
         noise = ahead[torch.arange(len(steps), device=depths.device)[:, None], depths]
         return Picks(_largest(probabilities, noise), scores)
 
+    def forget(self, step: int) -> None:
+        """Drop the random numbers of the steps before `step`, which all rows have passed."""
+        if self.noise is not None:
+            self.noise.forget(step)
+
+    def rewind(self, step: int) -> None:
+        """Leave the random generator as plain `generate` would after `step` steps."""
+        if self.noise is not None:
+            self.noise.rewind(step)
+
 
 def _largest(probabilities: Tensor, noise: Tensor) -> Tensor:
-    """What `multinomial` draws from probabilities (…, vocab) with that noise; see `Noise`."""
+    """Return what `multinomial` draws from probabilities (…, vocab) with this noise; see `Noise`."""
     possible = probabilities.sum(dim=-1).isfinite()
     return (probabilities / noise).argmax(dim=-1).masked_fill(~possible, IMPOSSIBLE)
+
+
+class Stops(NamedTuple):
+    """What transformers' `EosTokenCriteria` and `MaxLengthCriteria` say, as numbers that the host compares.
+
+    ends: the tokens behind which a text ends; longest: its largest length; reminds: the length beyond which a
+    criterion warns the user, and is therefore asked itself.
+    """
+
+    ends: frozenset[int]
+    longest: float
+    reminds: float
+
+    @classmethod
+    def of(cls, criteria: list) -> Stops | None:
+        """Read the numbers off `criteria`; None if there are other criteria, subclasses of these two included."""
+        ends: set[int] = set()
+        lengths, reminds = [math.inf], [math.inf]
+        for criterion in criteria:
+            if is_of(criterion, "stopping_criteria", {"EosTokenCriteria"}):
+                ends.update(criterion.eos_token_id.flatten().tolist())
+            elif is_of(criterion, "stopping_criteria", {"MaxLengthCriteria"}):
+                lengths.append(criterion.max_length)
+                limit = criterion.max_position_embeddings
+                reminds.append(math.inf if limit is None else limit)
+            else:
+                return None
+        return cls(frozenset(ends), min(lengths), min(reminds))
+
+    def at(self, length: int, newest: int) -> bool:
+        """Tell whether a text of this length ends with its newest token."""
+        return newest in self.ends or length >= self.longest

@@ -1,18 +1,23 @@
-"""BoundTarget: what a draft borrows from its target (embedding, LM head, query rotation) and whether they fit.
+"""BoundTarget: what a draft borrows from its target, and whether they fit.
 
-Everything borrowed is called as a module or function of the target's own, never read through `.weight`, so hooks,
-adapters and quantization stay in force. Knows nothing of trees or caches.
+Embedding, LM head and query rotation are called as the target's own modules and functions, so that hooks, adapters
+and quantization stay in force. Two parts are borrowed otherwise: rows of the LM head, for drafts with a vocabulary of
+their own, and the last hidden state, caught on its way to the LM head. Knows nothing of trees or caches.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from .configuration_longspec import LongSpecConfig, kv_shape, layer_config, layer_kinds, main_rope_parameters
@@ -30,7 +35,7 @@ Angles = tuple[Tensor, ...]
 
 
 class BoundTarget(NamedTuple):
-    """The parts of a target that one draft uses, found once per call.
+    """The parts of a target that one draft uses, found once a call.
 
     embed:  token ids (B, T) -> embeddings (B, T, hidden) as the target's first layer sees them
     scale:  embeddings a user passed as `inputs_embeds` -> the same
@@ -53,7 +58,7 @@ class BoundTarget(NamedTuple):
 
 
 def bind(config: LongSpecConfig, target: PreTrainedModel) -> BoundTarget:
-    """Check that a draft with this config fits `target` and find the parts it borrows.
+    """Check that a draft with this config fits `target`, and find the parts that the draft borrows.
 
     Raises `ValueError` with one line per mismatch, `name: draft has …, target has …`.
     """
@@ -102,7 +107,7 @@ def bind(config: LongSpecConfig, target: PreTrainedModel) -> BoundTarget:
 
 
 def check_fit(config: LongSpecConfig, target: PreTrainedModel) -> None:
-    """Raises `ValueError` that lists every mismatch between a draft's config and a target."""
+    """Raise `ValueError` that lists every mismatch between a draft's config and a target."""
     text = target.config.get_text_config(decoder=True)
     kinds = layer_kinds(text)
     kv_heads, head_dim = kv_shape(layer_config(text, config.target_layer))
@@ -137,7 +142,10 @@ def _same(ours: Any, theirs: Any) -> bool:
 
 
 def attention_module(decoder: nn.Module, layer: int) -> nn.Module:
-    """The attention module of a decoder layer: the one that knows its `layer_idx` and its `scaling`."""
+    """Return the attention module of a decoder layer: the module that knows its `layer_idx` and its `scaling`.
+
+    Raises `ValueError` for a target without such a module.
+    """
     stacks = [module for module in decoder.children() if isinstance(module, nn.ModuleList)]
     for stack in stacks:
         for module in stack[layer].modules() if layer < len(stack) else ():
@@ -152,7 +160,7 @@ def attention_module(decoder: nn.Module, layer: int) -> nn.Module:
 
 
 def execution_device(module: nn.Module, target: PreTrainedModel) -> torch.device:
-    """Where a module computes: as accelerate's hooks say, for offloaded weights lie on `meta`, else where it lies."""
+    """Return where a module computes: as accelerate's hooks say, since offloaded weights lie on `meta`."""
     for part in module.modules():
         hook = getattr(part, "_hf_hook", None)
         for one in getattr(hook, "hooks", [hook]):
@@ -165,7 +173,7 @@ def execution_device(module: nn.Module, target: PreTrainedModel) -> torch.device
 def query_rotation(
     decoder: nn.Module, attention: nn.Module, text_config: Any, layer: int
 ) -> tuple[Callable[[Tensor, Tensor], Angles], Callable[[Tensor, Angles], Tensor]]:
-    """How the target rotates the queries of `layer`: `angles` by its own rotary module, `rotate` by its own function.
+    """Return how the target rotates the queries of `layer`: its angles, of its rotary module, and its rotation.
 
     That covers half and interleaved pairs, partial rotation, per-layer frequencies and length scaling alike.
     """
@@ -202,7 +210,7 @@ def query_rotation(
 
 
 def is_rotated(attention: nn.Module, text_config: Any, layer: int) -> bool:
-    """Whether a layer has a rotary embedding at all; families say so in several ways."""
+    """Tell whether a layer has a rotary embedding at all; families say so in several ways."""
     thetas = getattr(text_config, "layer_rope_theta", None)  # of each layer, 0 for none
     parameters = getattr(text_config, "rope_parameters", None) or {}  # by the type of layer, in some families
     types = getattr(text_config, "layer_types", None)
@@ -218,7 +226,7 @@ def is_rotated(attention: nn.Module, text_config: Any, layer: int) -> bool:
 
 
 def scaled_logits(logits: Tensor, text_config: Any) -> Tensor:
-    """The target's own last step on its logits: Granite divides, Cohere multiplies, Gemma caps."""
+    """Apply the target's own last step to its logits: Granite divides, Cohere multiplies, Gemma caps."""
     if (divisor := getattr(text_config, "logits_scaling", None)) is not None:
         logits = logits / divisor
     if (factor := getattr(text_config, "logit_scale", None)) is not None:
@@ -226,3 +234,161 @@ def scaled_logits(logits: Tensor, text_config: Any) -> Tensor:
     if (cap := getattr(text_config, "final_logit_softcapping", None)) is not None:
         logits = torch.tanh(logits / cap) * cap
     return logits
+
+
+def check_cached(layer: Any, config: LongSpecConfig) -> None:
+    """Raise `ValueError` if a target left other keys and values in its cache than its config promised.
+
+    layer: of the cache, the one that a draft with this config attends to.
+    """
+    expected = (config.num_key_value_heads, config.head_dim)
+    held = [states[0, :, 0].shape for states in (layer.keys, layer.values)] if layer.is_initialized else []
+    if held != [expected, expected]:
+        found = " and ".join(str(tuple(shape)) for shape in held) or "none"
+        raise ValueError(f"LongSpec needs cached keys and values of (heads, dimension) {expected}, got {found}")
+
+
+# --- rows of the LM head ---------------------------------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """Rows of the target's LM head, weight (N, hidden) and bias (N,), for a draft that guesses N frequent tokens only.
+
+    At 128k tokens the head is most of what a level of the tree reads; a quarter of the tokens are nearly all that is
+    ever written (FR-Spec, arXiv 2502.14856; EAGLE-3, arXiv 2503.01840). The text does not change, for the target
+    verifies with its whole vocabulary: a token that is left out is never guessed.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Return logits (…, N) of hidden states (…, hidden)."""
+        return linear(hidden, self.weight, self.bias)
+
+
+class HeadRows:
+    """Keep, for each LM head, the rows that one draft guesses with, while neither head nor draft changes.
+
+    Rows are freed with the head or with the draft; a copy of the draft gathers its own. A change through `.data` is
+    not seen: it makes guesses worse, not the text.
+    """
+
+    def __init__(self) -> None:
+        self.kept: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Rows]] = weakref.WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HeadRows, ()
+
+    def of(self, head: nn.Module | None, ids: Tensor, device: torch.device) -> Rows:
+        """Return the rows `ids` (N,) of `head` on `device`. Raises `ValueError` where a head is more than its rows."""
+        layer = plain_linear(head)
+        sources = [tensor for tensor in (layer.weight, layer.bias, ids) if tensor is not None]
+        snapshot, rows = self.kept.get(layer, (None, None))
+        if rows is None or snapshot is None or rows.weight.device != device or not snapshot.still(sources):
+            with torch.no_grad():
+                parts = (layer.weight, layer.bias)
+                rows = Rows(*(None if part is None else part[ids.to(part.device)].to(device) for part in parts))
+            self.kept[layer] = Snapshot(sources), rows
+        return rows
+
+
+class Snapshot:
+    """Tell whether tensors are the same ones as before, in the same memory and not written to since."""
+
+    def __init__(self, tensors: list[Tensor]):
+        self.before = [(weakref.ref(tensor), *_state(tensor)) for tensor in tensors]
+
+    def still(self, tensors: list[Tensor]) -> bool:
+        return len(tensors) == len(self.before) and all(
+            reference() is tensor and (pointer, version) == _state(tensor)
+            for (reference, pointer, version), tensor in zip(self.before, tensors, strict=True)
+        )
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+
+
+def vocabulary(ids: Tensor | Sequence[int], size: int) -> Tensor:
+    """Return a copy of token ids (N,) in int64. Raises `ValueError` for repeated ids and ids beyond `size`."""
+    ids = torch.as_tensor(ids)
+    if ids.dim() != 1 or not len(ids) or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"a draft vocabulary is a row of token ids, got {tuple(ids.shape)} of {ids.dtype}")
+    lowest, highest, repeated = int(ids.min()), int(ids.max()), len(ids) - len(ids.unique())
+    if lowest < 0 or highest >= size:
+        raise ValueError(f"a draft vocabulary has token ids in 0..{size - 1}, got {lowest}..{highest}")
+    if repeated:
+        raise ValueError(f"a draft vocabulary has each token once, got {repeated} more than once")
+    return ids.detach().to(torch.long, copy=True)
+
+
+def plain_linear(head: nn.Module | None) -> nn.Linear:
+    """Return `head` if its weight and bias are all that it is. Raises `ValueError` for any other head."""
+    reason = _head_misfit(head)
+    if reason is not None:
+        raise ValueError(
+            "a draft with a vocabulary of its own needs a target whose LM head is a plain torch.nn.Linear, "
+            f"got {reason}; draft.set_draft_vocab(None) lets it guess among all tokens"
+        )
+    assert isinstance(head, nn.Linear)
+    return head
+
+
+def _head_misfit(head: nn.Module | None) -> str | None:
+    if type(head) is not nn.Linear:  # not of a subclass: quantized, adapted and parametrized layers are such
+        return f"a {type(head).__name__}"
+    if head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
+        return "one with hooks"
+    if type(head.weight) is not nn.Parameter:
+        return f"a weight of type {type(head.weight).__name__}"
+    if head.weight.device.type == "meta" or head.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"a weight of {head.weight.dtype} on {head.weight.device}"
+    return None
+
+
+# --- the last hidden state -------------------------------------------------------------------------------------------
+
+
+class Caught:
+    """The last hidden states (B, T, hidden) of this thread's latest forward; `of_last_token` is (B, hidden).
+
+    What the target made of the token before the root holds more of what comes next than the keys and values of one
+    layer: the LM head chose the root from it. No cache has it, and to ask the target for hidden states would keep
+    those of all layers and of the whole prompt.
+    """
+
+    def __init__(self) -> None:
+        self.states: Tensor | None = None
+        self.thread = threading.get_ident()
+
+    @torch.compiler.disable  # dynamo, in a target that its user compiled, knows no threads
+    def catch(self, module: Any, inputs: Any, output: Any) -> None:
+        if threading.get_ident() == self.thread:  # others may use the target too
+            self.states = output[0]
+
+    def every(self) -> Tensor:
+        """Return the states of all tokens. Raises `ValueError` if no forward went through the decoder as a module."""
+        if self.states is None:
+            raise ValueError(
+                "this LongSpec draft reads the target's last hidden state (config.target_hidden_state): expected a "
+                "target that calls its decoder as a module, got one that does not, such as one compiled before"
+            )
+        return self.states
+
+    def of_last_token(self) -> Tensor:
+        return self.every()[:, -1].clone()  # of a prompt, the rest is let go
+
+
+@contextmanager
+def catching(target: PreTrainedModel, wanted: bool) -> Iterator[Caught | None]:
+    """Catch what the decoder of `target` puts out in this thread, if `wanted`; else yield None."""
+    if not wanted:
+        yield None
+        return
+    caught = Caught()
+    hook = target.get_decoder().register_forward_hook(caught.catch)
+    try:
+        yield caught
+    finally:
+        hook.remove()

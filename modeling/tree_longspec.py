@@ -1,17 +1,18 @@
 """TokenTree: a tree of guessed tokens as a list of parents, and everything that follows from it.
 
 Node 0 is the root: the newest emitted token. A node's parent always has a smaller index. Pure tensors of fixed shape:
-no host synchronization, nothing here depends on the values. Knows nothing of models.
+no host synchronization, and no shape depends on a value. Knows logits and scores, not models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import log_softmax
 
 
 class Level(NamedTuple):
@@ -23,7 +24,7 @@ class Level(NamedTuple):
 
     @classmethod
     def of_root(cls, root: Tensor) -> Level:
-        """The level that is only the root (B,), which counts as its own parent."""
+        """Return the level that holds only the root (B,), which counts as its own parent."""
         tokens = root[:, None]
         return cls(tokens, torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.float32))
 
@@ -44,12 +45,12 @@ class TokenTree(NamedTuple):
 
     @classmethod
     def from_levels(cls, levels: Sequence[Level], above: Tensor) -> TokenTree:
-        """The tree of these levels, the root's first; above: (T,), see `levels_above`."""
+        """Join levels, the root's first, into a tree; above: (T,), see `levels_above`."""
         tokens, parents, scores = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
         return cls(tokens, parents + above, scores, len(levels) - 1)
 
     def forced(self, rows: Tensor, token: int) -> TokenTree:
-        """In `rows` (B,) bool, chains of `token` instead: what follows there is known (padding)."""
+        """Replace the trees of `rows` (B,) bool by chains of `token`: a stopped row continues with padding."""
         node = torch.arange(self.tokens.shape[1], device=rows.device)
         chain = torch.where(node <= self.levels, node - 1, 0).clamp(min=0)
         rows = rows[:, None]
@@ -59,7 +60,7 @@ class TokenTree(NamedTuple):
         )
 
     def prune(self, size: int | None) -> TokenTree:
-        """The `size` best nodes by score, root included, in their old order; all of them if `size` is None.
+        """Keep the `size` best nodes by score, root included, in their old order; all nodes if `size` is None.
 
         Scores never rise along a path and ties go to the smaller index, so the kept set is closed under parents.
         """
@@ -74,14 +75,14 @@ class TokenTree(NamedTuple):
 
 
 def levels_above(shape: Sequence[int]) -> list[int]:
-    """For each node of a tree with these widths below its root, the first node of the level above its own."""
+    """Return, for each node of a tree of this shape, the first node of the level above the node's own level."""
     widths = [1, *shape]
     above = [0, *accumulate(widths[:-1], initial=0)]  # where the level above each level starts; the root's is its own
     return [start for start, width in zip(above, widths, strict=False) for _ in range(width)]
 
 
 def ancestor_mask(parents: Tensor, levels: int) -> Tensor:
-    """(B, T, T) bool: `mask[b, i, j]` is true where node j is node i or an ancestor of it.
+    """Return (B, T, T) bool: `mask[b, i, j]` is true where node j is node i or an ancestor of node i.
 
     parents: (B, T) as in `TokenTree`; levels: a bound on the depth.
     """
@@ -96,13 +97,31 @@ def ancestor_mask(parents: Tensor, levels: int) -> Tensor:
 
 
 def node_depths(mask: Tensor) -> Tensor:
-    """(B, T) int64 depth of each node, the root's is 0, from the ancestor mask (B, T, T)."""
+    """Return the depth (B, T) int64 of each node, 0 for the root, from the ancestor mask (B, T, T)."""
     return mask.sum(dim=-1) - 1
 
 
 def children(tokens: list[int], parents: list[int]) -> list[dict[int, int]]:
-    """For each node of one tree on the host, its children as {token: node}; the root is nobody's child."""
+    """Return the children {token: node} of each node of one tree on the host; the root is no node's child."""
     table: list[dict[int, int]] = [{} for _ in tokens]
     for node in range(1, len(tokens)):
         table[parents[node]].setdefault(tokens[node], node)
     return table
+
+
+Children = Callable[[Tensor, Tensor, int, Tensor | None], Level]
+
+
+def best_children(logits: Tensor, scores: Tensor, width: int, vocab: Tensor | None = None) -> Level:
+    """Choose the `width` best continuations of a level with `scores` (B, T), from the draft's logits (B, T, N).
+
+    vocab: the tokens (N,) that the logits belong to; None: 0, 1, …
+    A node can have at most `width` children in the new level, so its own best `width` tokens are candidates enough.
+    Among continuations of one score any may be chosen, as `topk` does.
+    """
+    best = logits.topk(min(width, logits.shape[-1]), dim=-1, sorted=False).indices  # (B, T, k)
+    # in this order: a log-probability is never positive, so that none can round to a child that outranks its parent
+    totals = scores[:, :, None] + log_softmax(logits, dim=-1, dtype=torch.float32).gather(-1, best)
+    chosen, index = totals.flatten(1).topk(width, dim=-1)
+    tokens = best.flatten(1).gather(1, index)
+    return Level(tokens if vocab is None else vocab[tokens], index // best.shape[-1], chosen)

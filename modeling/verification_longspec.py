@@ -1,26 +1,30 @@
 """Verification: which nodes of a tree the target accepts, and the text that grows by them.
 
 At each node of a path the target's own sampler picks the next token exactly as plain `generate` would, so any tree and
-any processor give the same text. Where picks do not depend on the text so far, those of all nodes are made at once and
-`walk` finds the paths on the device; else `accept_step_by_step` picks along the paths. Knows trees and logits, not
-models or caches.
+any processor give the same text. Where picks do not depend on the text so far, the tokens behind all nodes are picked
+at once and `walk` finds the paths on the device; else the tokens are picked along the paths, step by step. Knows trees
+and logits, not models or caches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .sampling_longspec import Picks
+from .sampling_longspec import Picks, Sampler
 from .text_longspec import Text
 from .tree_longspec import TokenTree, children
 
 
 class Verified(NamedTuple):
-    """Of each node: its ancestors (B, T, T) and depth (B, T); the target's logits (B, T, vocab) and, for each layer,
-    hidden_states (…, B, T, hidden); hidden: (B, T, hidden), what the draft reads of them, if it does."""
+    """What the target's forward says of each node of a batch of trees.
+
+    ancestors: (B, T, T) bool; depths: (B, T); logits: (B, T, vocab); hidden_states: (…, B, T, hidden) of each layer,
+    if they are returned; hidden: (B, T, hidden), the target's last hidden state, for drafts that read it.
+    """
 
     ancestors: Tensor
     depths: Tensor
@@ -29,7 +33,7 @@ class Verified(NamedTuple):
     hidden: Tensor | None = None
 
 
-class Steps(NamedTuple):
+class Accepted(NamedTuple):
     """What a round keeps: the first `counts` (B,) nodes of each path (B, levels + 1); each row's newest token (B,).
 
     A row that rests keeps no node and has the newest token that it had.
@@ -40,8 +44,8 @@ class Steps(NamedTuple):
     newest: Tensor
 
     @classmethod
-    def of(cls, paths: list[list[int]], newest: list[int], levels: int, device: torch.device) -> Steps:
-        """From the host, in one transfer."""
+    def of(cls, paths: list[list[int]], newest: list[int], levels: int, device: torch.device) -> Accepted:
+        """Send paths and newest tokens from the host to `device` in one transfer."""
         rows = [
             [*path, *[0] * (levels + 1 - len(path)), len(path), token]
             for path, token in zip(paths, newest, strict=True)
@@ -53,35 +57,46 @@ class Steps(NamedTuple):
         return cls(table[:, :-2], table[:, -2], table[:, -1])
 
 
+class RowWalk(NamedTuple):
+    """The walk of one row on the host: the accepted nodes, root first, and the token picked behind each."""
+
+    nodes: list[int]
+    tokens: list[int]
+
+
 class Walk(NamedTuple):
-    """How far each tree agrees with the picks; `known` (B, 2 · levels + 3) is what the host has to know of it: the
-    path, the tokens picked behind its nodes, and how many nodes it has."""
+    """How far each tree agrees with the picked tokens.
 
-    steps: Steps
-    known: Tensor
+    table: (B, 2 · levels + 3), what the host reads: path, the token picked behind each node of the path, and count.
+    """
 
-    def on_host(self) -> list[list[int]]:
-        if self.known.device.type != "cuda":
-            return self.known.tolist()
-        buffer = torch.empty(self.known.shape, dtype=self.known.dtype, pin_memory=True)
-        buffer.copy_(self.known, non_blocking=True)
-        torch.cuda.current_stream(self.known.device).synchronize()
-        return buffer.tolist()
+    accepted: Accepted
+    table: Tensor
+
+    def on_host(self) -> list[RowWalk]:
+        """Read the walks in one transfer, the round's only wait for the device."""
+        table = self.table
+        if table.device.type == "cuda":
+            table = torch.empty(self.table.shape, dtype=self.table.dtype, pin_memory=True)
+            table.copy_(self.table, non_blocking=True)
+            torch.cuda.current_stream(self.table.device).synchronize()
+        steps = table.shape[1] // 2
+        return [RowWalk(row[: row[-1]], row[steps : steps + row[-1]]) for row in table.tolist()]
 
 
 def walk(tree: TokenTree, ancestors: Tensor, depths: Tensor, picks: Tensor) -> Walk:
-    """The paths along which each node carries what is picked (B, T) behind its parent. Work of the device alone."""
+    """Find the paths along which each node carries the token picked (B, T) behind its parent, on the device alone."""
     if tree.levels == 0:
         path, counts = torch.zeros_like(picks), torch.ones_like(picks[:, 0])
     else:
         path, counts = _agreed(tree, ancestors, depths, picks)
     tokens = picks.gather(1, path)
     newest = tokens.gather(1, counts[:, None] - 1)[:, 0]
-    return Walk(Steps(path, counts, newest), torch.cat([path, tokens, counts[:, None]], dim=1))
+    return Walk(Accepted(path, counts, newest), torch.cat([path, tokens, counts[:, None]], dim=1))
 
 
 def _agreed(tree: TokenTree, ancestors: Tensor, depths: Tensor, picks: Tensor) -> tuple[Tensor, Tensor]:
-    """Path and counts of `walk`. Of siblings with the same token, only the first is ever on a path."""
+    """Return path and counts of `walk`. Of siblings with the same token, only the first is ever on a path."""
     node = torch.arange(picks.shape[1], device=picks.device)
     is_root = node == 0
     same_token = tree.tokens[:, :, None] == tree.tokens[:, None]
@@ -95,63 +110,85 @@ def _agreed(tree: TokenTree, ancestors: Tensor, depths: Tensor, picks: Tensor) -
     return path[:, :beyond], accepted.sum(dim=-1)
 
 
-def accept(
-    known: list[list[int]], verified: Verified, picks: Picks | None, text: Text, paths: list[list[int]]
-) -> None:
-    """Extend `text` along walked paths as far as it goes on, and each row by the target's own next token.
+# Writes the token behind one node of each of some rows; returns the node that carries it, {row: node or None}.
+WriteNext = Callable[[list[int], list[int]], dict[int, int | None]]
 
-    known: `Walk.known`; picks: where they are not the argmax of the logits. paths: the accepted nodes of each row so
-    far: just the root `[0]`, or none where a row is to rest. They grow in place, so that they are right even if `text`
-    raises; in the end a row has as many as tokens were written.
+
+def accept(text: Text, paths: list[list[int]], write_next: WriteNext) -> None:
+    """Extend `text` along accepted nodes as far as it continues, and each row by the target's own next token.
+
+    paths: the accepted nodes of each row so far: just the root `[0]`, or none where a row is to rest. Paths grow in
+    place, so that they are right even if `text` raises; in the end a row has as many nodes as tokens were written.
     """
     room, stopped = text.room(), text.stopped
-    width = len(known[0]) // 2
     moving = [row for row, path in enumerate(paths) if path]
     while moving:
-        step = len(paths[moving[0]])  # all that move are equally far
+        following = write_next(moving, [paths[row][-1] for row in moving])
+        moving = [
+            row
+            for row, node in following.items()
+            if node is not None and len(paths[row]) < room[row] and (stopped[row] or text.ends[row] is None)
+        ]
+        if text.together and len(moving) < text.batch:
+            return
+        for row in moving:
+            node = following[row]
+            assert node is not None
+            paths[row].append(node)
+
+
+def along_walk(walks: list[RowWalk], verified: Verified, picks: Picks | None, text: Text) -> WriteNext:
+    """Write the tokens that `walk` has found; picks: None where the tokens are the largest logits."""
+    step = 0  # all that move are equally far
+
+    def write_next(rows: list[int], nodes: list[int]) -> dict[int, int | None]:
+        nonlocal step
         if not text.records.empty:
-            nodes = [paths[row][-1] for row in moving]
-            logits = verified.logits[moving, nodes]
-            scores = logits if picks is None else picks.scores[moving, nodes]
-            text.record(moving, scores, logits, _states(verified, moving, nodes))
-        text.write(moving, [known[row][width + step - 1] for row in moving])
-        heirs = {row: known[row][step] if step < known[row][-1] else None for row in moving}
-        moving = _go_on(text, paths, heirs, room, stopped)
+            logits = verified.logits[rows, nodes]
+            scores = logits if picks is None else picks.scores[rows, nodes]
+            text.record(rows, scores, logits, _states(verified, rows, nodes))
+        text.write(rows, [walks[row].tokens[step] for row in rows])
+        step += 1
+        return {row: walks[row].nodes[step] if step < len(walks[row].nodes) else None for row in rows}
+
+    return write_next
 
 
-def accept_step_by_step(tree: TokenTree, verified: Verified, text: Text, paths: list[list[int]]) -> None:
-    """The same where each pick depends on the text before it."""
-    room, stopped = text.room(), text.stopped
+def step_by_step(tree: TokenTree, verified: Verified, sampler: Sampler, text: Text) -> WriteNext:
+    """Pick each token with the text before it, then write it."""
     host = torch.stack([tree.tokens, tree.parents]).cpu()  # one transfer a round
     below = [children(*pair) for pair in zip(host[0].tolist(), host[1].tolist(), strict=True)]
-    moving = [row for row, path in enumerate(paths) if path]
-    while moving:
-        nodes = [paths[row][-1] for row in moving]
-        tokens = text.emit(moving, verified.logits[moving, nodes], _states(verified, moving, nodes))
-        rows = zip(moving, nodes, tokens, strict=True)
-        moving = _go_on(text, paths, {row: below[row][node].get(token) for row, node, token in rows}, room, stopped)
+
+    def write_next(rows: list[int], nodes: list[int]) -> dict[int, int | None]:
+        tokens = emit(text, sampler, rows, verified.logits[rows, nodes], _states(verified, rows, nodes))
+        return {row: below[row][node].get(token) for row, node, token in zip(rows, nodes, tokens, strict=True)}
+
+    return write_next
+
+
+def emit(
+    text: Text, sampler: Sampler, rows: list[int], logits: Tensor, hidden_states: tuple[Tensor, ...] | None = None
+) -> list[int]:
+    """Pick the next token of `rows` from the target's logits (R, vocab) and write it. Returns the tokens.
+
+    hidden_states: (…, R, length, hidden) of each layer, of the forward that gave the logits.
+    """
+    logits = logits.to(copy=True, dtype=torch.float32, device=text.device)
+    picks = sampler.pick(text.ids, rows, [text.steps[row] for row in rows], logits)
+    text.record(rows, picks.scores, logits, hidden_states)
+    return text.write(rows, picks.tokens.tolist())
+
+
+def pick_tree(text: Text, sampler: Sampler, verified: Verified, levels: int) -> Picks | None:
+    """Pick the tokens behind all nodes of a batch of trees; None where these are just the largest logits."""
+    if sampler.plan.by_argmax:
+        return None
+    logits, depths = verified.logits.to(text.device), verified.depths.to(text.device)
+    return sampler.pick_tree(text.first_id, text.steps, logits, depths, levels)
 
 
 def _states(verified: Verified, rows: list[int], nodes: list[int]) -> tuple[Tensor, ...] | None:
-    """Hidden states (…, R, 1, hidden) of one node of each of `rows`."""
+    """Return the hidden states (…, R, 1, hidden) of one node of each of `rows`."""
     if verified.hidden_states is None:
         return None
     return tuple(layer[..., rows, nodes, None, :] for layer in verified.hidden_states)
-
-
-def _go_on(
-    text: Text, paths: list[list[int]], heirs: dict[int, int | None], room: list[int], stopped: list[bool]
-) -> list[int]:
-    """The rows that write one more token in this round; the path of each grows by its heir, {row: node}."""
-    going = [
-        row
-        for row, heir in heirs.items()
-        if heir is not None and len(paths[row]) < room[row] and (stopped[row] or text.ends[row] is None)
-    ]
-    if text.together and len(going) < text.batch:
-        return []
-    for row in going:
-        heir = heirs[row]
-        assert heir is not None
-        paths[row].append(heir)
-    return going

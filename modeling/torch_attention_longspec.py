@@ -16,7 +16,7 @@ SEQUENCES = 256
 
 
 def torch_prefix(query: Tensor, prefix: Prefix, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """(out, lse) as `attend`; where a mask tells nodes apart, they are few: a sliding window."""
+    """Attend to a prefix, (out, lse) as `attend`; a mask goes to the reference, as masked layers have few keys."""
     if softcap is not None:
         raise ValueError(f"the torch attention backend has no soft-capping, got softcap={softcap}")
     if prefix.mask is not None:
@@ -39,7 +39,7 @@ def torch_prefix(query: Tensor, prefix: Prefix, scaling: float, softcap: float |
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Unmasked attention over all of `key`."""
+    """Attend to all of `key` without a mask."""
     if key.shape[2] == 0:  # the CPU kernel divides by the number of keys and kills the process
         return torch.zeros_like(query, dtype=torch.float32), query.new_full(
             query.shape[:3], NEG_INF, dtype=torch.float32
@@ -58,19 +58,17 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[T
 
 
 def _flash_by_row(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scaling: float) -> tuple[Tensor, Tensor]:
-    """One kernel for rows of different spans, which it reads on the device (CUDA).
+    """Attend by one CUDA kernel to rows of different spans, which the kernel reads on the device.
 
-    Each part of the keys of each (row, K/V head) is a sequence of its own, so that a long prefix has many readers, as
-    in flash-decoding; the parts are merged. The stores must be contiguous; they are taken as they lie.
+    Each part of the keys of each (row, K/V head) is a sequence for the kernel, so that a long prefix has many readers,
+    as in flash-decoding; the parts are merged afterwards. The stores must be contiguous and are not copied.
     """
     batch, kv_heads, slots, dim = key.shape
     rows = pack_heads(query, kv_heads)  # (B, K, G·T, D)
     packed = rows.shape[2]
     parts = max(min(SEQUENCES // (batch * kv_heads), slots // PART_TOKENS), 1)
     part = -(-slots // parts)
-    if (kv_heads, slots) not in spans.derived:
-        spans.derived[kv_heads, slots] = _sequences(spans, kv_heads, slots, parts, part)
-    begins, held = spans.derived[kv_heads, slots]
+    begins, held = spans.memo.once((kv_heads, slots), lambda: _sequences(spans, kv_heads, slots, parts, part))
     queries = torch.arange(0, batch * kv_heads * parts * packed + 1, packed, device=query.device, dtype=torch.int32)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         rows[:, :, None].expand(-1, -1, parts, -1, -1).reshape(-1, 1, dim),
@@ -98,7 +96,7 @@ def _flash_by_row(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scali
 
 
 def _sequences(spans: Spans, kv_heads: int, slots: int, parts: int, part: int) -> tuple[Tensor, Tensor]:
-    """Where each part of the keys of each (row, K/V head) begins in a flat store, (N + 1,), and its length, (N,)."""
+    """Return the first slot (N + 1,) and the length (N,) of each part of each (row, K/V head) in a flat store."""
     device = spans.starts.device
     offsets = torch.arange(parts, device=device) * part
     held = (spans.ends - spans.starts)[:, None] - offsets  # (B, parts)

@@ -1,7 +1,7 @@
 """`config.compile_target`: the target's decoder layers go through torch.compile while they verify.
 
-What lies between the matrix products of a layer (norms, rotary embedding, activation, residual sums) is some thirty
-kernels in most families; fused it is six. Attention and the cache are opaque to the compiler: it makes graphs of the
+Between the matrix products of a layer lie some thirty kernels in most families (norms, rotary embedding, activation,
+residual sums); fused they are six. Attention and the cache are opaque to the compiler, which makes graphs of the
 pieces around them, the same for all layers. Knows decoder layers as modules only.
 """
 
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .fast_graphs_longspec import forward_misfit
 from .target_longspec import attention_module
 
 _SETTINGS: dict[str, Any] = {
@@ -30,15 +31,12 @@ _LOCK = threading.Lock()
 
 
 @contextmanager
-def compiled_layers(target: PreTrainedModel, wanted: bool) -> Iterator[None]:
-    """Within it, this thread runs the decoder layers of `target` compiled, if that is `wanted`; other threads do not.
+def compiled_layers(target: PreTrainedModel) -> Iterator[None]:
+    """Let this thread run the decoder layers of `target` compiled; other threads run the layers' own code.
 
-    The first forward with another number of nodes or rows compiles, the second such number for all that follow. Errors
+    The first forward of a new number of nodes or rows compiles, and the second such number for all that follow. Errors
     of the compiler come through.
     """
-    if not wanted:
-        yield
-        return
     import torch._dynamo  # seconds, which others need not wait
 
     layers, thread = decoder_layers(target), threading.get_ident()
@@ -57,7 +55,7 @@ def compiled_layers(target: PreTrainedModel, wanted: bool) -> Iterator[None]:
 
 
 def dispatch(thread: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Stands in for the `forward` of a layer: compiled in `thread`, as it is in all others."""
+    """Stand in for the `forward` of a layer: compiled in `thread`, uncompiled in all others."""
     run = compiled_run() if threading.get_ident() == thread else run_layer
     return run(forward, *args, **kwargs)
 
@@ -68,8 +66,8 @@ def run_layer(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 @functools.cache
 def compiled_run() -> Callable[..., Any]:
-    """`run_layer`, compiled; what it compiled torch keeps beside the code of the layers, for all calls."""
-    from .linear_pass_longspec import OneRowPass  # seconds, as above
+    """Return `run_layer`, compiled; torch keeps the compiled code beside the layers' own code, for all calls."""
+    from .fast_linear_pass_longspec import OneRowPass  # seconds, as above
 
     options: dict[str, Any] = {
         # rounded where the layers' own code rounds, so that texts in half precision part no more often than they must
@@ -81,7 +79,7 @@ def compiled_run() -> Callable[..., Any]:
 
 
 def decoder_layers(target: PreTrainedModel) -> list[nn.Module]:
-    """The stack that holds the target's attention modules."""
+    """Return the stack of decoder layers that holds the target's attention modules."""
     decoder = target.get_decoder()
     attention = attention_module(decoder, 0)
     stacks = [module for module in decoder.children() if isinstance(module, nn.ModuleList)]
@@ -89,18 +87,16 @@ def decoder_layers(target: PreTrainedModel) -> list[nn.Module]:
 
 
 def check_compilable(target: PreTrainedModel) -> None:
-    """Raises `ValueError` for `compile_target=True` with a target whose layers cannot be compiled."""
-    reason = misfit(target)
+    """Raise `ValueError` for `compile_target=True` with a target whose layers cannot be compiled."""
+    reason = compile_misfit(target)
     if reason is not None:
         raise ValueError(f"compile_target=True cannot be had here: {reason}; use False")
 
 
-def misfit(target: PreTrainedModel) -> str | None:
-    """Why the layers of this target cannot be compiled, or None."""
-    if any(hasattr(module, "_hf_hook") for module in target.modules()):
-        return "accelerate's hooks move data in every forward"
-    if hasattr(target, "unshard"):
-        return "FSDP gathers weights in every forward"
+def compile_misfit(target: PreTrainedModel) -> str | None:
+    """Return why the layers of this target cannot be compiled, or None."""
+    if (reason := forward_misfit(target)) is not None:
+        return reason
     quantizer = getattr(target, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_compileable:
         return f"{type(quantizer).__name__} has kernels that torch.compile cannot trace"
@@ -110,5 +106,5 @@ def misfit(target: PreTrainedModel) -> str | None:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether a module or its forward went through torch.compile."""
+    """Tell whether a module or its forward went through torch.compile."""
     return module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")

@@ -1,4 +1,4 @@
-"""The attention backends by name, and which of them can serve a call. Knows no models."""
+"""The choice of an attention backend: by name, or the fastest that can serve a call. Knows no models."""
 
 from __future__ import annotations
 
@@ -6,63 +6,33 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from packaging.version import Version
 from torch import Tensor
 from transformers.utils import logging
 
-from .attention_longspec import Nodes, Prefix, PrefixAttention, eager_prefix, merged_attention
-from .children_longspec import Children, best_children
-from .slots_longspec import Move, move_slots
-from .torch_flash_longspec import torch_prefix
+from .attention_longspec import Prefix
+from .engine_longspec import Backend, Demand, check_backend, plain_backend, torch_misfit
 
 logger = logging.get_logger(__name__)
-Attention = Callable[[Tensor, Prefix, Nodes | None, float, float | None, Tensor | None], Tensor]
 # Up to 64 queries a key/value head our kernel is faster than FlashAttention-3, with 256 slower (H200, heads of 128).
 FEW = 64
 FLASH_3 = ("flash_attn_interface", "fa3_fwd_interface")  # the package's own module, and that of the wheel fa3-fwd
 
 
-class Demand(NamedTuple):
-    """What a call asks of a backend: where and in which format, the layers' head dimension and soft-cap."""
-
-    device: torch.device
-    dtype: torch.dtype
-    head_dim: int
-    softcap: float | None
-
-
-class Backend(NamedTuple):
-    """A way to attend: `prefix` as `eager_prefix`, `attention` as `merged_attention`; `move` as `move_slots`.
-
-    children: how the draft chooses a level of the tree, as `best_children`; in Triton, where attention needs it too.
-    """
-
-    name: str
-    prefix: PrefixAttention
-    attention: Attention
-    move: Move = move_slots
-    children: Children = best_children
-
-
 def load_backend(name: str) -> Backend:
-    """The backend of this name. Raises `ImportError` where its package is missing or cannot be loaded."""
-    if name == "eager":
-        return Backend(name, eager_prefix, functools.partial(merged_attention, eager_prefix))
-    if name == "torch":
-        return Backend(name, torch_prefix, functools.partial(merged_attention, torch_prefix))
+    """Load the backend of this name. Raises `ImportError` where its package is missing or cannot be loaded."""
+    if name in ("eager", "torch"):
+        return plain_backend(name)
+    from .fast_triton_tree_longspec import fused_best_children, triton_move
+
     if name == "triton":
-        from .triton_longspec import triton_attention, triton_prefix
-        from .triton_move_longspec import triton_move
-        from .triton_topk_longspec import fused_best_children
+        from .fast_triton_attention_longspec import triton_attention, triton_prefix
 
         return Backend(name, triton_prefix, triton_attention, triton_move, fused_best_children)
-    from .flash_attn_longspec import flash_attention, flash_prefix, load_flash_2, load_flash_3
-    from .triton_move_longspec import triton_move
-    from .triton_topk_longspec import fused_best_children
+    from .fast_flash_longspec import flash_attention, flash_prefix, load_flash_2, load_flash_3
 
     try:
         if name == "flash_attn_2":
@@ -76,20 +46,19 @@ def load_backend(name: str) -> Backend:
 
 
 def resolve_backend(name: str, demand: Demand) -> Backend:
-    """The backend for a call: `name`, or the fastest that fits for `"auto"`.
+    """Return the backend for a call: `name`, or for `"auto"` the fastest that fits.
 
     Raises `ValueError` with the reason where a backend asked for by name cannot run, `ImportError` where its package
     is installed but broken.
     """
     if name == "auto":
         return fastest(demand)
-    if name != "eager" and (reason := MISFITS[name](demand)):
-        raise ValueError(f"attention_backend={name!r} cannot run here: {reason}; use 'auto' or 'eager'")
+    check_backend(name, MISFITS[name](demand) if name != "eager" else None)
     return load_backend(name)
 
 
 def fastest(demand: Demand) -> Backend:
-    """The fastest backend that fits. One whose package is installed but broken is passed over, and told of once."""
+    """Return the fastest backend that fits. A package that is installed but broken is passed over with a warning."""
     for name in ("flash_attn_3", "triton", "torch") if demand.device.type == "cuda" else ("torch",):
         try:
             if MISFITS[name](demand) is None:
@@ -101,7 +70,7 @@ def fastest(demand: Demand) -> Backend:
 
 
 def imported(module: str) -> Any:
-    """A package. Raises `ImportError` also for one that was built for another torch and fails in another way."""
+    """Import a package. Raises `ImportError` also for one that was built for another torch and fails otherwise."""
     # not an import statement: transformers would ask all who load a draft's code for the package
     try:
         return importlib.import_module(module)
@@ -111,10 +80,10 @@ def imported(module: str) -> Any:
 
 
 def by_size(small: Backend, large: Backend) -> Backend:
-    """`small` where a key/value head has at most `FEW` queries, else `large`."""
+    """Return a backend that is `small` where a key/value head has at most `FEW` queries, else `large`."""
 
     def prefix(query: Tensor, states: Prefix, *options: Any) -> tuple[Tensor, Tensor]:
-        return (small if few(query, states) else large).prefix(query, states, *options)
+        return (small if few(query, states) else large).prefix_attention(query, states, *options)
 
     def attention(query: Tensor, states: Prefix, *options: Any) -> Tensor:
         return (small if few(query, states) else large).attention(query, states, *options)
@@ -122,23 +91,11 @@ def by_size(small: Backend, large: Backend) -> Backend:
     def few(query: Tensor, states: Prefix) -> bool:
         return query.shape[1] // states.key.shape[1] * query.shape[2] <= FEW
 
-    return small._replace(name=f"{small.name} and {large.name}", prefix=prefix, attention=attention)
-
-
-def torch_misfit(demand: Demand) -> str | None:
-    """Why torch's built-in kernels cannot serve a target, or None."""
-    device, head_dim = demand.device, demand.head_dim
-    if demand.softcap is not None:
-        return f"the target caps its attention scores (softcap={demand.softcap}), torch's flash kernels cannot"
-    if device.type not in ("cpu", "cuda"):
-        return f"no flash kernel with log-sum-exp on {device.type}"
-    if device.type == "cuda" and (head_dim % 8 or head_dim > 256):
-        return f"the CUDA kernels need a head dimension that is a multiple of 8 and at most 256, got {head_dim}"
-    return None
+    return small._replace(name=f"{small.name} and {large.name}", prefix_attention=prefix, attention=attention)
 
 
 def triton_misfit(demand: Demand) -> str | None:
-    """Why our own kernel cannot serve a target, or None."""
+    """Return why our own kernel cannot serve a target, or None."""
     device, head_dim = demand.device, demand.head_dim
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
@@ -155,7 +112,7 @@ def triton_misfit(demand: Demand) -> str | None:
 
 
 def flash_2_misfit(demand: Demand) -> str | None:
-    """Why FlashAttention-2 cannot serve a target, or None."""
+    """Return why FlashAttention-2 cannot serve a target, or None."""
     if importlib.util.find_spec("flash_attn") is None:
         return "the package flash_attn is not installed"
     version = importlib.metadata.version("flash_attn")
@@ -165,7 +122,7 @@ def flash_2_misfit(demand: Demand) -> str | None:
 
 
 def flash_3_misfit(demand: Demand) -> str | None:
-    """Why FlashAttention-3 cannot serve a target, or None."""
+    """Return why FlashAttention-3 cannot serve a target, or None."""
     module = installed_flash_3()
     if module is None:
         return "no package with FlashAttention-3 is installed (flash_attn_interface, or the wheel fa3-fwd)"
@@ -177,7 +134,7 @@ def flash_3_misfit(demand: Demand) -> str | None:
 
 
 def build_misfit(module: str, left_out: dict[str, Any], demand: Demand) -> str | None:
-    """What a build of FlashAttention-3 with these flags cannot."""
+    """Return what a build of FlashAttention-3 with these flags cannot serve, or None."""
     sizes = [size for size in (64, 96, 128, 192, 256) if not left_out.get(f"FLASHATTENTION_DISABLE_HDIM{size}")]
     if demand.dtype == torch.float16 and left_out.get("FLASHATTENTION_DISABLE_FP16"):
         return f"{module} is built without float16"
@@ -189,7 +146,7 @@ def build_misfit(module: str, left_out: dict[str, Any], demand: Demand) -> str |
 
 
 def flash_misfit(demand: Demand) -> str | None:
-    """What both packages, and the kernel for the tree behind them, cannot."""
+    """Return what neither package can serve, or what the kernel for the tree cannot; None for a fit."""
     if demand.device.type != "cuda":
         return f"it needs a CUDA device, got {demand.device.type}"
     if demand.dtype not in (torch.float16, torch.bfloat16):
@@ -200,12 +157,12 @@ def flash_misfit(demand: Demand) -> str | None:
 
 
 def installed_flash_3() -> str | None:
-    """The module of FlashAttention-3 that is installed."""
+    """Return the installed module of FlashAttention-3, or None."""
     return next((module for module in FLASH_3 if importlib.util.find_spec(module) is not None), None)
 
 
 def build_flags(module: str) -> dict[str, Any]:
-    """What a build of FlashAttention-3 says that it left out; nothing, where it does not say."""
+    """Return what a build of FlashAttention-3 says that it left out; nothing where it does not say."""
     config = module.replace("interface", "config")
     return importlib.import_module(config).CONFIG["build_flags"] if importlib.util.find_spec(config) else {}
 

@@ -1,0 +1,103 @@
+"""The fast engine: memory and CUDA graphs that outlive a call, compiled layers, and backends of other packages.
+
+A capture costs some rounds, and it is worth nothing once a tensor it works on has moved. So the engine keeps the
+memory of its last call for the next one: the target's keys and values, the draft's window, the roots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .cache_layers_longspec import Stores
+from .cache_longspec import SpeculativeCache
+from .call_longspec import Call
+from .configuration_longspec import LongSpecConfig
+from .engine_longspec import Backend, Demand, Engine
+from .fast_choose_longspec import resolve_backend
+from .fast_graphs_longspec import Graphs, Settled, captured_values, graphs_misfit
+
+logger = logging.get_logger(__name__)
+
+
+class FastEngine(Engine):
+    """Run rounds as CUDA graphs over memory that is kept from call to call; see `Engine`.
+
+    memory: the stores of a cache that is no more. settled: the small tensors of a call. graphs: captured over both.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.stream = _stream(device)
+        self.memory: list[Stores] = []
+        self.settled = Settled()
+        self.graphs = Graphs()
+
+    def suits(self, device: torch.device) -> bool:
+        # work on one stream does not wait for work on another
+        return device == self.device and self.stream == _stream(device)
+
+    def check(self, config: LongSpecConfig, target: PreTrainedModel, device: torch.device, synced_gpus: bool) -> None:
+        reason = graphs_misfit(target, device, synced_gpus) if config.cuda_graphs is True else None
+        if reason is not None:
+            raise ValueError(f"cuda_graphs=True cannot be had here: {reason}; use 'auto' or False")
+        if config.compile_target:
+            from .fast_compiled_longspec import check_compilable
+
+            check_compilable(target)
+
+    def backend(self, name: str, demand: Demand) -> Backend:
+        return resolve_backend(name, demand)
+
+    def lend(self, cache: SpeculativeCache) -> None:
+        memory, self.memory = self.memory, []
+        cache.reuse(memory)
+
+    def begin(self, call: Call, synced_gpus: bool) -> Call:
+        """Move the tensors that rounds read or write into the memory kept from the last call."""
+        wanted, target = call.generator.draft.config.cuda_graphs, call.target
+        reason = graphs_misfit(target, self.device, synced_gpus)
+        if wanted == "auto" and reason and self.device.type == "cuda":
+            logger.warning_once(f"LongSpec runs without CUDA graphs: {reason}")
+        self.graphs.captures = wanted is not False and reason is None
+        cache, generator = call.cache, call.generator
+        cache.on_device = self.graphs.captures
+        cache.bounds_on(call.roots.positions.device)
+        for holder in (cache, generator, generator.window):
+            vars(holder).update(self.settled.put(type(holder).__name__, _tensors_in(vars(holder))))
+        extras = call.extras | self.settled.put("extras", _tensors_in(call.extras))
+        call = call._replace(roots=self.settled.put("roots", call.roots), extras=extras)
+        self.moved(call)
+        return call
+
+    def moved(self, call: Call) -> None:
+        """Forget the graphs if anything they took as a constant is no longer as it was."""
+        values = captured_values(call) if self.graphs.captures else None
+        self.graphs.require((values, self.settled.location))
+
+    def run(self, phase: Callable[..., Any], call: Call, *inputs: Any) -> Any:
+        return self.graphs.run(phase, call, *inputs)
+
+    def layers(self, call: Call) -> AbstractContextManager:
+        if not call.generator.draft.config.compile_target:
+            return nullcontext()
+        from .fast_compiled_longspec import compiled_layers
+
+        return compiled_layers(call.target)
+
+    def end(self, call: Call) -> None:
+        self.memory = call.cache.memory
+
+
+def _stream(device: torch.device) -> int | None:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+
+
+def _tensors_in(values: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
