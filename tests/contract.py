@@ -1,4 +1,4 @@
-"""The contract as a table: `python tests/contract.py` computes docs/CONTRACT.md, and from it a part of README.md.
+"""The contract as a table: `python tests/contract.py` computes docs/CONTRACT.md, and from it a part of docs/LIMITS.md.
 
 `contract_rows.py` has the rows. Every package a row needs must be installed: the table is whole or not written.
 """
@@ -20,7 +20,7 @@ from contract_rows import all_rows
 from hf_longspec.provenance import versions
 
 ROOT = Path(__file__).parent.parent
-PAGE, README = ROOT / "docs" / "CONTRACT.md", ROOT / "README.md"
+PAGE, LIMITS = ROOT / "docs" / "CONTRACT.md", ROOT / "docs" / "LIMITS.md"
 MARKERS = "<!-- contract: made by python tests/contract.py -->\n", "<!-- end of contract -->\n"
 HEAD = """# What `generate` does with a draft
 
@@ -103,9 +103,9 @@ def summary(made: list[Line]) -> str:
     return text
 
 
-def put(readme: str, made: list[Line]) -> str:
-    """The README with the summary between its markers."""
-    before, rest = readme.split(MARKERS[0])
+def put(page: str, made: list[Line]) -> str:
+    """Return the page with the summary between its markers."""
+    before, rest = page.split(MARKERS[0])
     return before + MARKERS[0] + summary(made) + MARKERS[1] + rest.split(MARKERS[1])[1]
 
 
@@ -137,7 +137,7 @@ def main() -> None:
         print(_row(line), end="", flush=True)
     named = ", ".join(f"{name} {version}" for name, version in versions().items())
     PAGE.write_text(HEAD.format(versions=named) + table(made), encoding="utf-8")
-    README.write_text(put(README.read_text(encoding="utf-8"), made), encoding="utf-8")
+    LIMITS.write_text(put(LIMITS.read_text(encoding="utf-8"), made), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from contract import PAGE, README, Line, lines, put, read_table, summary, table
+from contract import LIMITS, PAGE, Line, lines, put, read_table, summary, table
 from contract_cell import Case, Row, models, observe, once, prompts, run
 from contract_rows import all_rows
 from observation import differences
@@ -50,7 +50,7 @@ def test_the_table():
 
 
 def test_the_committed_table():
-    """Every row of the contract, in its order, and in the README what it comes to."""
+    """Every row of the contract, in its order, and in docs/LIMITS.md what the rows come to."""
     page = PAGE.read_text(encoding="utf-8")
     made = read_table(page)
     assert [(line.group, line.name) for line in made] == [(row.group, row.name) for row in all_rows()]
@@ -58,8 +58,8 @@ def test_the_committed_table():
         if f"transformers {transformers.__version__}," in page:
             expected = ["equal"] if row.refused is None else ["refused", "ValueError, like plain"]
             assert line.one in expected and line.four in (expected if 4 in row.batches else "–")
-    readme = README.read_text(encoding="utf-8")
-    assert put(readme, made) == readme, "run python tests/contract.py"
+    limits = LIMITS.read_text(encoding="utf-8")
+    assert put(limits, made) == limits, "run python tests/contract.py"
 
 
 @pytest.mark.parametrize("batch", [1, 4])

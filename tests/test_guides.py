@@ -21,8 +21,8 @@ from hf_longspec.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-GUIDES = ["USE", "TRAIN", "PUBLISH", "HOW_IT_WORKS", "TROUBLESHOOTING"]
-PAGES = [ROOT / "README.md", *(DOCS / f"{name}.md" for name in GUIDES)]
+GUIDES = ["USE", "TRAIN", "EVALUATE", "PUBLISH", "RESULTS", "LIMITS", "HOW_IT_WORKS", "TROUBLESHOOTING"]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(DOCS / f"{name}.md" for name in GUIDES)]
 DRAFT = ROOT / "hub_configs" / "smollm2-135m-instruct"
 QWEN = {  # what tells the shape of Qwen2.5-Coder-0.5B from SmolLM2's
     "vocab_size": 151_936,
@@ -262,3 +262,19 @@ def test_the_picture_of_a_round_is_what_its_script_draws(tmp_path):
     script.write_text((DOCS / "img" / "round.py").read_text(encoding="utf-8"), encoding="utf-8")
     subprocess.run([sys.executable, script], check=True, timeout=300)
     assert (tmp_path / "round.svg").read_bytes() == (DOCS / "img" / "round.svg").read_bytes()
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_the_log_has_an_index():
+    """Each entry has a line in the index, in the order of the entries, and no line is too long to read."""
+    log = guide("LOG")
+    entries = re.findall(r"^## (\d{4}-\d\d-\d\d .*)$", log, re.M)
+    anchors = [re.sub(r"[^\w\- ]", "", entry.lower()).replace(" ", "-") for entry in entries]
+    places = dict(re.findall(r"^\[(\d+)\]: #(\S+)$", log, re.M))
+    index = re.findall(r"^- (\d{4}-\d\d-\d\d) \[.*\]\[(\d+)\]$", log, re.M)
+    assert [places[number] for _, number in index] == anchors
+    assert [date for date, _ in index] == [entry[:10] for entry in entries]
+    assert max(map(len, log.splitlines())) <= 140

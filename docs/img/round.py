@@ -79,8 +79,8 @@ def accepted(guesses: TokenTree, mask: torch.Tensor) -> list[int]:
     """The nodes of the accepted path."""
     ids = dict(zip(TOKENS, guesses.tokens[0].tolist(), strict=True))
     picks = torch.tensor([[ids.get(token, -1) for token in PICKS]])
-    steps = walk(guesses, mask, node_depths(mask), picks).steps
-    return steps.path[0, : steps.counts[0]].tolist()
+    path, counts, _ = walk(guesses, mask, node_depths(mask), picks)[0]
+    return path[0, : counts[0]].tolist()
 
 
 def places(x: float, y: float) -> list[tuple[float, float]]:
