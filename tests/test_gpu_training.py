@@ -40,7 +40,7 @@ def test_documents_apart_by_masks_spans_and_pieces(tmp_path, monkeypatch, settin
     tolerance = 1e-3 if not settings else 3e-2
     masks = losses(tmp_path, "masks", **settings)
     assert losses(tmp_path, "pieces", target__piece=24, **settings) == pytest.approx(masks, rel=tolerance)
-    for module in ("samples", "forward", "distillation"):
+    for module in ("batch", "forward", "distillation"):
         monkeypatch.setattr(f"hf_longspec.training.{module}.LONGEST_MASKED", 16)
     assert documents.LONGEST_MASKED > 16
     assert losses(tmp_path, "spans", **settings) == pytest.approx(masks, rel=tolerance)

@@ -22,6 +22,7 @@ from hf_longspec import LongSpecConfig, LongSpecForCausalLM
 from hf_longspec.evaluation.tiny_models import tiny_model
 from hf_longspec.modeling.candidate_generator_longspec import LongSpecCandidateGenerator
 from hf_longspec.modeling.hidden_state_longspec import catching
+from hf_longspec.training.batch import Batch
 from hf_longspec.training.distillation import Distillation
 from hf_longspec.training.forward import draft_hidden
 from hf_longspec.training.recipe import Signal
@@ -247,7 +248,7 @@ def test_a_round_guesses_as_it_was_trained_to(family, grown):
         positions = torch.arange(ids.shape[1])[None]
         states = read_target(target, bound.layer, ids, positions)
         for depth in (1, 2, 3):
-            hidden = draft_hidden(draft, bound, ids, positions, states, torch.tensor([depth]))
+            hidden = draft_hidden(draft, bound, Batch(ids, ids, positions, torch.tensor([depth])), states)
             logits = bound.logits(hidden)[0, position + depth - 1]
             assert logits.argmax() == tree.tokens[0, depth]
             guesses.add(int(tree.tokens[0, depth]))

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_longspec.training import samples
+from hf_longspec.training import batch
+from hf_longspec.training.batch import batch_of, without_filling
 from hf_longspec.training.loss import IGNORED
 from hf_longspec.training.recipe import Signal
 from hf_longspec.training.samples import (
@@ -11,8 +12,6 @@ from hf_longspec.training.samples import (
     Collator,
     NumberedSamples,
     NumberedStream,
-    batch_of,
-    without_filling,
 )
 
 SIGNAL = Signal(length=8, max_lag=3)
@@ -93,23 +92,23 @@ def test_a_sample_has_a_lag_by_its_number():
 
 def test_labels_by_hand():
     """Documents of five and three tokens, the first of each not learned; in the second row a chat's answer only."""
-    batch = batch_of([sample(), sample(10, (8,), learned=[0, 0, 0, 1, 1, 0, 0, 1])])
+    labels = batch_of([sample(), sample(10, (8,), learned=[0, 0, 0, 1, 1, 0, 0, 1])]).labels
     no = IGNORED
-    assert batch["labels"].tolist() == [[1, 2, 3, 4, no, 6, 7, no], [no, no, 13, 14, no, no, 17, no]]
+    assert labels.tolist() == [[1, 2, 3, 4, no, 6, 7, no], [no, no, 13, 14, no, no, 17, no]]
 
 
 def test_documents_are_told_apart_only_where_a_row_has_several(monkeypatch):
     single = batch_of([sample(lengths=(8,)), sample(lengths=(8,))])
-    assert "document_ids" not in single and "spans" not in single
+    assert single.document_ids is None and single.spans == ()
     several = batch_of([sample(lengths=(8,)), sample()])
-    assert several["document_ids"].tolist() == [[0] * 8, [0] * 5 + [1] * 3] and several["spans"] == ()
-    monkeypatch.setattr(samples, "LONGEST_MASKED", 7)
-    assert batch_of([sample(lengths=(8,)), sample()])["spans"] == ((0, 0, 8), (1, 0, 5), (1, 5, 8))
+    assert several.document_ids.tolist() == [[0] * 8, [0] * 5 + [1] * 3] and several.spans == ()
+    monkeypatch.setattr(batch, "LONGEST_MASKED", 7)
+    assert batch_of([sample(lengths=(8,)), sample()]).spans == ((0, 0, 8), (1, 0, 5), (1, 5, 8))
 
 
 def test_filling_is_no_document():
     filled = sample(lengths=(5, 3), learned=[0, 1, 1, 1, 1, 0, 0, 0])
     assert without_filling(filled["document_ids"], filled["loss_mask"]).tolist() == [0] * 8
-    assert "document_ids" not in batch_of([filled])
+    assert batch_of([filled]).document_ids is None
     first = sample(lengths=(5, 3), learned=[0, 0, 0, 0, 0, 0, 1, 1])
     assert without_filling(first["document_ids"], first["loss_mask"]).tolist() == [0] * 5 + [1] * 3

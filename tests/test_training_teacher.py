@@ -8,6 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
 from hf_longspec.training import distillation, forward
+from hf_longspec.training.batch import Batch
 from hf_longspec.training.distillation import Distillation
 from hf_longspec.training.documents import positions_within, spans_of
 from hf_longspec.training.forward import draft_hidden, lagged_states
@@ -62,7 +63,7 @@ def test_training_sees_what_a_decoding_step_sees(family, lag, reads):
     ids, positions = torch.randint(13, (1, LENGTH)), plain_positions(1, LENGTH)
     states = read_target(target, bound.layer, ids, positions)
     with torch.no_grad():
-        trained = draft_hidden(draft, bound, ids, positions, states, torch.tensor([lag]))
+        trained = draft_hidden(draft, bound, Batch(ids, ids, positions, torch.tensor([lag])), states)
         for t in (lag - 1, lag, 6, LENGTH - 1):  # of the first one, nothing is known
             torch.testing.assert_close(decoding_step(target, draft, bound, ids, t, lag)[0, 0], trained[0, t])
 
@@ -119,7 +120,7 @@ def test_a_document_without_states_teaches_finite_gradients(llama):
     bound = draft.bind(llama)
     ids, positions = torch.randint(13, (1, 3)), plain_positions(1, 3)
     states = read_target(llama, bound.layer, ids, positions)
-    draft_hidden(draft, bound, ids, positions, states, torch.tensor([2])).sum().backward()
+    draft_hidden(draft, bound, Batch(ids, ids, positions, torch.tensor([2])), states).sum().backward()
     grads = [draft.hidden_proj.weight.grad, draft.hidden_layernorm.weight.grad]
     assert all(grad.isfinite().all() and grad.any() for grad in grads)
 
@@ -152,22 +153,23 @@ def test_documents_side_by_side_are_as_if_each_were_alone(family, way, reads, mo
     together = Distillation(target, draft, Signal(), piece=4 if way == "pieces" else None)
     ids, positions = torch.randint(13, (2, LENGTH)), moved_positions(positions_within(DOCUMENTS))
     spans = spans_of(DOCUMENTS)
-    states = together.read(ids, positions, DOCUMENTS, spans if way != "masks" else ())
+    batch = Batch(ids, ids, positions, torch.tensor([2, 3]), DOCUMENTS, spans)
+    states = together.read(batch if way != "masks" else batch._replace(spans=()))
     with torch.no_grad():
-        hidden = draft_hidden(draft, together.bound, ids, positions, states, torch.tensor([2, 3]), DOCUMENTS, spans)
+        hidden = draft_hidden(draft, together.bound, batch, states)
         for row, start, end in spans:
             one = slice(row, row + 1), slice(start, end)
             alone = read_target(target, together.bound.layer, ids[one], positions[one])
             torch.testing.assert_close(states.hidden[one], alone.hidden)
             torch.testing.assert_close(states.key[one[0], :, one[1]], alone.key)
-            expected = draft_hidden(draft, together.bound, ids[one], positions[one], alone, torch.tensor([2 + row]))
-            torch.testing.assert_close(hidden[one], expected)
+            by_itself = Batch(ids[one], ids[one], positions[one], torch.tensor([2 + row]))
+            torch.testing.assert_close(hidden[one], draft_hidden(draft, together.bound, by_itself, alone))
 
 
 def test_an_attention_without_masks_is_refused_for_documents_in_short_samples(llama, draft):
     llama.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="expected `target.attn_implementation` sdpa, .* got flash_attention_2"):
-        Distillation(llama, draft, Signal()).read(DOCUMENTS, DOCUMENTS, DOCUMENTS)
+        Distillation(llama, draft, Signal()).read(Batch(DOCUMENTS, DOCUMENTS, DOCUMENTS, torch.ones(2), DOCUMENTS))
 
 
 def test_a_draft_for_another_target_is_refused(llama):

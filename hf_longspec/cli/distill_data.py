@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,45 +13,32 @@ import typer
 from .one_line import in_one_line
 from .options import Dtype, RemoteCode, Target, load_draft, load_model, load_tokenizer
 from .options import Format as NumberFormat
-from .sources import (
-    Config,
-    DocumentOption,
-    Field,
-    Format,
-    FormatOption,
-    HeldOutNames,
-    Kind,
-    Limit,
-    MaxBadShare,
-    Separator,
-    Split,
-    Suffix,
-    Unit,
-    one_source,
-)
+from .sources import Format, FormatOption, Kind, Loss, SourceOptions, with_source_options
 
 if TYPE_CHECKING:
     from ..training.distill import Part
 
 
+@dataclass(frozen=True)
+class PromptOptions(SourceOptions):
+    """A source of prompts: nothing in it is learned, so no option says which tokens are."""
+
+    format: FormatOption = Format.json
+    kind: Annotated[
+        Kind | None,
+        typer.Option(help="What a row holds.  [default: a text where files or tokens are read, else a chat]"),
+    ] = None
+    answer_field: str | None = field(default=None, init=False)
+    loss: Loss = field(default=Loss.all, init=False)
+    longest_line: int = field(default=1000, init=False)
+
+
+@with_source_options
 def distill_data(
     target: Target,
     prompts: Annotated[str, typer.Option(help="File, folder, or Hub id of the prompts.")],
     out: Annotated[Path, typer.Option(help="Folder for the data; the same command goes on where it was stopped.")],
-    format: FormatOption = Format.json,
-    kind: Annotated[
-        Kind | None,
-        typer.Option(help="What a row holds.  [default: a text where files or tokens are read, else a chat]"),
-    ] = None,
-    field: Field = None,
-    config: Config = None,
-    split: Split = "train",
-    suffix: Suffix = [".py"],  # noqa: B006 (typer copies it)
-    document: DocumentOption = Unit.row,
-    held_out: HeldOutNames = [],  # noqa: B006
-    limit: Limit = None,
-    max_bad_share: MaxBadShare = 0.01,
-    separator: Separator = None,
+    source: PromptOptions,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Texts are cut to it, longer chats left out.")] = 1024,
     stride: Annotated[
         int | None, typer.Option(min=1, help="A prompt of a text begins at each multiple of it.")
@@ -77,7 +64,6 @@ def distill_data(
     from ..evaluation.room import check_room
     from ..provenance import provenance
     from ..training.data.report import SourceReport
-    from ..training.data.section import OF_TEXTS
     from ..training.data.tokenized import origin
     from ..training.distill import Answering, claim, distill, settings_of, try_once, without_guesses
     from ..training.distill_prompts import prompts_sha256, read_prompts
@@ -90,21 +76,8 @@ def distill_data(
     with in_one_line("a smaller --batch-size, with another --out, takes less"):
         helper = without_guesses(model) if draft is None else load_draft(draft, dtype, trust_remote_code)
         check_room(model.config, max_prompt_tokens, max_new_tokens, "--max-prompt-tokens, --max-new-tokens: ")
-        section = one_source(
-            held_out,
-            max_bad_share,
-            separator,
-            path=prompts,
-            format=format,
-            kind=kind or (Kind.text if format in OF_TEXTS else Kind.chat),
-            field=field,
-            config=config,
-            split=split,
-            suffixes=suffix,
-            document=document,
-            limit=limit,
-        )
-        report = SourceReport(prompts, max_bad_share)
+        section = source.section(prompts)
+        report = SourceReport(prompts, source.max_bad_share)
         found = read_prompts(section, tokenizer, max_prompt_tokens, stride, report)
         about = {"target": target, "source": asdict(section.sources[0]), "prompts_sha256": prompts_sha256(found)}
         tokens_of = origin(tokenizer)

@@ -5,8 +5,9 @@ The target is held beside the draft, never in it: no optimizer, checkpoint or wr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from transformers import PreTrainedModel
 from hf_longspec.modeling.compiled_longspec import compiled_layers
 from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM
 
-from .documents import LONGEST_MASKED, Span, spans_of, target_masks
+from .batch import Batch
+from .documents import LONGEST_MASKED, spans_of, target_masks
 from .forward import draft_hidden
 from .loss import DistillationSums, LossWeights, distillation_loss, token_terms
 from .recipe import Signal
@@ -59,52 +61,31 @@ class Distillation:
         places[vocabulary] = torch.arange(len(vocabulary), device=bound.device)
         return (lambda hidden: bound.scaled(rows(hidden))), places
 
-    def __call__(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        positions: Tensor,
-        lags: Tensor,
-        document_ids: Tensor | None = None,
-        spans: Sequence[Span] = (),
-        num_items_in_batch: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """The loss of a batch as a mapping, as `Trainer` wants it; see `samples.batch_of` for the arguments."""
-        states = self.read(input_ids, positions, document_ids, spans)
-        sums = self.sums(states, input_ids, labels, positions, lags, document_ids, spans, num_items_in_batch)
-        return sums._asdict()
+    def __call__(self, num_items_in_batch: Tensor | None = None, **batch: Any) -> dict[str, Tensor]:
+        """Compute the loss as a mapping, as `Trainer` wants it, of the fields of a `Batch`."""
+        given = Batch(**batch)
+        return self.sums(self.read(given), given, num_items_in_batch)._asdict()
 
-    def read(
-        self, ids: Tensor, positions: Tensor, document_ids: Tensor | None = None, spans: Sequence[Span] = ()
-    ) -> TargetStates:
-        """The target's states; long samples of several documents are read one document at a time."""
-        layer = self.bound.layer
+    def read(self, batch: Batch) -> TargetStates:
+        """Read the target's states; long samples of several documents are read one document at a time."""
+        layer, ids, positions, document_ids = self.bound.layer, batch.input_ids, batch.positions, batch.document_ids
         if self.piece is not None:
             by_piece = partial(read_target_in_pieces, self.target, layer, piece=self.piece)
             # where documents are not told apart each row is one
-            every = spans or spans_of(torch.zeros_like(ids) if document_ids is None else document_ids)
+            every = batch.spans or spans_of(torch.zeros_like(ids) if document_ids is None else document_ids)
             return read_target_by_span(by_piece, ids, positions, every)
-        if spans:
-            return read_target_by_span(partial(read_target, self.target, layer), ids, positions, spans)
+        if batch.spans:
+            return read_target_by_span(partial(read_target, self.target, layer), ids, positions, batch.spans)
         masks = None if document_ids is None else target_masks(self.target, document_ids)
         with compiled_layers(self.target, self.compiled):
             return read_target(self.target, layer, ids, positions, masks)
 
-    def sums(
-        self,
-        states: TargetStates,
-        ids: Tensor,
-        labels: Tensor,
-        positions: Tensor,
-        lags: Tensor,
-        document_ids: Tensor | None = None,
-        spans: Sequence[Span] = (),
-        items: Tensor | None = None,
-    ) -> DistillationSums:
+    def sums(self, states: TargetStates, batch: Batch, items: Tensor | None = None) -> DistillationSums:
+        """Compute the loss of a batch; items: learned tokens to divide it by, see `distillation_loss`."""
         # spans differ from batch to batch, and a graph for each would not pay
-        run = draft_hidden if ids.shape[1] > LONGEST_MASKED else self._draft_hidden
-        arguments = self.draft, self.bound, ids, positions, states, lags, document_ids, spans
+        run = draft_hidden if batch.input_ids.shape[1] > LONGEST_MASKED else self._draft_hidden
+        arguments = self.draft, self.bound, batch, states
         hidden = checkpoint(run, *arguments, use_reentrant=False) if self.recompute else run(*arguments)
         hidden = hidden.to(states.hidden.dtype)  # FSDP and ZeRO may hold the draft in another format than the target
-        weights = LossWeights(self.signal.kl_weight, self.signal.ce_weight)
-        return distillation_loss(self.terms, hidden, states.hidden, labels, weights, self.signal.loss_chunk, items)
+        weights, chunk = LossWeights(self.signal.kl_weight, self.signal.ce_weight), self.signal.loss_chunk
+        return distillation_loss(self.terms, hidden, states.hidden, batch.labels, weights, chunk, items)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -12,25 +11,22 @@ from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM
 from hf_longspec.modeling.target_longspec import BoundTarget
 
 from .attention import lagged_attention, lagged_attention_by_mask, lagged_attention_by_span, windowed_attention
-from .documents import LONGEST_MASKED, Span
+from .batch import Batch
+from .documents import LONGEST_MASKED
 from .teacher import TargetStates
 
 
 def draft_hidden(
     draft: LongSpecForCausalLM,
     bound: BoundTarget,
-    ids: Tensor,
-    positions: Tensor,
+    batch: Batch,
     states: TargetStates,
-    lags: Tensor,
-    document_ids: Tensor | None = None,
-    spans: Sequence[Span] = (),
 ) -> Tensor:
-    """Hidden states (B, T, hidden) that the target's LM head turns into guesses of each next token.
+    """Compute the hidden states (B, T, hidden) that the target's LM head turns into guesses of each next token.
 
-    ``ids`` and ``positions`` are (B, T), those that ``states`` were made from; so are ``document_ids`` (B, T) and
-    their ``spans``, given where a row holds several documents. lags: (B,), see `lagged_attention`.
+    states: the target's, of the same ``batch``.
     """
+    ids, positions, lags, document_ids = batch.input_ids, batch.positions, batch.lags, batch.document_ids
 
     def cross_attend(query: Tensor) -> Tensor:
         query = bound.rotate(query, bound.angles(query, positions))
@@ -39,7 +35,7 @@ def draft_hidden(
             return lagged_attention(*given)
         if ids.shape[1] <= LONGEST_MASKED:
             return lagged_attention_by_mask(*given, document_ids)
-        return lagged_attention_by_span(*given, spans)
+        return lagged_attention_by_span(*given, batch.spans)
 
     self_attend = partial(windowed_attention, window=draft.config.window, document_ids=document_ids)
     read = None

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from hf_longspec.evaluation import side_by_side
 
+from .batch import batch_of
 from .data import Sample
 from .distillation import Distillation
 from .recipe import Evaluation, Signal
-from .samples import batch_of
 
 # A sample this full of text is as good as a prompt of its whole length.
 FULL = 0.9
@@ -84,16 +84,11 @@ def measure_loss(distillation: Distillation, samples: Sequence[Any], signal: Sig
     """
     sums = torch.zeros(signal.max_lag, 4, dtype=torch.float64)  # kl, cross-entropy, agreements, tokens
     for sample in samples:
-        batch = batch_of([sample])
-        labels = batch.pop("labels").to(distillation.bound.device)
-        given: dict[str, Any] = {
-            name: x.to(labels.device) if isinstance(x, Tensor) else x for name, x in batch.items()
-        }
-        ids, positions = given.pop("input_ids"), given.pop("positions")
-        states = distillation.read(ids, positions, **given)
+        batch = batch_of([sample]).to(distillation.bound.device)
+        states = distillation.read(batch)
         for lag in range(1, signal.max_lag + 1):
-            found = distillation.sums(states, ids, labels, positions, torch.full_like(ids[:, 0], lag), **given)
-            tokens = (labels >= 0).sum(1)
+            found = distillation.sums(states, batch.with_lag(lag))
+            tokens = (batch.labels >= 0).sum(1)
             terms = torch.stack([found.kl, found.cross_entropy, found.agreements, tokens])
             sums[lag - 1] += terms.sum(1).double().cpu()
     kl, ce = (sums[:, :2].sum(0) / sums[:, 3].sum()).tolist()

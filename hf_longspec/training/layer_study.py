@@ -24,6 +24,7 @@ from hf_longspec.modeling.configuration_longspec import layer_kinds
 from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM
 
 from ..evaluation.room import positions_of
+from .batch import Batch, batch_of
 from .distillation import Distillation
 from .documents import target_masks
 from .forward import draft_hidden
@@ -32,7 +33,7 @@ from .models import load_target, load_tokenizer, make_draft
 from .optimizer import make_muon
 from .recipe import Recipe
 from .run import datasets, training_arguments
-from .samples import Collator, batch_of
+from .samples import Collator
 from .teacher import TargetStates, read_layers
 from .vocabulary import frequent_tokens
 
@@ -62,21 +63,19 @@ class Study:
         # one loss for all: they borrow the same rows of the same LM head
         self.terms = Distillation(target, self.drafts[0], recipe.signal, compiled=recipe.compiled).terms
 
-    def read(self, ids: Tensor, positions: Tensor, document_ids: Tensor | None) -> list[TargetStates]:
-        masks = None if document_ids is None else target_masks(self.target, document_ids)
+    def read(self, batch: Batch) -> list[TargetStates]:
+        masks = None if batch.document_ids is None else target_masks(self.target, batch.document_ids)
         with compiled_layers(self.target, self.recipe.compiled):
-            return read_layers(self.target, self.layers, ids, positions, masks)
+            return read_layers(self.target, self.layers, batch.input_ids, batch.positions, masks)
 
-    def sums(self, index: int, states: TargetStates, batch: dict[str, Any], lags: Tensor) -> DistillationSums:
-        """Of the draft number `index`."""
-        draft, signal, ids = self.drafts[index], self.recipe.signal, batch["input_ids"]
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.target.dtype == torch.bfloat16):
-            hidden = draft_hidden(
-                draft, self.bounds[index], ids, batch["positions"], states, lags, batch.get("document_ids")
-            )
+    def sums(self, index: int, states: TargetStates, batch: Batch) -> DistillationSums:
+        """Compute the loss of the draft number `index`."""
+        signal, device = self.recipe.signal, batch.input_ids.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.target.dtype == torch.bfloat16):
+            hidden = draft_hidden(self.drafts[index], self.bounds[index], batch, states)
         weights = LossWeights(signal.kl_weight, signal.ce_weight)
         hidden = hidden.to(states.hidden.dtype)
-        return distillation_loss(self.terms, hidden, states.hidden, batch["labels"], weights, signal.loss_chunk)
+        return distillation_loss(self.terms, hidden, states.hidden, batch.labels, weights, signal.loss_chunk)
 
     def train(self, samples: Any, args: TrainingArguments) -> None:
         optimizers = [make_muon(draft, args, sharded=False) for draft in self.drafts]
@@ -86,10 +85,9 @@ class Study:
         ]
         collate, size = Collator(self.recipe.signal.max_lag, args.seed), args.train_batch_size
         for step in range(args.max_steps):
-            batch = self._on_device(collate([samples[step * size + index] for index in range(size)]))
-            every = self.read(batch["input_ids"], batch["positions"], batch.get("document_ids"))
-            for index, states in enumerate(every):
-                self.sums(index, states, batch, batch["lags"]).loss.backward()
+            batch = Batch(**collate([samples[step * size + index] for index in range(size)])).to(self.target.device)
+            for index, states in enumerate(self.read(batch)):
+                self.sums(index, states, batch).loss.backward()
                 torch.nn.utils.clip_grad_norm_(self.drafts[index].parameters(), args.max_grad_norm)
                 optimizers[index].step()
                 optimizers[index].zero_grad()
@@ -101,17 +99,13 @@ class Study:
         lags = range(1, self.recipe.signal.max_lag + 1)
         sums = torch.zeros(len(self.drafts), 3, dtype=torch.float64)  # kl, agreements, tokens
         for number in range(min(count, len(held_out))):
-            batch = self._on_device(batch_of([held_out[number]]))
-            every = self.read(batch["input_ids"], batch["positions"], batch.get("document_ids"))
-            for index, states in enumerate(every):
+            batch = batch_of([held_out[number]]).to(self.target.device)
+            for index, states in enumerate(self.read(batch)):
                 for lag in lags:
-                    found = self.sums(index, states, batch, torch.full_like(batch["input_ids"][:, 0], lag))
-                    tokens = (batch["labels"] >= 0).sum()
+                    found = self.sums(index, states, batch.with_lag(lag))
+                    tokens = (batch.labels >= 0).sum()
                     sums[index] += torch.stack([found.kl.sum(), found.agreements.sum(), tokens]).double().cpu()
         return [Score(layer, *(row[:2] / row[2]).tolist()) for layer, row in zip(self.layers, sums, strict=True)]
-
-    def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {name: x.to(self.target.device) if isinstance(x, Tensor) else x for name, x in batch.items()}
 
 
 def study(recipe: Recipe, layers: Sequence[int] | None, count: int) -> list[Score]:

@@ -13,12 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from .batch import batch_of
 from .data import Sample
-from .documents import LONGEST_MASKED, spans_of
-from .loss import IGNORED
 from .positions import anchor_offset_positions
 from .recipe import Signal
 
@@ -86,7 +84,7 @@ class NumberedStream(IterableDataset[NumberedSample]):
 
 @dataclass(frozen=True)
 class Collator:
-    """Samples to the arguments of `Distillation`; each sample has a lag, drawn by its number."""
+    """Makes a `Batch` of samples, as a mapping for `Trainer`; each sample has a lag, drawn by its number."""
 
     max_lag: int
     seed: int
@@ -94,36 +92,5 @@ class Collator:
     def __call__(self, samples: list[NumberedSample]) -> dict[str, Any]:
         draws = (random.Random(f"{self.seed} {sample['number']}") for sample in samples)
         lags = torch.tensor([draw.randint(1, self.max_lag) for draw in draws])
-        return batch_of(samples) | {"lags": lags}
-
-
-def batch_of(samples: list[Any]) -> dict[str, Any]:
-    """input_ids, labels, positions (B, T); document_ids (B, T) and their spans only if a row has several documents."""
-    ids, document_ids, positions, loss_mask = (
-        torch.stack([sample[name] for sample in samples])
-        for name in ("input_ids", "document_ids", "positions", "loss_mask")
-    )
-    batch: dict[str, Any] = {"input_ids": ids, "labels": labels_of(ids, loss_mask), "positions": positions}
-    document_ids = torch.stack([without_filling(*pair) for pair in zip(document_ids, loss_mask, strict=True)])
-    if (document_ids != document_ids[:, :1]).any():
-        batch["document_ids"] = document_ids
-        batch["spans"] = tuple(spans_of(document_ids)) if ids.shape[1] > LONGEST_MASKED else ()
-    return batch
-
-
-def labels_of(ids: Tensor, loss_mask: Tensor) -> Tensor:
-    """The token after each of `ids` (B, T); `IGNORED` where it is not to be learned, and for the last."""
-    following = ids.roll(-1, dims=1).where(loss_mask.roll(-1, dims=1), IGNORED)
-    following[:, -1] = IGNORED
-    return following
-
-
-def without_filling(document_ids: Tensor, loss_mask: Tensor) -> Tensor:
-    """document_ids (T,) where a last document that teaches nothing belongs to the one before.
-
-    Nothing sees what stands behind it, so filling needs no mask of its own.
-    """
-    last = document_ids == document_ids[-1]
-    if last.all() or (loss_mask & last).any():
-        return document_ids
-    return document_ids.masked_fill(last, int(document_ids[~last][-1]))
+        # accelerate, where it hands batches out to processes, takes no None in them
+        return {name: value for name, value in batch_of(samples, lags)._asdict().items() if value is not None}
