@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from hf_longspec import LongSpecConfig
 from hf_longspec.hub.card import About, Source, card_faults, draft_card
-from hf_longspec.hub.vocabulary import vocabulary_sha256
+from hf_longspec.vocabulary import vocabulary_sha256
 
 ABOUT = {
     "title": "LongSpec draft for Tiny",
