@@ -27,7 +27,6 @@ from .configuration_longspec import LongSpecConfig
 from .door_longspec import install
 from .draft_head_longspec import HeadRows, Rows, vocabulary
 from .generation_longspec import assisted_decoding
-from .sharing_longspec import push_to_hub
 from .target_longspec import BoundTarget, bind
 from .workspace_longspec import Workspaces
 
@@ -243,7 +242,6 @@ class LongSpecForCausalLM(PreTrainedModel):
     # `target.generate(assistant_model=draft)` arrives here: see generation_longspec.py
     assisted_decoding = assisted_decoding
     check_generation = check_generation
-    push_to_hub = push_to_hub
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError(_USAGE)
