@@ -63,6 +63,7 @@ def test_a_card_is_complete_and_valid(about, tmp_path):
     }
     assert yaml.safe_load(read.text.split("```yaml\n")[1].split("```")[0]) == recipe
     assert 'from_pretrained("me/draft", trust_remote_code=True' in read.text
+    assert "`hf-longspec verify me/draft`" in read.text
 
 
 def test_the_lines_of_use_are_python(about):
