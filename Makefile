@@ -15,6 +15,7 @@ test: $(VENV)/test.installed
 style: $(VENV)/dev.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python -m hf_longspec.hub.releases
 
 quality: $(VENV)/dev.installed
 	$(BIN)/ruff check .

@@ -28,13 +28,18 @@ def announce() -> None:
 
 
 def register() -> dict[str, type]:
-    """Loads the real classes, registers them and returns them by name."""
+    """Load the real classes, register them and return them by name.
+
+    The draft's class gets `push_to_hub` from here: a draft's repository carries no code that uploads.
+    """
     import transformers.pipelines  # puts another module `transformers` in the place of the first, so before the end
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from .hub.push_to_hub import push_to_hub
     from .modeling.configuration_longspec import LongSpecConfig
     from .modeling.modeling_longspec import LongSpecForCausalLM
 
+    LongSpecForCausalLM.push_to_hub = push_to_hub  # type: ignore[method-assign]
     AutoConfig.register(MODEL_TYPE, LongSpecConfig, exist_ok=True)
     AutoModelForCausalLM.register(LongSpecConfig, LongSpecForCausalLM, exist_ok=True)
     # `pipeline(assistant_model="folder")` asks no Auto class: it looks the architecture up in transformers by its name

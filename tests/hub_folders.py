@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from hf_longspec.hub.card import About
 from hf_longspec.hub.export import export, load_draft
-from hf_longspec.hub.vocabulary import vocabulary_sha256
+from hf_longspec.vocabulary import vocabulary_sha256
 
 TOKEN, STRANGER, REPO = "hf_me", "hf_stranger", "me/draft"
 ABOUT = {

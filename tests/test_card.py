@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from hf_longspec import LongSpecConfig
 from hf_longspec.hub.card import About, Source, card_faults, draft_card
-from hf_longspec.hub.vocabulary import vocabulary_sha256
+from hf_longspec.vocabulary import vocabulary_sha256
 
 ABOUT = {
     "title": "LongSpec draft for Tiny",
@@ -63,6 +63,7 @@ def test_a_card_is_complete_and_valid(about, tmp_path):
     }
     assert yaml.safe_load(read.text.split("```yaml\n")[1].split("```")[0]) == recipe
     assert 'from_pretrained("me/draft", trust_remote_code=True' in read.text
+    assert "`hf-longspec verify me/draft`" in read.text
 
 
 def test_the_lines_of_use_are_python(about):

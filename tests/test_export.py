@@ -19,7 +19,7 @@ from hf_longspec import cli
 from hf_longspec.hub.card import About
 from hf_longspec.hub.export import export, load_draft
 from hf_longspec.hub.faults import file_faults, hub_faults
-from hf_longspec.hub.vocabulary import vocabulary_sha256
+from hf_longspec.vocabulary import vocabulary_sha256
 
 pytestmark = pytest.mark.slow
 

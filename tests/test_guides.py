@@ -1,8 +1,11 @@
 """The guides in docs/ are true: quoted errors are what the library says, commands and links are there."""
 
+import functools
+import json
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -70,16 +73,33 @@ def unserved(family: str, **shape) -> str:
     return said(LongSpecConfig.from_target, AutoConfig.for_model(family, **shape))
 
 
-def without_package() -> str:
-    """The end of what transformers says where hf-longspec is not imported."""
-    code = f"from transformers import AutoModelForCausalLM as Auto; Auto.from_pretrained({str(DRAFT)!r})"
-    command, nobody = [sys.executable, "-c", code], subprocess.DEVNULL
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=nobody)
-    return done.stderr.strip().splitlines()[-1]
+# Loads the folders that it is given, and tells what it is refused with.
+WITHOUT_PACKAGE = """
+import json, sys
+from transformers import AutoModelForCausalLM
+told = []
+for folder in sys.argv[1:]:
+    try:
+        AutoModelForCausalLM.from_pretrained(folder)
+    except ValueError as error:
+        told.append(str(error))
+print(json.dumps(told), file=sys.stderr)  # standard output holds a question
+"""
+
+
+@functools.cache
+def without_package() -> list[str]:
+    """What transformers says of a draft with code and of a shipped one, where hf-longspec is not imported."""
+    with tempfile.TemporaryDirectory() as folder:
+        LongSpecConfig.from_pretrained(DRAFT).save_pretrained(folder)
+        command = [sys.executable, "-c", WITHOUT_PACKAGE, folder, str(DRAFT)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    return json.loads(done.stderr.splitlines()[-1])
 
 
 MISTAKES = {
-    "a draft without its package": without_package,
+    "a draft without its package": lambda: without_package()[0].strip().splitlines()[-1],
+    "a shipped draft without its package": lambda: without_package()[1].split(".")[0],
     "a draft alone": lambda: said(LongSpecForCausalLM.from_pretrained(DRAFT).generate, torch.ones(1, 3).long()),
     "another target": stranger,
     "an encoder": lambda: unserved("t5"),

@@ -76,14 +76,11 @@ def test_angles_are_those_of_the_target(name):
     assert scaling == 1.0 and frequencies[half:].tolist() == pytest.approx(speeds, rel=1e-6)
 
 
-def test_config_loads_as_remote_code_would(name):
-    """A draft of this entry only lacks weights and the code files."""
+def test_config_is_of_a_draft_whose_code_is_the_packages(name):
+    """`save_pretrained` and `hf-longspec export` write the code files, and `auto_map`, which names them."""
     config = json.loads((HUB_CONFIGS / name / "config.json").read_text())
     assert config["architectures"] == ["LongSpecForCausalLM"] and config["model_type"] == "longspec"
-    assert config["auto_map"] == {
-        "AutoConfig": "configuration_longspec.LongSpecConfig",
-        "AutoModelForCausalLM": "modeling_longspec.LongSpecForCausalLM",
-    }
+    assert "auto_map" not in config and not list((HUB_CONFIGS / name).glob("*.py"))
     assert config["dtype"] == ("float16" if name in DRAFTS else "bfloat16")
 
 

@@ -10,9 +10,16 @@ import pytest
 import torch
 from helpers import tiny_draft, tiny_target
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
-from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM
+from hf_longspec import LongSpecForCausalLM
 
+HUB_CONFIGS = Path(__file__).parents[1] / "hub_configs"
+SOURCES = {path.name for path in HUB_CONFIGS.with_name("modeling").glob("*_longspec.py")}
+AUTO_MAP = {
+    "AutoConfig": "configuration_longspec.LongSpecConfig",
+    "AutoModelForCausalLM": "modeling_longspec.LongSpecForCausalLM",
+}
 CLEAN_PROCESS = """
 import importlib.abc, json, sys
 FORBIDDEN = {"hf_longspec", "modeling"}
@@ -24,23 +31,34 @@ sys.meta_path.insert(0, Block())
 import torch
 from transformers import AutoModelForCausalLM
 target = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-draft = AutoModelForCausalLM.from_pretrained(sys.argv[2], trust_remote_code=True)
-assert not any(name.partition(".")[0] == "hf_longspec" for name in sys.modules)
-ids = torch.arange(2, 12)[None]
-out = target.generate(ids, assistant_model=draft, max_new_tokens=20, return_dict_in_generate=True, pad_token_id=0)
-print(json.dumps({"class": type(draft).__module__, "tokens": out.sequences.tolist(), "accepted": out.accept_lengths}))
+options = {"max_new_tokens": 20, "return_dict_in_generate": True, "pad_token_id": 0}
+for folder in sys.argv[2:]:
+    draft = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert not any(name.partition(".")[0] == "hf_longspec" for name in sys.modules)
+    out = target.generate(torch.arange(2, 12)[None], assistant_model=draft, **options)
+    print(json.dumps([type(draft).__module__, out.sequences.tolist(), out.accept_lengths]))
 """
+VOCABULARIES = {"whole vocabulary": None, "some tokens": (7, 2, 11, 3, 5)}
 
 
-@pytest.fixture(scope="module", params=[None, (7, 2, 11, 3, 5)], ids=["whole vocabulary", "some tokens"])
-def saved(tmp_path_factory, request):
-    target = tiny_target("llama")
-    draft = tiny_draft(target, window=8, tree_shape=(4, 8, 8))
-    draft.set_draft_vocab(request.param)
-    folder = tmp_path_factory.mktemp("hub")
-    target.save_pretrained(folder / "target")
-    draft.save_pretrained(folder / "draft")
-    return target, draft, folder
+@pytest.fixture(scope="module")
+def all_saved(tmp_path_factory):
+    """Of each vocabulary the target, a draft, and the folder of both."""
+    pairs = {}
+    for name, vocabulary in VOCABULARIES.items():
+        target = tiny_target("llama")
+        draft = tiny_draft(target, window=8, tree_shape=(4, 8, 8))
+        draft.set_draft_vocab(vocabulary)
+        folder = tmp_path_factory.mktemp("hub")
+        target.save_pretrained(folder / "target")
+        draft.save_pretrained(folder / "draft")
+        pairs[name] = target, draft, folder
+    return pairs
+
+
+@pytest.fixture(params=VOCABULARIES)
+def saved(all_saved, request):
+    return all_saved[request.param]
 
 
 def generate(target, draft):
@@ -55,8 +73,7 @@ def generate(target, draft):
 
 def test_the_folder_holds_the_code_and_nothing_of_the_target(saved):
     target, draft, folder = saved
-    sources = {path.name for path in (Path(__file__).parent.parent / "modeling").glob("*_longspec.py")}
-    assert {path.name for path in (folder / "draft").glob("*.py")} == sources
+    assert {path.name for path in (folder / "draft").glob("*.py")} == SOURCES
     with safe_open(folder / "draft" / "model.safetensors", "pt") as weights:
         assert set(weights.keys()) == {
             *(f"self_attn.{p}_proj.{kind}" for p in "qkv" for kind in ("weight", "bias")),
@@ -69,25 +86,28 @@ def test_the_folder_holds_the_code_and_nothing_of_the_target(saved):
             *(["draft_vocab"] if draft.draft_vocab is not None else []),
         }
     config = json.loads((folder / "draft" / "config.json").read_text())
-    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_longspec.LongSpecForCausalLM"
+    assert config["auto_map"] == AUTO_MAP
     assert config["tree_shape"] == [4, 8, 8]
 
 
-def test_the_shipped_draft_is_a_whole_hub_folder():
-    """Its code files are links to those of modeling/, so that there is one set of files."""
-    modeling = Path(__file__).parent.parent / "modeling"
-    for folder in (modeling.parent / "hub_configs").iterdir():
-        if (folder / "model.safetensors").is_file():
-            links = {path.name: path.resolve() for path in folder.glob("*.py")}
-            assert links == {path.name: path.resolve() for path in modeling.glob("*_longspec.py")}
+def test_a_shipped_draft_loads_with_the_package(tmp_path):
+    """By its class and by the Auto class, with `trust_remote_code` or without; saved, it is a whole Hub folder."""
+    shipped = [path.parent for path in HUB_CONFIGS.glob("*/model.safetensors")]
+    assert {"smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"} <= {folder.name for folder in shipped}
+    for folder in shipped:
+        draft = LongSpecForCausalLM.from_pretrained(folder)
+        assert type(AutoModelForCausalLM.from_pretrained(folder)) is LongSpecForCausalLM
+        assert type(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)) is LongSpecForCausalLM
+    draft.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.py")} == SOURCES
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
 
 
-def test_loads_as_remote_code_without_the_package(saved, tmp_path):
-    target, draft, folder = saved
-    expected = generate(target, draft)
+def test_loads_as_remote_code_without_the_package(all_saved, tmp_path):
+    folders = [folder for _, _, folder in all_saved.values()]
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", CLEAN_PROCESS, folder / "target", folder / "draft"],
+        [sys.executable, "-c", CLEAN_PROCESS, folders[0] / "target", *(folder / "draft" for folder in folders)],
         capture_output=True,
         text=True,
         env=environment,
@@ -95,10 +115,12 @@ def test_loads_as_remote_code_without_the_package(saved, tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["class"].startswith("transformers_modules.")
-    assert result["tokens"] == expected.sequences.tolist()
-    assert result["accepted"] == expected.accept_lengths
+    lines = done.stdout.splitlines()[-len(folders) :]
+    for line, (target, draft, _) in zip(lines, all_saved.values(), strict=True):
+        expected = generate(target, draft)
+        module, tokens, accepted = json.loads(line)
+        assert module.startswith("transformers_modules.")
+        assert tokens == expected.sequences.tolist() and accepted == expected.accept_lengths
 
 
 def test_reload_gives_the_same_tokens(saved):

@@ -36,6 +36,7 @@ def test_wheel_holds_every_module_once(wheel):
     modules += [f"hf_longspec/modeling/{path.name}" for path in (ROOT / "modeling").glob("*.py")]
     assert sorted(modules) == sorted(name for name in names if name.endswith(".py"))
     assert {"hf_longspec/py.typed", "hf_longspec/demo/prompt.txt", "hf_longspec/demo/LICENSE.networkx"} <= set(names)
+    assert "hf_longspec/hub/releases.json" in names
     drafts = [path.parent.name for path in (ROOT / "hub_configs").glob("*/config.json")]
     assert {f"hf_longspec/hub_configs/{draft}/config.json" for draft in drafts} <= set(names)
 

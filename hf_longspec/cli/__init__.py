@@ -15,9 +15,10 @@ from .push import push
 from .side_by_side import demo, generate
 from .support import support
 from .train import train
+from .verify import verify
 
 app = typer.Typer(**TYPER)
-for command in (demo, generate, pack, distill_data, train, evaluate, convert, export, push, support):
+for command in (demo, generate, pack, distill_data, train, evaluate, convert, export, push, verify, support):
     app.command()(command)
 app.add_typer(benchmarks, name="bench")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..hub.vocabulary import vocabulary_sha256
+from ..vocabulary import vocabulary_sha256
 from .task import Sample
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import runpy
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -91,7 +92,7 @@ def main() -> None:
         if not misfits and asked["generate"] and has_weights(target):
             misfits = write(draft, tokenizer, target)
         faults += misfits
-    vocabulary = runpy.run_path(os.path.join(os.path.dirname(__file__), "vocabulary.py"))["vocabulary_sha256"]
+    vocabulary = runpy.run_path(str(Path(__file__).parents[1] / "vocabulary.py"))["vocabulary_sha256"]
     print(json.dumps({"faults": faults, "vocabulary": vocabulary(tokenizer)}), file=answer)
 
 

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from ..loading import loading
 from ..modeling.modeling_longspec import LongSpecForCausalLM
+from ..vocabulary import vocabulary_sha256
 from .card import About, draft_card
-from .vocabulary import vocabulary_sha256
 from .whole_folder import check_new, whole_folder
 
 CODE_LICENSE = "apache-2.0"  # of the code files that go along

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -17,7 +17,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..modeling.sharing_longspec import commit_folder
 from ..writing import first_line
 
 
@@ -49,6 +48,33 @@ def push(
         return commit_folder(api, folder, repo_id, message=message, revision=revision)
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         raise HubError(told(error, repo_id, api.endpoint)) from error
+
+
+def commit_folder(
+    api: HfApi,
+    folder: str | Path,
+    repo_id: str,
+    *,
+    message: str,
+    description: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Put all files of `folder` into a repository that exists, by one commit: it has all of them then, or none.
+
+    A branch `revision` is made if there is none. `upload_folder` might split a folder into several commits.
+    """
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return api.create_commit(
+        repo_id,
+        [CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files],
+        commit_message=message,
+        commit_description=description,
+        revision=revision,
+        create_pr=create_pr,
+    )
 
 
 def told(error: BaseException, repo_id: str, endpoint: str) -> str:

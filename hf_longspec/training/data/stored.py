@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from hf_longspec.hub.vocabulary import vocabulary_sha256
+from hf_longspec.vocabulary import vocabulary_sha256
 
 from .packing import Packer, Piece, pieces_of
 from .sample import Sample, make_sample

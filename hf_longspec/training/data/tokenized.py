@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hf_longspec.demo.weights import cache_folder
-from hf_longspec.hub.vocabulary import vocabulary_sha256
+from hf_longspec.vocabulary import vocabulary_sha256
 
 from .documents import read_documents, separator_id
 from .files import find_files, name_of

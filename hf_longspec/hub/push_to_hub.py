@@ -1,4 +1,4 @@
-"""Sharing a draft: all files of a folder in one commit, and `draft.push_to_hub`.
+"""`draft.push_to_hub`: a draft that is in memory, to the Hub, for work in progress.
 
 Knows a draft by its `save_pretrained` only. The card written here tells what a draft is and how it is used; one with
 measured numbers is made by `hf-longspec export`.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoTokenizer, PreTrainedModel
 
-TAGS = ["longspec", "speculative-decoding", "draft-model", "long-context"]
+from .card import TAGS
+from .push import commit_folder
+
 _CARD = """---
 {{ card_data }}
 ---
@@ -31,6 +33,8 @@ target = AutoModelForCausalLM.from_pretrained("{{ target }}", dtype="auto", devi
 draft = AutoModelForCausalLM.from_pretrained("{{ repo_id }}", trust_remote_code=True, dtype="auto")
 output = target.generate(**inputs, assistant_model=draft)
 ```
+
+Whether the code in here is that of a release: `pip install hf-longspec`, then `hf-longspec verify {{ repo_id }}`.
 """
 
 
@@ -47,7 +51,7 @@ def push_to_hub(
     create_pr: bool = False,
     tags: list[str] | None = None,
 ) -> CommitInfo:
-    """Weights, config and code of this draft, its target's tokenizer (for `pipeline`) and a card, in one commit.
+    """Send weights, config and code of this draft, its target's tokenizer (for `pipeline`) and a card, in one commit.
 
     target: Hub id or folder of the target, for tokenizer and card. A repository that has a card keeps it, so later
     pushes can do without `target`; the first raises `ValueError`. The rest is as in `PreTrainedModel.push_to_hub`.
@@ -77,7 +81,7 @@ def push_to_hub(
 
 
 def _card(repo_id: str, target: str | None, tags: list[str], token: str | None) -> ModelCard:
-    """The repository's own, with these tags too; else a first one."""
+    """Return the repository's own card with these tags added, or a first card."""
     try:
         card = ModelCard.load(repo_id, token=token)
     except EntryNotFoundError:
@@ -87,30 +91,3 @@ def _card(repo_id: str, target: str | None, tags: list[str], token: str | None) 
     known = card.data.tags or []
     card.data.tags = known + [tag for tag in tags if tag not in known]
     return card
-
-
-def commit_folder(
-    api: HfApi,
-    folder: str | Path,
-    repo_id: str,
-    *,
-    message: str,
-    description: str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-) -> CommitInfo:
-    """Puts all files of `folder` into a repository that exists, by one commit: it has all of them then, or none.
-
-    A branch `revision` is made if there is none. `upload_folder` might split a folder into several commits.
-    """
-    if revision is not None and not revision.startswith("refs/"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    return api.create_commit(
-        repo_id,
-        [CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files],
-        commit_message=message,
-        commit_description=description,
-        revision=revision,
-        create_pr=create_pr,
-    )

@@ -1,1 +1,0 @@
-../../modeling/attention_longspec.py

@@ -1,1 +1,0 @@
-../../modeling/backends_longspec.py

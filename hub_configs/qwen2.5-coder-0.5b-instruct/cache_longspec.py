@@ -1,1 +1,0 @@
-../../modeling/cache_longspec.py

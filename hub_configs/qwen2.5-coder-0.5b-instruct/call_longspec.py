@@ -1,1 +1,0 @@
-../../modeling/call_longspec.py

@@ -1,1 +1,0 @@
-../../modeling/candidate_generator_longspec.py

@@ -1,1 +1,0 @@
-../../modeling/children_longspec.py

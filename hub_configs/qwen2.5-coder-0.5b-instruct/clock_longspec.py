@@ -1,1 +1,0 @@
-../../modeling/clock_longspec.py

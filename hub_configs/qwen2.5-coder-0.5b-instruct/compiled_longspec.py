@@ -1,1 +1,0 @@
-../../modeling/compiled_longspec.py

@@ -1,1 +1,0 @@
-../../modeling/door_longspec.py

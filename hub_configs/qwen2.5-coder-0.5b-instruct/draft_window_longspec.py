@@ -1,1 +1,0 @@
-../../modeling/draft_window_longspec.py

@@ -1,1 +1,0 @@
-../../modeling/fingerprint_longspec.py

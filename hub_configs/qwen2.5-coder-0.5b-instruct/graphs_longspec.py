@@ -1,1 +1,0 @@
-../../modeling/graphs_longspec.py

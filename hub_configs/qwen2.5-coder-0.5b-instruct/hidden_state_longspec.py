@@ -1,1 +1,0 @@
-../../modeling/hidden_state_longspec.py

@@ -1,1 +1,0 @@
-../../modeling/prefill_longspec.py

@@ -1,1 +1,0 @@
-../../modeling/rope_switch_longspec.py

@@ -1,1 +1,0 @@
-../../modeling/slots_longspec.py

@@ -1,1 +1,0 @@
-../../modeling/target_longspec.py

@@ -1,1 +1,0 @@
-../../modeling/text_longspec.py

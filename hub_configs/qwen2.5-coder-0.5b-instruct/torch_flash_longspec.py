@@ -1,1 +1,0 @@
-../../modeling/torch_flash_longspec.py

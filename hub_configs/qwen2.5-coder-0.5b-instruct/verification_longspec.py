@@ -1,1 +1,0 @@
-../../modeling/verification_longspec.py

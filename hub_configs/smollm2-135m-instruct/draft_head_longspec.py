@@ -1,1 +1,0 @@
-../../modeling/draft_head_longspec.py

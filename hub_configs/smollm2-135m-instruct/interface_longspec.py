@@ -1,1 +1,0 @@
-../../modeling/interface_longspec.py

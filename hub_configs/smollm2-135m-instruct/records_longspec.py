@@ -1,1 +1,0 @@
-../../modeling/records_longspec.py

@@ -1,1 +1,0 @@
-../../modeling/sampling_longspec.py

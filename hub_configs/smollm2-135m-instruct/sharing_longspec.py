@@ -1,1 +1,0 @@
-../../modeling/sharing_longspec.py

@@ -1,1 +1,0 @@
-../../modeling/stops_longspec.py

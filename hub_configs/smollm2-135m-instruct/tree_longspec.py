@@ -1,1 +1,0 @@
-../../modeling/tree_longspec.py

@@ -1,1 +1,0 @@
-../../modeling/workspace_longspec.py
