@@ -55,14 +55,12 @@ def load_backend(name: str) -> Backend:
     if name == "torch":
         return Backend(name, torch_prefix, functools.partial(merged_attention, torch_prefix))
     if name == "triton":
-        from .triton_longspec import triton_attention, triton_prefix
-        from .triton_move_longspec import triton_move
-        from .triton_topk_longspec import fused_best_children
+        from .fast_triton_attention_longspec import triton_attention, triton_prefix
+        from .fast_triton_tree_longspec import fused_best_children, triton_move
 
         return Backend(name, triton_prefix, triton_attention, triton_move, fused_best_children)
-    from .flash_attn_longspec import flash_attention, flash_prefix, load_flash_2, load_flash_3
-    from .triton_move_longspec import triton_move
-    from .triton_topk_longspec import fused_best_children
+    from .fast_flash_longspec import flash_attention, flash_prefix, load_flash_2, load_flash_3
+    from .fast_triton_tree_longspec import fused_best_children, triton_move
 
     try:
         if name == "flash_attn_2":

@@ -69,7 +69,7 @@ def run_layer(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 @functools.cache
 def compiled_run() -> Callable[..., Any]:
     """`run_layer`, compiled; what it compiled torch keeps beside the code of the layers, for all calls."""
-    from .linear_pass_longspec import OneRowPass  # seconds, as above
+    from .fast_linear_pass_longspec import OneRowPass  # seconds, as above
 
     options: dict[str, Any] = {
         # rounded where the layers' own code rounds, so that texts in half precision part no more often than they must

@@ -11,7 +11,7 @@ from hf_longspec.modeling.children_longspec import best_children
 
 def fused(*inputs, chunk=32):
     """The kernels, by small chunks: Triton's interpreter sorts slowly."""
-    from hf_longspec.modeling.triton_topk_longspec import fused_best_children
+    from hf_longspec.modeling.fast_triton_tree_longspec import fused_best_children
 
     return fused_best_children(*inputs, chunk=chunk)
 

@@ -39,12 +39,13 @@ LAYOUTS = {
 
 def tail(query, prefix, nodes, scaling, softcap, sinks, layout="by head", nothing=-INF):
     """The tail behind a real prefix; nothing: what a package says of rows without keys, whose result is garbage."""
-    from hf_longspec.modeling.triton_tail_longspec import tail_attention
+    from hf_longspec.modeling.fast_triton_attention_longspec import Partial, tail_attention
 
     out, lse = (torch_prefix if softcap is None else eager_prefix)(query, prefix, scaling, softcap)
     empty = lse == -INF
     out = LAYOUTS[layout](out.to(query.dtype).masked_fill(empty[..., None], float("nan")), prefix.key.shape[1])
-    return tail_attention(out, lse.masked_fill(empty, nothing), query, prefix, nodes, scaling, softcap, sinks)
+    known = Partial(out, lse.masked_fill(empty, nothing))
+    return tail_attention(known, query, prefix, nodes, scaling, softcap, sinks)
 
 
 @interpreted
@@ -65,10 +66,11 @@ def test_head_dimensions(dim):
 @interpreted
 def test_values_of_another_size_than_keys():
     def triton_tail(query, prefix, nodes, scaling, softcap, sinks):
-        from hf_longspec.modeling.triton_tail_longspec import tail_attention
+        from hf_longspec.modeling.fast_triton_attention_longspec import Partial, tail_attention
 
         out, lse = load_backend("triton").prefix(query, prefix, scaling, softcap)
-        return tail_attention(out.unflatten(1, (2, -1)), lse, query, prefix, nodes, scaling, softcap, sinks)
+        known = Partial(out.unflatten(1, (2, -1)), lse)
+        return tail_attention(known, query, prefix, nodes, scaling, softcap, sinks)
 
     check(triton_tail, [(3, 130)], dim=24, value_dim=40)
 
@@ -101,7 +103,7 @@ def test_a_tree_that_is_in_the_stores():
 
 @interpreted
 def test_tiles_grow_where_small_ones_would_fill_the_device_twice():
-    from hf_longspec.modeling.triton_tail_longspec import choose_rows
+    from hf_longspec.modeling.fast_triton_attention_longspec import choose_rows
 
     assert choose_rows(256, 8, 132, 64) == 16  # 16 tiles of 8 heads are 128 programs
     assert choose_rows(256, 8 * 4, 132, 64) == 32  # 512 would be too many, 256 are not
@@ -151,7 +153,7 @@ class StandIn:
 
 def flash(version):
     """A stand-in for FlashAttention-2 or -3, and it as a `Flash`."""
-    from hf_longspec.modeling.flash_attn_longspec import flash_2, flash_3
+    from hf_longspec.modeling.fast_flash_longspec import flash_2, flash_3
 
     if version == 2:
         package = StandIn(nothing=INF)
@@ -161,7 +163,7 @@ def flash(version):
 
 
 def attention_of(version):
-    from hf_longspec.modeling.flash_attn_longspec import flash_attention
+    from hf_longspec.modeling.fast_flash_longspec import flash_attention
 
     package, function = flash(version)
     return package, functools.partial(flash_attention, function)
@@ -212,7 +214,7 @@ def test_a_prefix_alone(version, sinks):
 @pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.parametrize("nodes", [1, 3])
 def test_out_and_log_sum_exp_are_those_of_the_reference(version, nodes):
-    from hf_longspec.modeling.flash_attn_longspec import flash_prefix
+    from hf_longspec.modeling.fast_flash_longspec import flash_prefix
 
     query, key, value, *_ = case(3, 4, 2, nodes, 80, 16, 16, torch.float16)
     prefix = Prefix(key, value, spans_of([(5, 60), (0, 70), (4, 4)], CPU), None)

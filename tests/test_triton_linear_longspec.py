@@ -25,7 +25,7 @@ def case(shape, dtype, with_bias, device="cpu"):
 
 def check(shape, dtype, with_bias):
     """Against the bound of sums in float32, rounded once at the end."""
-    from hf_longspec.modeling.triton_linear_longspec import one_row_linear
+    from hf_longspec.modeling.fast_triton_linear_longspec import one_row_linear
 
     x, weight, bias, exact = case(shape, dtype, with_bias)
     out = one_row_linear(x, weight, bias)
@@ -38,7 +38,7 @@ def check(shape, dtype, with_bias):
 
 def check_on_gpu(*options):
     """At most twice the error of cuBLAS."""
-    from hf_longspec.modeling.triton_linear_longspec import one_row_linear
+    from hf_longspec.modeling.fast_triton_linear_longspec import one_row_linear
 
     *inputs, exact = case(*options, "cuda")
     ours, plain = ((out.double() - exact).abs().max() for out in (one_row_linear(*inputs), linear(*inputs)))
@@ -55,7 +55,7 @@ def test_shapes(shape, dtype, with_bias):
 
 @interpreted
 def test_inputs_of_any_strides():
-    from hf_longspec.modeling.triton_linear_longspec import one_row_linear
+    from hf_longspec.modeling.fast_triton_linear_longspec import one_row_linear
 
     x, weight = torch.randn(64, 6)[:, 3:4].T, torch.randn(24, 64)
     torch.testing.assert_close(one_row_linear(x, weight, None), linear(x, weight))

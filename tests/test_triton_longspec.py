@@ -49,7 +49,7 @@ def test_sinks_and_softcap(softcap):
 @interpreted
 def test_tiles_have_stages_that_fit_into_shared_memory():
     """Of heads of 128 in 16 bits, a stage of 64 keys and values is 32 KiB, 128 queries are as much."""
-    from hf_longspec.modeling.triton_longspec import choose_tiles
+    from hf_longspec.modeling.fast_triton_attention_longspec import choose_tiles
 
     assert choose_tiles(256, 128, 2, shared=float("inf"))[:4] == (128, 64, 8, 3)
     assert choose_tiles(256, 128, 2, shared=128 * 1024)[:4] == (128, 64, 8, 3)

@@ -1,1 +1,0 @@
-../../modeling/flash_attn_longspec.py

@@ -1,1 +1,0 @@
-../../modeling/triton_linear_longspec.py

@@ -1,1 +1,0 @@
-../../modeling/triton_move_longspec.py

@@ -1,1 +1,0 @@
-../../modeling/triton_tail_longspec.py

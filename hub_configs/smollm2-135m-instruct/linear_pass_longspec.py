@@ -1,1 +1,0 @@
-../../modeling/linear_pass_longspec.py

@@ -1,1 +1,0 @@
-../../modeling/triton_blocks_longspec.py

@@ -1,1 +1,0 @@
-../../modeling/triton_topk_longspec.py
