@@ -3,16 +3,21 @@
 The interpreter multiplies no bfloat16, so float16 stands for it on a CPU.
 """
 
+import itertools
+
 import pytest
 import torch
 from helpers import interpreted
 from torch.nn.functional import linear
+from tree_cases import rest_slow
 
 SHAPES = [  # of the weights of Llama 8B, Qwen2.5 0.5B and 1.5B
     *[(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096)],
     *[(896, 896), (128, 896), (4864, 896), (896, 4864), (151936, 896)],
     *[(1536, 1536), (256, 1536), (8960, 1536), (1536, 8960)],
 ]
+
+SMALL = [(32, 64), (33, 128), (7, 100), (70, 33), (1, 1), (130, 2048), (9, 5000)]  # where the kernel is interpreted
 
 
 def case(shape, dtype, with_bias, device="cpu"):
@@ -46,9 +51,18 @@ def check_on_gpu(*options):
 
 
 @interpreted
-@pytest.mark.parametrize("shape", [(32, 64), (33, 128), (7, 100), (70, 33), (1, 1), (130, 2048), (9, 5000)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(
+    "shape, dtype, with_bias",
+    rest_slow(
+        itertools.product(SMALL, [torch.float32, torch.float16], [False, True]),
+        [
+            *[(shape, torch.float16, True) for shape in SMALL[2:]],
+            *[(shape, torch.float16, False) for shape in ((7, 100), (9, 5000))],
+            ((33, 128), torch.float32, True),
+        ],
+    ),
+    ids=str,
+)
 def test_shapes(shape, dtype, with_bias):
     check(shape, dtype, with_bias)
 
