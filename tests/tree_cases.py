@@ -1,5 +1,6 @@
 """Attention over a prefix and a tree behind it: random cases, and the float64 reference they are checked against."""
 
+import pytest
 import torch
 from reference_attention import assert_as_good_as_plain, spans_of
 
@@ -89,3 +90,11 @@ SPANS = {
     "behind padding": [(37, 280)],
     "rows": [(0, 290), (5, 6), (9, 9), (100, 228)],
 }
+
+
+def rest_slow(cases, quick):
+    """Cases of a parametrization, marked as slow but for those that `quick` names."""
+    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
+    quick = [case if isinstance(case, tuple) else (case,) for case in quick]
+    assert all(case in cases for case in quick), "quick cases are among the cases"
+    return [pytest.param(*case, marks=() if case in quick else pytest.mark.slow) for case in cases]

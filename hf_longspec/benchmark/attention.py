@@ -195,8 +195,7 @@ def tuned(sizes: Sequence[Sequence[int]], device: torch.device, dtype: torch.dty
     """
     demand = Demand(device, dtype, heads.dim, None)
     backend = resolve_backend("triton", demand)
-    from ..modeling.triton_blocks_longspec import shared_bytes
-    from ..modeling.triton_longspec import Tiles, triton_attention
+    from ..modeling.fast_triton_attention_longspec import Tiles, shared_bytes, triton_attention
 
     found = []
     for numbers in sizes:

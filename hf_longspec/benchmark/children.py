@@ -34,7 +34,7 @@ def ways(device: torch.device, chunks: Sequence[int]) -> dict[str, Children]:
     """Those that can run here: torch's, and on a GPU with Triton the kernels over chunks of so many tokens."""
     found: dict[str, Children] = {"torch": best_children}
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
-        from ..modeling.triton_topk_longspec import fused_best_children
+        from ..modeling.fast_triton_tree_longspec import fused_best_children
 
         found |= {f"triton, {chunk}": functools.partial(fused_best_children, chunk=chunk) for chunk in chunks}
     return found

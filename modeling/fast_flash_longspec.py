@@ -1,56 +1,46 @@
-"""FlashAttention-2 and -3 over the prefix, where they need no mask; the tree and the merge are one launch of our own.
+"""FlashAttention-2 and -3 over the prefix, which needs no mask, and one Triton launch for tree and merge.
 
-Both packages attend to a cache as it lies, say the log-sum-exp, and read lengths on the device, so that they can be
-captured in a CUDA graph. Their packages are imported only when chosen; the tail needs triton.
+Both packages attend to a cache as it lies, return the log-sum-exp, and read lengths on the device, so that a CUDA
+graph can capture their launches. The packages are imported only when chosen; the tree needs the package triton.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .attention_longspec import NEG_INF, Nodes, Prefix, Spans, apply_sinks, pack_heads
-from .triton_longspec import triton_attention
-from .triton_tail_longspec import tail_attention
+from .fast_triton_attention_longspec import Partial, tail_attention, triton_attention
 
 HALF = (torch.float16, torch.bfloat16)
-ROWS = 64  # queries that a program of FlashAttention-2's split kernel takes
+ROWS = 64  # queries of a program of FlashAttention-2's split kernel
 
 
-class Partial(NamedTuple):
-    """Attention over a prefix: out (B, K, G, T, D) for G query heads a key/value head, lse (B, H, T) float32.
-
-    out may have any strides but the last; where a row has no keys, lse is infinite and out of no meaning.
-    """
-
-    out: Tensor
-    lse: Tensor
-
-
+# (query, prefix, scaling, softcap) -> attention over the prefix
 Flash = Callable[[Tensor, Prefix, float, float | None], Partial]
 
 
 def load_flash_2(package: Any) -> Flash:
-    """package: flash_attn. Raises `AttributeError` if it is too old."""
+    """Take FlashAttention-2 from the package flash_attn. Raises `AttributeError` where the package is too old."""
     return functools.partial(flash_2, package.flash_attn_with_kvcache)
 
 
 def load_flash_3(package: Any) -> Flash:
-    """package: the one that is installed. Raises `AttributeError` if it is too old."""
+    """Take FlashAttention-3 from the package installed here. Raises `AttributeError` where the package is too old."""
     return functools.partial(flash_3, package.flash_attn_with_kvcache, package.get_scheduler_metadata)
 
 
 def flash_2(
     with_kvcache: Callable[..., Any], query: Tensor, prefix: Prefix, scaling: float, softcap: float | None
 ) -> Partial:
-    """With `flash_attn_with_kvcache` of the package flash_attn.
+    """Attend to the prefix with `flash_attn_with_kvcache` of the package flash_attn.
 
-    It gives each query head programs of `ROWS` rows. Where that leaves most of them empty, the query heads of a
-    key/value head become rows of one; for one query a head it does that itself.
+    The package gives each query head programs of `ROWS` queries. Where packing needs fewer programs, the query heads
+    of a key/value head become rows of one head; for one query a head the package packs by itself.
     """
     batch, heads, length, dim = query.shape
     kv_heads = prefix.key.shape[1]
@@ -81,9 +71,10 @@ def flash_3(
     scaling: float,
     softcap: float | None,
 ) -> Partial:
-    """With `flash_attn_with_kvcache` of FlashAttention-3, which packs query heads itself.
+    """Attend to the prefix with `flash_attn_with_kvcache` of FlashAttention-3, which packs query heads by itself.
 
-    How it cuts the work depends on lengths that only the device knows, so it is planned there, once a round and shape.
+    Lengths, which only the device knows, decide how the package cuts the work, so `scheduler_metadata` plans the cut
+    on the device, once a round and shape.
     """
     heads, length = query.shape[1:3]
     _, kv_heads, slots, dim = prefix.key.shape
@@ -118,14 +109,14 @@ def flash_3(
 
 
 def lengths(spans: Spans) -> tuple[Tensor, Tensor]:
-    """The spans as the packages want them, (B,) int32: the slots before each row's first, and those up to its last."""
+    """Convert spans to what the packages take, starts and ends (B,) int32, once a round."""
     if "int32" not in spans.derived:
         spans.derived["int32"] = torch.stack([spans.starts, spans.ends]).int().unbind()
     return spans.derived["int32"]
 
 
 def serves(query: Tensor, prefix: Prefix) -> bool:
-    """Whether the packages can attend to this layer: no mask, one format of 16 bits, values as large as keys."""
+    """Say whether the packages can attend to a layer: no mask, one 16-bit dtype, values as wide as keys."""
     alike = query.dtype == prefix.key.dtype == prefix.value.dtype and prefix.key.shape == prefix.value.shape
     return prefix.mask is None and alike and query.dtype in HALF
 
@@ -133,7 +124,7 @@ def serves(query: Tensor, prefix: Prefix) -> bool:
 def flash_prefix(
     flash: Flash, query: Tensor, prefix: Prefix, scaling: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) as `attend`."""
+    """Attend to a prefix alone: (out, lse) as `attend`."""
     out, lse = flash(query, prefix, scaling, softcap)
     nothing = lse.isinf()
     return out.flatten(1, 2).masked_fill(nothing[..., None], 0.0), lse.masked_fill(nothing, NEG_INF)
@@ -148,12 +139,14 @@ def flash_attention(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """As `merged_attention`. Layers that the packages cannot serve, such as sliding ones, go through our kernel."""
+    """Attend to prefix and tree as `merged_attention`.
+
+    Layers that the packages cannot serve, such as sliding ones, go through `triton_attention`.
+    """
     if not serves(query, prefix):
         return triton_attention(query, prefix, nodes, scaling, softcap, sinks)
     if nodes is not None:
-        partial = flash(query, prefix, scaling, softcap)
-        return tail_attention(*partial, query, prefix, nodes, scaling, softcap, sinks)
+        return tail_attention(flash(query, prefix, scaling, softcap), query, prefix, nodes, scaling, softcap, sinks)
     if sinks is not None:
         out = apply_sinks(*flash_prefix(flash, query, prefix, scaling, softcap), sinks)
         return out.transpose(1, 2).to(query.dtype).contiguous()

@@ -3,16 +3,21 @@
 The interpreter multiplies no bfloat16, so float16 stands for it on a CPU.
 """
 
+import itertools
+
 import pytest
 import torch
 from helpers import interpreted
 from torch.nn.functional import linear
+from tree_cases import rest_slow
 
 SHAPES = [  # of the weights of Llama 8B, Qwen2.5 0.5B and 1.5B
     *[(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096)],
     *[(896, 896), (128, 896), (4864, 896), (896, 4864), (151936, 896)],
     *[(1536, 1536), (256, 1536), (8960, 1536), (1536, 8960)],
 ]
+
+SMALL = [(32, 64), (33, 128), (7, 100), (70, 33), (1, 1), (130, 2048), (9, 5000)]  # where the kernel is interpreted
 
 
 def case(shape, dtype, with_bias, device="cpu"):
@@ -25,7 +30,7 @@ def case(shape, dtype, with_bias, device="cpu"):
 
 def check(shape, dtype, with_bias):
     """Against the bound of sums in float32, rounded once at the end."""
-    from hf_longspec.modeling.triton_linear_longspec import one_row_linear
+    from hf_longspec.modeling.fast_triton_linear_longspec import one_row_linear
 
     x, weight, bias, exact = case(shape, dtype, with_bias)
     out = one_row_linear(x, weight, bias)
@@ -38,7 +43,7 @@ def check(shape, dtype, with_bias):
 
 def check_on_gpu(*options):
     """At most twice the error of cuBLAS."""
-    from hf_longspec.modeling.triton_linear_longspec import one_row_linear
+    from hf_longspec.modeling.fast_triton_linear_longspec import one_row_linear
 
     *inputs, exact = case(*options, "cuda")
     ours, plain = ((out.double() - exact).abs().max() for out in (one_row_linear(*inputs), linear(*inputs)))
@@ -46,16 +51,25 @@ def check_on_gpu(*options):
 
 
 @interpreted
-@pytest.mark.parametrize("shape", [(32, 64), (33, 128), (7, 100), (70, 33), (1, 1), (130, 2048), (9, 5000)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(
+    "shape, dtype, with_bias",
+    rest_slow(
+        itertools.product(SMALL, [torch.float32, torch.float16], [False, True]),
+        [
+            *[(shape, torch.float16, True) for shape in SMALL[2:]],
+            *[(shape, torch.float16, False) for shape in ((7, 100), (9, 5000))],
+            ((33, 128), torch.float32, True),
+        ],
+    ),
+    ids=str,
+)
 def test_shapes(shape, dtype, with_bias):
     check(shape, dtype, with_bias)
 
 
 @interpreted
 def test_inputs_of_any_strides():
-    from hf_longspec.modeling.triton_linear_longspec import one_row_linear
+    from hf_longspec.modeling.fast_triton_linear_longspec import one_row_linear
 
     x, weight = torch.randn(64, 6)[:, 3:4].T, torch.randn(24, 64)
     torch.testing.assert_close(one_row_linear(x, weight, None), linear(x, weight))

@@ -1,7 +1,7 @@
-"""FlashAttention over the prefix and the fused tail behind it, against attention written out in float64.
+"""FlashAttention over the prefix and the tree behind it, against attention written out in float64.
 
-The tail runs in Triton's interpreter, behind a prefix that the torch backend has read. The packages themselves need a
-GPU; without one, stand-ins say how they are called and answer as they do.
+The packages need a GPU; without one, stand-ins check how they are called and answer as they do, and Triton's
+interpreter runs the launch over the tree.
 """
 
 import functools
@@ -15,99 +15,13 @@ import torch
 from helpers import interpreted
 from reference_attention import INF, spans_of
 from transformers.utils import logging
-from tree_cases import CPU, SPANS, case, check, random_tree
+from tree_cases import CPU, SPANS, case, check, random_tree, rest_slow
 
 from hf_longspec.modeling import backends_longspec
 from hf_longspec.modeling.attention_longspec import Nodes, Prefix, attend, eager_prefix, merged_attention
 from hf_longspec.modeling.backends_longspec import Demand, build_misfit, load_backend, resolve_backend
-from hf_longspec.modeling.torch_flash_longspec import torch_prefix
 
 CUDA = torch.device("cuda")
-
-
-# --- the tail --------------------------------------------------------------------------------------------------------
-
-# How a partial result (B, H, T, D) of K key/value heads may lie in memory.
-LAYOUTS = {
-    "by head": lambda out, kv_heads: out.contiguous().unflatten(1, (kv_heads, -1)),
-    "by token": lambda out, kv_heads: out.transpose(1, 2).contiguous().transpose(1, 2).unflatten(1, (kv_heads, -1)),
-    "packed": lambda out, kv_heads: (
-        out.unflatten(1, (kv_heads, -1)).permute(0, 2, 3, 1, 4).contiguous().permute(0, 3, 1, 2, 4)
-    ),
-}
-
-
-def tail(query, prefix, nodes, scaling, softcap, sinks, layout="by head", nothing=-INF):
-    """The tail behind a real prefix; nothing: what a package says of rows without keys, whose result is garbage."""
-    from hf_longspec.modeling.triton_tail_longspec import tail_attention
-
-    out, lse = (torch_prefix if softcap is None else eager_prefix)(query, prefix, scaling, softcap)
-    empty = lse == -INF
-    out = LAYOUTS[layout](out.to(query.dtype).masked_fill(empty[..., None], float("nan")), prefix.key.shape[1])
-    return tail_attention(out, lse.masked_fill(empty, nothing), query, prefix, nodes, scaling, softcap, sinks)
-
-
-@interpreted
-@pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
-@pytest.mark.parametrize("layout, nothing", [("by head", -INF), ("by token", INF), ("packed", float("nan"))])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_a_tree_behind_a_known_prefix(spans, layout, nothing, dtype):
-    attention = functools.partial(tail, layout=layout, nothing=nothing)
-    check(attention, spans, dtype=dtype, on_device=False)
-
-
-@interpreted
-@pytest.mark.parametrize("dim", [16, 24, 63, 64, 80, 96, 128, 256])
-def test_head_dimensions(dim):
-    check(tail, [(3, 130)], dim=dim, on_device=False)
-
-
-@interpreted
-def test_values_of_another_size_than_keys():
-    def triton_tail(query, prefix, nodes, scaling, softcap, sinks):
-        from hf_longspec.modeling.triton_tail_longspec import tail_attention
-
-        out, lse = load_backend("triton").prefix(query, prefix, scaling, softcap)
-        return tail_attention(out.unflatten(1, (2, -1)), lse, query, prefix, nodes, scaling, softcap, sinks)
-
-    check(triton_tail, [(3, 130)], dim=24, value_dim=40)
-
-
-@interpreted
-@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 1), (14, 2)])
-@pytest.mark.parametrize("nodes", [1, 16, 33, 70])
-def test_rows_of_tiles(heads, kv_heads, nodes):
-    check(tail, [(0, 150)], heads=heads, kv_heads=kv_heads, nodes=nodes, on_device=False)
-
-
-@interpreted
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_sinks_and_softcap(softcap):
-    sinks = torch.tensor([0.5, -1.0, 3.0, 0.0])
-    check(tail, [(0, 130), (4, 9), (7, 7)], softcap=softcap, sinks=sinks, on_device=False)
-
-
-@interpreted
-def test_a_tree_that_is_in_the_stores():
-    """A layer that shares another one's keys and values puts nothing there."""
-    query, key, value, fresh_key, fresh_value = case(1, 4, 2, 5, 80, 16, 16, torch.float32)
-    before = key.clone(), value.clone()
-    nodes = Nodes(fresh_key, fresh_value, random_tree(1, 5), None)
-    prefix = Prefix(key, value, spans_of([(5, 60)], CPU), None)
-    expected = merged_attention(eager_prefix, query, prefix, nodes, 0.25, None, None)
-    torch.testing.assert_close(tail(query, prefix, nodes, 0.25, None, None), expected)
-    assert torch.equal(key, before[0]) and torch.equal(value, before[1])
-
-
-@interpreted
-def test_tiles_grow_where_small_ones_would_fill_the_device_twice():
-    from hf_longspec.modeling.triton_tail_longspec import choose_rows
-
-    assert choose_rows(256, 8, 132, 64) == 16  # 16 tiles of 8 heads are 128 programs
-    assert choose_rows(256, 8 * 4, 132, 64) == 32  # 512 would be too many, 256 are not
-    assert choose_rows(256, 8 * 64, 132, 64) == 64
-    assert choose_rows(256, 8 * 64, 132, 32) == 32
-    assert choose_rows(4, 8, 132, 64) == 16
 
 
 # --- how the packages are called -------------------------------------------------------------------------------------
@@ -151,7 +65,7 @@ class StandIn:
 
 def flash(version):
     """A stand-in for FlashAttention-2 or -3, and it as a `Flash`."""
-    from hf_longspec.modeling.flash_attn_longspec import flash_2, flash_3
+    from hf_longspec.modeling.fast_flash_longspec import flash_2, flash_3
 
     if version == 2:
         package = StandIn(nothing=INF)
@@ -161,19 +75,32 @@ def flash(version):
 
 
 def attention_of(version):
-    from hf_longspec.modeling.flash_attn_longspec import flash_attention
+    from hf_longspec.modeling.fast_flash_longspec import flash_attention
 
     package, function = flash(version)
     return package, functools.partial(flash_attention, function)
 
 
+SHAPES = [(4, 2, 1), (6, 2, 5), (4, 4, 5)]  # query heads, key/value heads, nodes
+
+
 @interpreted
-@pytest.mark.parametrize("version", [2, 3])
-@pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
-@pytest.mark.parametrize("heads, kv_heads, nodes", [(4, 2, 1), (6, 2, 5), (4, 4, 5)])
-def test_prefix_and_tree(version, spans, heads, kv_heads, nodes):
+@pytest.mark.parametrize(
+    "version, heads, kv_heads, nodes, spans",
+    rest_slow(
+        [(version, *shape, spans) for version in (2, 3) for shape in SHAPES for spans in SPANS],
+        [
+            *[(2, *SHAPES[1], spans) for spans in SPANS],
+            *[(version, *SHAPES[0], "rows") for version in (2, 3)],
+            (2, *SHAPES[2], "a cut block"),
+            (3, *SHAPES[1], "rows"),
+            (3, *SHAPES[1], "nothing"),
+        ],
+    ),
+)
+def test_prefix_and_tree(version, heads, kv_heads, nodes, spans):
     package, attention = attention_of(version)
-    check(attention, spans, heads=heads, kv_heads=kv_heads, nodes=nodes, dtype=torch.float16)
+    check(attention, SPANS[spans], heads=heads, kv_heads=kv_heads, nodes=nodes, dtype=torch.float16)
     packs = version == 2 and nodes > 1 and heads > kv_heads
     groups = heads // kv_heads
     assert package.shapes == [(groups * nodes, kv_heads) if packs else (nodes, heads)]
@@ -187,7 +114,7 @@ def test_soft_cap_and_sinks_reach_both_parts(version):
 
 
 @interpreted
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", rest_slow([2, 3], [3]))
 @pytest.mark.parametrize("options", [{"masked": True}, {"value_dim": 24}, {"dtype": torch.float32}], ids=str)
 def test_what_the_packages_cannot_goes_through_our_kernel(version, options):
     package, attention = attention_of(version)
@@ -212,7 +139,7 @@ def test_a_prefix_alone(version, sinks):
 @pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.parametrize("nodes", [1, 3])
 def test_out_and_log_sum_exp_are_those_of_the_reference(version, nodes):
-    from hf_longspec.modeling.flash_attn_longspec import flash_prefix
+    from hf_longspec.modeling.fast_flash_longspec import flash_prefix
 
     query, key, value, *_ = case(3, 4, 2, nodes, 80, 16, 16, torch.float16)
     prefix = Prefix(key, value, spans_of([(5, 60), (0, 70), (4, 4)], CPU), None)

@@ -1,8 +1,9 @@
-"""The best children of a level of the tree, from logits in three launches, with all logits read once.
+"""Triton kernels of the tree: choosing a level's nodes from the draft's logits, and moving accepted nodes' keys.
 
-First chunks of the vocabulary, each with its best tokens and its share of the normalizer; then the best of a node;
-then the best of a tree. Tokens and candidates are integers that sort by value, and of equal values the smaller index
-first, so ties are broken alike everywhere. Needs triton; imported only when chosen.
+A level takes three launches that read all logits once: the best tokens of chunks of the vocabulary and each chunk's
+share of the normalizer; the best children of a node; the best nodes of a level. Tokens and candidates become integers
+that sort by value, and of equal values the smaller index first, so that ties are broken alike everywhere. Needs the
+package triton; imported only when a backend with Triton kernels is chosen.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ import torch
 from torch import Tensor
 
 from .children_longspec import best_children
+from .fast_triton_attention_longspec import tl, triton
 from .tree_longspec import Level
-from .triton_blocks_longspec import tl, triton
 
-CHUNK = 2048
-MOST_CHILDREN, MOST_CANDIDATES = 64, 4096  # of a level; beyond them sorting spills registers
-LOWEST = tl.constexpr(-(2**63))  # below the key of any value
+CHUNK = 2048  # tokens of a program of the first launch
+MOST_CHILDREN, MOST_CANDIDATES = 64, 4096  # of a level; with more of them kernels spill registers
+LOWEST = tl.constexpr(-(2**63))  # less than the sort key of any value
+
+
+# --- sort keys -------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def sort_key(x, index):
-    """float32 and index -> int64 that sorts by value, and of equal values the smaller index first."""
+    """Pack a float32 and its index into an int64 that sorts by value, and of equal values the smaller index first."""
     x = x + 0.0  # minus zero is zero
     bits = x.to(tl.int32, bitcast=True)
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
@@ -30,36 +34,43 @@ def sort_key(x, index):
 
 @triton.jit
 def value_of(key):
-    """The float32 in a key."""
+    """Unpack the float32 of a sort key."""
     bits = (key >> 32).to(tl.int32)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def index_of(key):
+    """Unpack the index of a sort key."""
     return 0x7FFFFFFF - (key & 0xFFFFFFFF)
 
 
 @triton.jit
 def best_of(keys, lowest, K: tl.constexpr):
-    """The K largest of keys (N,), largest first; no two are alike but for `lowest`, which is put where they end.
+    """Select the K largest of keys (N,), largest first, and fill up with `lowest`, the only key that may repeat.
 
-    One maximum after the other: for so few of so many, less than half the instructions of sorting.
+    One maximum after another takes less than half the instructions of sorting where K is much smaller than N.
     """
     slot = tl.arange(0, K)
     best = tl.full([K], lowest, keys.dtype)
-    for place in range(K):
+    for rank in range(K):
         top = tl.max(keys, 0)
-        best = tl.where(slot == place, top, best)
+        best = tl.where(slot == rank, top, best)
         keys = tl.where(keys == top, lowest, keys)
     return best
+
+
+# --- the best children of a level ------------------------------------------------------------------------------------
 
 
 @triton.jit
 def chunk_kernel(
     logits, keys, tops, sums, row_stride, vocab, chunks, BLOCK: tl.constexpr, K: tl.constexpr, NARROW: tl.constexpr
 ):
-    """Program (chunk, node): its K best tokens as keys, its maximum, its sum of exponentials against that."""
+    """Store the sort keys of the K best tokens of a chunk, the largest logit and the sum of exp(logit − largest).
+
+    Programs are (chunk, node). NARROW: select among 32-bit keys, of logits in 16 bits.
+    """
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
     token = chunk * BLOCK + column
@@ -68,9 +79,9 @@ def chunk_kernel(
     wide = x.to(tl.float32)
     top = tl.max(wide, 0)
     total = tl.sum(tl.exp(wide - tl.where(top == float("-inf"), 0.0, top)), 0)
-    place = row * chunks + chunk
-    tl.store(tops + place, top)
-    tl.store(sums + place, total)
+    offset = row * chunks + chunk
+    tl.store(tops + offset, top)
+    tl.store(sums + offset, total)
     if NARROW:  # 16 bits of value and 12 of column: half the registers and shuffles
         bits = (wide + 0.0).to(x.dtype).to(tl.int16, bitcast=True).to(tl.int32)  # minus zero is zero
         narrow = ((bits ^ ((bits >> 31) & 0x7FFF)) << 12) | (BLOCK - 1 - column)
@@ -82,12 +93,12 @@ def chunk_kernel(
         key = tl.where(best > -(2**30), sort_key(value, token), LOWEST)
     else:
         key = best_of(tl.where(real, sort_key(wide, token), LOWEST), LOWEST, K)
-    tl.store(keys + place * K + tl.arange(0, K), key)
+    tl.store(keys + offset * K + tl.arange(0, K), key)
 
 
 @triton.jit
 def node_kernel(keys, tops, sums, scores, best_keys, totals, chunks, CHUNKS: tl.constexpr, K: tl.constexpr):
-    """Program (node): the K best of all its chunks, and their cumulative log-probabilities."""
+    """Store the sort keys of the K best tokens of a node, one program each, and their cumulative log-probabilities."""
     row = tl.program_id(0).to(tl.int64)
     chunk, slot = tl.arange(0, CHUNKS), tl.arange(0, K)
     top = tl.load(tops + row * chunks + chunk, mask=chunk < chunks, other=float("-inf"))
@@ -108,7 +119,7 @@ def node_kernel(keys, tops, sums, scores, best_keys, totals, chunks, CHUNKS: tl.
 def tree_kernel(
     best_keys, totals, tokens, parents, chosen, nodes, width, N: tl.constexpr, K: tl.constexpr, W: tl.constexpr
 ):
-    """Program (tree): the `width` best of the candidates of all its nodes, best first."""
+    """Store the `width` best of the candidates below all nodes of a tree, best first; one program a tree."""
     tree = tl.program_id(0).to(tl.int64)
     candidate, slot = tl.arange(0, N), tl.arange(0, W)
     real = candidate < nodes * K
@@ -126,8 +137,9 @@ def tree_kernel(
 def fused_best_children(
     logits: Tensor, scores: Tensor, width: int, vocab: Tensor | None = None, chunk: int = CHUNK
 ) -> Level:
-    """As `best_children`; of continuations that score alike the one of the smaller node, and there of the smaller
-    token. A level too wide for it is left to `best_children`. chunk: tokens of a program of the first launch.
+    """Choose the best continuations as `best_children`, and of equal scores the smaller node, then the smaller token.
+
+    A level too wide for the kernels is left to `best_children`. chunk: tokens of a program of the first launch.
     """
     batch, nodes, size = logits.shape
     if width > MOST_CHILDREN or nodes * min(width, size) > MOST_CANDIDATES:
@@ -157,3 +169,53 @@ def fused_best_children(
         best_keys, totals, tokens, parents, chosen, nodes, width, N=candidates, K=best, W=most, num_warps=4
     )
     return Level(tokens if vocab is None else vocab[tokens], parents, chosen)
+
+
+# --- accepted nodes --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def move_kernel(
+    keys, values, source, target, steps,
+    key_b, key_h, key_s, value_b, value_h, value_s, source_b, target_b,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Copy slots `source` (B, P) of both stores to slots `target` (B, P).
+
+    Programs are (key/value head, row of the batch), each with all steps of the accepted path.
+    """
+    head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    step, d, dv = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    real = step < steps
+    begin = tl.load(source + batch * source_b + step, mask=real, other=0)
+    end = tl.load(target + batch * target_b + step, mask=real, other=0)
+    key_row, value_row = keys + batch * key_b + head * key_h, values + batch * value_b + head * value_h
+    key_seen, value_seen = real[:, None] & (d < DIM)[None, :], real[:, None] & (dv < VALUE_DIM)[None, :]
+    key = tl.load(key_row + begin[:, None] * key_s + d[None, :], mask=key_seen, other=0.0)
+    value = tl.load(value_row + begin[:, None] * value_s + dv[None, :], mask=value_seen, other=0.0)
+    tl.debug_barrier()  # a step may go where another one came from: all are read before any is written
+    tl.store(key_row + end[:, None] * key_s + d[None, :], key, mask=key_seen)
+    tl.store(value_row + end[:, None] * value_s + dv[None, :], value, mask=value_seen)
+
+
+def triton_move(keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> None:
+    """Move accepted nodes next to the prefix, keys and values of a layer in one launch, as `move_slots`."""
+    batch, kv_heads, _, dim = keys.shape
+    value_dim = values.shape[-1]
+    move_kernel[(kv_heads, batch)](
+        keys,
+        values,
+        source,
+        target,
+        source.shape[1],
+        *keys.stride()[:3],
+        *values.stride()[:3],
+        source.stride(0),
+        target.stride(0),
+        DIM=dim,
+        VALUE_DIM=value_dim,
+        BLOCK_D=triton.next_power_of_2(dim),
+        BLOCK_V=triton.next_power_of_2(value_dim),
+        BLOCK_P=triton.next_power_of_2(source.shape[1]),
+        num_warps=4,
+    )

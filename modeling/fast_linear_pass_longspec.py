@@ -1,7 +1,8 @@
-"""Which linear layers of a compiled target go to our kernel: a pass over the graphs that Inductor is given.
+"""A pass over Inductor's graphs that gives products of one row to the Triton kernel of `fast_triton_linear_longspec`.
 
-Those of one row by a weight of the target in 16 bits on a CUDA device; every other product stays as it is, since with
-more rows cuBLAS is as fast. The target's modules are not touched. Imported only when something is compiled.
+Products of one row by a 16-bit weight of the target on a CUDA device are replaced; every other product stays as it
+is, since with more rows cuBLAS is as fast. The target's modules are not touched. Imported only when a target is
+compiled.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from torch.fx import Graph, Node
 
 aten = torch.ops.aten
 DEVICE = "cuda"
-# Each copy of this file, as drafts of the Hub carry them, has an operator of its own.
+# Each copy of this file registers an operator of its own: every draft of the Hub carries a copy.
 NAME = f"{__name__.replace('.', '_')}::one_row_linear"
 
 
 @torch.library.custom_op(NAME, mutates_args=())
 def one_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    from .triton_linear_longspec import one_row_linear as run
+    """Multiply x (1, K) by weight (N, K) and add bias (N,) or None, as an operator that graphs can hold."""
+    from .fast_triton_linear_longspec import one_row_linear as run
 
     return run(x, weight, bias)
 
@@ -32,7 +34,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class OneRowPass(CustomGraphPass):
-    """For Inductor's `post_grad_custom_pre_pass`: puts `one_row_linear` in the place of the products it serves."""
+    """Replace the products that `served` finds by `one_row_linear`; an Inductor `post_grad_custom_pre_pass`."""
 
     def __call__(self, graph: Graph) -> None:
         for node in list(graph.nodes):
@@ -51,9 +53,9 @@ class OneRowPass(CustomGraphPass):
 
 
 def served(node: Node) -> tuple[Node, Node, Node | None] | None:
-    """x (1, K), weight (N, K) and bias (N,) or None of a product that our kernel computes; None for any other node.
+    """Find x (1, K), weight (N, K) and bias (N,) or None of a product that the kernel computes; None for another node.
 
-    Graphs that leave the number of rows open are of more than one: torch never takes 1 for open.
+    A graph with a symbolic number of rows always has more than one: torch specializes on 1.
     """
     inputs: Any = node.args
     if node.target == aten.mm.default:
@@ -65,7 +67,7 @@ def served(node: Node) -> tuple[Node, Node, Node | None] | None:
     if transposed.target != aten.permute.default or list(transposed.args[1]) != [1, 0]:
         return None
     weight = transposed.args[0]
-    if weight.op != "placeholder":  # it was computed, as from a quantized one
+    if weight.op != "placeholder":  # computed in the graph, as from a quantized weight
         return None
     states, values = x.meta["val"], weight.meta["val"]
     if values.device.type != DEVICE or values.dtype not in (torch.float16, torch.bfloat16):

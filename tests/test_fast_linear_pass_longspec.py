@@ -12,8 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import linear
 
 from hf_longspec.evaluation.side_by_side import judge
-from hf_longspec.modeling import linear_pass_longspec
-from hf_longspec.modeling.linear_pass_longspec import OneRowPass, one_row_linear, served
+from hf_longspec.modeling import fast_linear_pass_longspec
+from hf_longspec.modeling.fast_linear_pass_longspec import OneRowPass, one_row_linear, served
 
 
 def traced(function, *shapes, dtype=torch.bfloat16, device="cuda", make=torch.empty):
@@ -104,15 +104,15 @@ def test_the_operator_is_sound():
 @pytest.fixture
 def calls(monkeypatch):
     """The shapes of the inputs that reach the kernel."""
-    from hf_longspec.modeling import triton_linear_longspec
+    from hf_longspec.modeling import fast_triton_linear_longspec
 
-    shapes, own = [], triton_linear_longspec.one_row_linear
+    shapes, own = [], fast_triton_linear_longspec.one_row_linear
 
     def watched(x, weight, bias):
         shapes.append(tuple(x.shape))
         return own(x, weight, bias)
 
-    monkeypatch.setattr(triton_linear_longspec, "one_row_linear", watched)
+    monkeypatch.setattr(fast_triton_linear_longspec, "one_row_linear", watched)
     torch._dynamo.reset()
     with fresh_cache():
         yield shapes
@@ -121,7 +121,7 @@ def calls(monkeypatch):
 @interpreted
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
 def test_more_rows_than_one_stay_with_torch(calls, monkeypatch):
-    monkeypatch.setattr(linear_pass_longspec, "DEVICE", "cpu")
+    monkeypatch.setattr(fast_linear_pass_longspec, "DEVICE", "cpu")
     model = nn.Linear(32, 24).to(torch.float16).requires_grad_(False)
     options = {"post_grad_custom_pre_pass": OneRowPass()}
     compiled = torch.compile(lambda x: model(x), options=options)
@@ -134,13 +134,13 @@ def test_more_rows_than_one_stay_with_torch(calls, monkeypatch):
 @interpreted
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
 def test_errors_come_through(calls, monkeypatch):
-    from hf_longspec.modeling import triton_linear_longspec
+    from hf_longspec.modeling import fast_triton_linear_longspec
 
     def broken(x, weight, bias):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(linear_pass_longspec, "DEVICE", "cpu")
-    monkeypatch.setattr(triton_linear_longspec, "one_row_linear", broken)
+    monkeypatch.setattr(fast_linear_pass_longspec, "DEVICE", "cpu")
+    monkeypatch.setattr(fast_triton_linear_longspec, "one_row_linear", broken)
     model = nn.Linear(32, 24).to(torch.float16).requires_grad_(False)
     options = {"post_grad_custom_pre_pass": OneRowPass()}
     compiled = torch.compile(lambda x: model(x), options=options)
