@@ -31,7 +31,6 @@ REFUSED = [family for family in KNOWN if TABLE[family] is Result.refused]
 # positions come from, by what its embeddings, logits and scores are scaled. `make test-all` tries all.
 PATHS = {
     "llama": "full layers; halves of all dimensions turn; positions of `generate`; nothing is scaled",
-    "qwen3": "full and sliding layers, which turn alike",
     "mistral": "sliding layers only, so that the draft reads one of them",
     "gemma2": "embeddings scaled inside of their module; scores capped in the attention, and after the head",
     "gemma3_text": "frequencies by the type of layer",
@@ -43,7 +42,6 @@ PATHS = {
     "muse_glimmer": "no turn in layers whose own theta is 0; normed embeddings; a cap behind the head",
     "cohere_compass": "no turn in types of layers without parameters; three axes in the others",
     "cohere2_vision": "logits are multiplied; a text model inside of another",
-    "ernie4_5": "interleaved pairs of all dimensions",
     "glm4": "interleaved pairs of a part of the dimensions",
     "gpt_neox": "halves of a part of the dimensions; a K/V head a query head",
     "gpt_oss": "one angle a pair, stretched by yarn; sinks; experts",
@@ -51,10 +49,8 @@ PATHS = {
     "granite": "embeddings multiplied behind their module; logits are divided",
     "qwen2_5_vl": "three axes of positions; text positions made by the model",
     "glm4v": "three axes; interleaved pairs of a part of the dimensions",
-    "opt": "a table of absolute positions, read by position and mask",
-    "gpt_bigcode": "a table of absolute positions, and one K/V head",
-    "ctrl": "a wave added to the embeddings, no table",
-    "moss_transcribe_diarize": "counts positions for itself, since it gets none",
+    "opt": "no rotation, but a table of absolute positions, read by mask or position",
+    "moss_transcribe_diarize": "full and sliding layers that turn alike; counts positions for itself, since it gets none",
     "whisper": "counts positions for itself from a table; the decoder of a pair",
 }
 # and one for each refusal
