@@ -32,7 +32,9 @@ LONGROPE = {
         "long_factor": [1.0, 2.0, 5.0, 9.0],
     },
 }
-TREE = (13, 120, 40)  # holds every next token, and most pairs: long paths are accepted from a random draft
+# By the size of the batch. Both hold every next token, and most or half of the pairs: long paths are accepted from a
+# random draft. Rows that must go together advance by the shortest of their paths, for which a smaller tree is enough.
+TREES = {1: (13, 120, 40), 4: (13, 70)}
 LENGTHS = (9, 4, 7, 2)  # of the prompts in a batch; the first one is also the one of a single sequence
 NEW_TOKENS = 24
 PAD, EOS = 0, [3, 11]  # in a batch, rows come to one of these at different times
@@ -107,7 +109,7 @@ def target_of(family: str) -> PreTrainedModel:
 
 
 @cache
-def models(family: str) -> tuple[PreTrainedModel, Any, PreTrainedModel]:
+def models(family: str, batch: int = 1) -> tuple[PreTrainedModel, Any, PreTrainedModel]:
     """Target, draft, and the LM that stock decoding gets: one that agrees with the target about most tokens."""
     target = target_of(family)
     small = copy.deepcopy(target)
@@ -115,7 +117,7 @@ def models(family: str) -> tuple[PreTrainedModel, Any, PreTrainedModel]:
         torch.manual_seed(2)
         for parameter in small.parameters():
             parameter.data += 0.01 * torch.randn_like(parameter)
-    return target, tiny_draft(target, tree_shape=TREE), small
+    return target, tiny_draft(target, tree_shape=TREES[batch]), small
 
 
 class Cell(NamedTuple):
@@ -131,7 +133,7 @@ class Cell(NamedTuple):
 
 
 def run(row: Row, batch: int, *, stock: bool = False) -> Cell:
-    target, draft, small = models(row.family)
+    target, draft, small = models(row.family, batch)
 
     def see(**assistant: Any) -> Seen:
         return observe(target, row.play, Case(target, *prompts(batch), log=[]), **assistant)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Container, Iterable
 from typing import Any
 
 import pytest
@@ -83,6 +84,11 @@ def tiny_draft(target: PreTrainedModel, *, seed: int = 1, **fields: Any) -> Long
     """A float32 draft in eval mode for `target`; `fields` are those of `LongSpecConfig`."""
     config = LongSpecConfig.from_target(target.config, **({"window": 8, "tree_shape": (4, 8, 8)} | fields))
     return randomized(lambda: LongSpecForCausalLM(config), seed)
+
+
+def quick_or_slow(values: Iterable[Any], quick: Container[Any]) -> list[Any]:
+    """Parameters of a test: each of `values`, those that are not among `quick` marked `slow`."""
+    return [pytest.param(value, marks=() if value in quick else pytest.mark.slow) for value in values]
 
 
 def commit(cache: SpeculativeCache, path: torch.Tensor, counts: torch.Tensor, emitted: list[int]) -> None:

@@ -31,7 +31,7 @@ def tiny_recipe(folder: Path, **settings: Any) -> Path:
             "separator": "Ā",
         },
         "signal": {"length": 64, "max_lag": 3, "max_position": 400, "loss_chunk": 100},
-        "evaluation": {"contexts": [16, 48], "prompts": 2, "max_new_tokens": 12, "loss_samples": 1},
+        "evaluation": {"contexts": [16, 48], "prompts": 2, "max_new_tokens": 8, "loss_samples": 1},
         "trainer": {
             "output_dir": str(folder / "run"),
             "max_steps": 6,

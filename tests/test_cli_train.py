@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from recipes import losses, on_processes, tiny_recipe
@@ -14,8 +13,6 @@ from typer.testing import CliRunner
 
 from hf_longspec import cli
 from hf_longspec.training.checkpoints import COMPLETE, last_complete
-
-pytestmark = pytest.mark.slow  # each starts processes of its own
 
 runner = CliRunner()
 
@@ -101,18 +98,41 @@ def test_a_draft_that_does_not_fit(tmp_path):
     assert result.exit_code == 2 and "hidden_size: draft has 64, target has 32" in result.stderr
 
 
+COUNTS_THREADS = """
+
+from hf_longspec.cli import main
+
+try:
+    main()
+finally:
+    left = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    assert not [name for name in left if "gloo" in name], left
+"""
+
+
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"data__streaming": True, "trainer__accelerator_config": {"split_batches": False}}],
-    ids=["on disk", "a stream, and another of accelerate's settings"],
+    [
+        pytest.param({}, id="on disk"),
+        pytest.param(
+            {"data__streaming": True, "trainer__accelerator_config": {"split_batches": False}},
+            id="a stream, and another of accelerate's settings",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_two_processes_are_as_one(tmp_path, settings):
-    """Data-parallel over gloo: the same samples in all, so the same losses to rounding."""
+    """Data-parallel over gloo: the same samples in all, so the same losses to rounding.
+
+    No thread of gloo outlives the command: one that still frees a tensor when Python ends aborts the process. Where
+    there is no /proc, none is found.
+    """
     settings = settings | {"trainer__max_steps": 3, "trainer__save_steps": 2}
     path = tiny_recipe(tmp_path, **settings, trainer__eval_strategy="steps", trainer__eval_steps=3)
     alone = runner.invoke(cli.app, ["train", str(path), "--output-dir", str(tmp_path / "alone")])
     assert alone.exit_code == 0, alone.output
-    arguments = ["-m", "hf_longspec.cli", "train", str(path), "--set", "trainer.per_device_train_batch_size=2"]
+    (tmp_path / "counts.py").write_text(COUNTS_THREADS)
+    arguments = [str(tmp_path / "counts.py"), "train", str(path), "--set", "trainer.per_device_train_batch_size=2"]
     result = on_processes(2, *arguments)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count('{"complete": true') == 1, "one process speaks"
@@ -143,7 +163,6 @@ def test_processes_stop_together(tmp_path):
 FAILS_TO_END = """
 import os
 import time
-from pathlib import Path
 
 from accelerate import PartialState
 
@@ -160,34 +179,13 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_to_end_costs_no_draft(tmp_path):
     """The launcher ends the first process when the second one fails; it has written the draft by then."""
     (tmp_path / "fails.py").write_text(FAILS_TO_END)
     arguments = [str(tmp_path / "fails.py"), "train", str(tiny_recipe(tmp_path, trainer__max_steps=1))]
     assert on_processes(2, *arguments).returncode != 0
     assert (tmp_path / "run" / "draft" / "model.safetensors").exists()
-
-
-COUNTS_THREADS = """
-from pathlib import Path
-
-from hf_longspec.cli import main
-
-try:
-    main()
-finally:
-    left = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-    assert not [name for name in left if "gloo" in name], left
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="names of threads are read from /proc")
-def test_no_thread_of_gloo_outlives_the_command(tmp_path):
-    """One that still frees a tensor when Python ends aborts the process."""
-    (tmp_path / "counts.py").write_text(COUNTS_THREADS)
-    arguments = [str(tmp_path / "counts.py"), "train", str(tiny_recipe(tmp_path, trainer__max_steps=1))]
-    result = on_processes(2, *arguments)
-    assert result.returncode == 0, result.stderr
 
 
 def test_a_file_with_the_name_of_the_draft(tmp_path):

@@ -11,7 +11,6 @@ import pytest
 
 from hf_longspec.demo.weights import smollm2_folder
 
-pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 PARTS = ("pair", "tiny_target")  # of examples
 EXAMPLES = sorted(file.stem for file in (ROOT / "examples").glob("*.py") if file.stem not in PARTS)
@@ -38,6 +37,7 @@ def test_quickstart():
     assert float(re.search(r"([\d.]+) tokens a forward", printed)[1]) > 2
 
 
+@pytest.mark.slow
 def test_chat_reads_only_what_is_new():
     printed = run("chat", "--say", "Hello!", "--say", "Tell me a joke.", "--max-new-tokens", 24)
     first, second = re.findall(r"\((\d+) tokens from the cache, (\d+) read, (\d+) written", printed)
@@ -47,11 +47,13 @@ def test_chat_reads_only_what_is_new():
     assert int(second[1]) < int(first[1])
 
 
+@pytest.mark.slow
 def test_structured_output_is_valid():
     printed = run("structured_output")
     assert re.search(r"^valid: Person\(name='.+', born=1867, fields=\['", printed, re.M), printed
 
 
+@pytest.mark.slow
 def test_summaries_in_a_batch_are_those_of_plain_generate(tmp_path):
     """Three documents of different lengths, so two are padded."""
     words = (ROOT / "docs" / "CLIENTS.md").read_text(encoding="utf-8").split()
@@ -64,6 +66,7 @@ def test_summaries_in_a_batch_are_those_of_plain_generate(tmp_path):
     assert "3 of 3 texts are the same" in printed
 
 
+@pytest.mark.slow
 def test_a_draft_that_is_trained(tmp_path):
     """On the default target and text, for a few steps only: too few for τ, not for the loss.
 

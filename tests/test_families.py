@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from full_disk import full_disk
-from helpers import tiny_draft
+from helpers import quick_or_slow, tiny_draft
 from transformers import LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from typer.testing import CliRunner
@@ -27,21 +27,45 @@ SERVED = [family for family in KNOWN if TABLE[family] is Result.served]
 REFUSED = [family for family in KNOWN if TABLE[family] is Result.refused]
 
 
-# One of each kind is tried always, all others by `-m slow`.
-QUICK = {
-    "cohere2",
-    "gemma2",
-    "gemma3_text",
-    "gemma3n_text",
-    "glm4",
-    "gpt_neox",
-    "gpt_oss",
-    "granite",
-    "llama",
-    "mistral",
+# `make test` tries one family for each path through the code: the kinds of its layers, how its queries turn, where its
+# positions come from, by what its embeddings, logits and scores are scaled. `make test-all` tries all.
+PATHS = {
+    "llama": "full layers; halves of all dimensions turn; positions of `generate`; nothing is scaled",
+    "mistral": "sliding layers only, so that the draft reads one of them",
+    "gemma2": "embeddings scaled inside of their module; scores capped in the attention, and after the head",
+    "gemma3_text": "frequencies by the type of layer",
+    "gemma3n_text": "layers that share keys and values; queries turned alone; several hidden states of a token",
+    "gemma4_text": "wider heads in full layers, a part of whose frequencies is nought; a scale of each layer",
+    "smollm3": "a layer says itself that it does not turn",
+    "exaone4": "full layers that do not turn beside sliding ones, by the family's name",
+    "flint": "full layers that never turn, by the family's name; sinks beside a window",
+    "muse_glimmer": "no turn in layers whose own theta is 0; normed embeddings; a cap behind the head",
+    "cohere_compass": "no turn in types of layers without parameters; three axes in the others",
+    "cohere2_vision": "logits are multiplied; a text model inside of another",
+    "glm4": "interleaved pairs of a part of the dimensions",
+    "gpt_neox": "halves of a part of the dimensions; a K/V head a query head",
+    "gpt_oss": "one angle a pair, stretched by yarn; sinks; experts",
+    "mimo_v2_flash": "a part of the dimensions, and frequencies by the type of layer; sinks in some layers",
+    "granite": "embeddings multiplied behind their module; logits are divided",
+    "qwen2_5_vl": "three axes of positions; text positions made by the model",
+    "glm4v": "three axes; interleaved pairs of a part of the dimensions",
+    "opt": "no rotation, but a table of absolute positions, read by mask or position",
+    "moss_transcribe_diarize": "full and sliding layers that turn alike; counts positions for itself, since it gets none",
+    "whisper": "counts positions for itself from a table; the decoder of a pair",
 }
-QUICK |= {"mixtral", "opt", "paligemma", "phi3", "qwen2", "qwen2_5_vl", "qwen3", "qwen3_vl", "smollm3", "stablelm"}
-TRIED = [pytest.param(family, marks=() if family in QUICK else pytest.mark.slow) for family in SERVED]
+# and one for each refusal
+REFUSALS = {
+    "gpt_neo": "attends without the attention interface",
+    "mamba": "no cache of keys and values",
+    "deepseek_v3": "latent attention",
+    "bart": "its decoder takes no positions",
+    "t5gemma2": "has an encoder",
+    "jetmoe": "attends to other keys than it caches",
+    "llama4_text": "attends in chunks",
+    "rwkv": "has no attention heads",
+    "doge": "makes masks of its own",
+}
+TRIED = quick_or_slow(SERVED, PATHS)
 
 
 def trial(family: str) -> Trial:
@@ -61,7 +85,7 @@ def test_served_family_is_served(family):
     assert result.result is Result.served, result.reason
 
 
-@pytest.mark.parametrize("family", REFUSED)
+@pytest.mark.parametrize("family", quick_or_slow(REFUSED, REFUSALS))
 def test_refused_family_is_refused(family):
     """By a `ValueError`: what else a call ends in counts as WRONG."""
     result = trial(family)
@@ -76,7 +100,9 @@ def test_table_knows_every_family():
 
 def test_table_is_of_every_older_family():
     assert len(KNOWN) > 200
-    assert QUICK <= set(SERVED) and len(SERVED) > 130
+    assert len(SERVED) > 130
+    assert {TABLE[family] for family in PATHS} == {Result.served}
+    assert {TABLE[family] for family in REFUSALS} == {Result.refused}
     assert Result.wrong not in TABLE.values()
 
 
@@ -108,7 +134,7 @@ class Query:
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
 
-@pytest.mark.parametrize("family", SERVED)
+@pytest.mark.parametrize("family", TRIED)
 @torch.no_grad()
 def test_query_turns_as_the_targets_own(family, monkeypatch):
     """A draft whose queries turned otherwise would write the same text, but slowly: its guesses would be bad."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import tiny_draft
+from helpers import quick_or_slow, tiny_draft
 from observation import Seen, differences, observe
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, DynamicCache, PreTrainedModel
 
@@ -162,7 +162,12 @@ def assert_same(target: PreTrainedModel, draft: Any, *turns: dict, **options: An
     return ours
 
 
-@pytest.fixture(params=FAMILIES)
+# One that makes its embeddings alone, one that has positions on three axes, one whose image tokens see each other, one
+# whose pixels are nested; one that gets no positions from `generate`.
+QUICK = {"llava", "qwen2_5_vl", "gemma3", "idefics3", "exaone4_5"}
+
+
+@pytest.fixture(params=quick_or_slow(FAMILIES, QUICK))
 def family(request):
     return request.param
 
@@ -184,7 +189,7 @@ def test_images_are_seen(target, draft, family):
     assert not torch.allclose(first, second, atol=0.01)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
+@pytest.mark.parametrize("family", quick_or_slow([*FAMILIES, *MORE], QUICK))
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
 def test_prompts(target, draft, family, do_sample):
     assert_same(target, draft, image_prompts(family, (3, 5)), do_sample=do_sample)
@@ -205,7 +210,9 @@ def test_next_turns(target, draft, family):
 
 
 # transformers counts the images of the whole text where they have grids, but is given the grids of the new ones
-@pytest.mark.parametrize("family", [name for name, vision in FAMILIES.items() if vision.grid is None])
+@pytest.mark.parametrize(
+    "family", quick_or_slow([name for name, vision in FAMILIES.items() if vision.grid is None], QUICK)
+)
 def test_next_turn_with_an_image(target, draft, family):
     for rows in (1, 2):
         first = image_prompts(family, *[(3, 5), (1, 2)][:rows])

@@ -4,10 +4,9 @@ import subprocess
 import sys
 
 import pytest
+from helpers import quick_or_slow
 
 from hf_longspec import LongSpecConfig, LongSpecForCausalLM
-
-pytestmark = pytest.mark.slow  # each starts processes of its own
 
 
 def fresh(code: str) -> str:
@@ -38,16 +37,18 @@ def test_public_names():
         _ = hf_longspec.Missing
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import hf_longspec; from transformers import AutoConfig, AutoModelForCausalLM",
-        "from transformers import AutoConfig, AutoModelForCausalLM; import hf_longspec",
-        "import hf_longspec; from transformers import GenerationMixin, pipeline, AutoConfig, AutoModelForCausalLM",
-        "import transformers, hf_longspec; from transformers import AutoConfig, AutoModelForCausalLM",
-        "from hf_longspec import LongSpecConfig; from transformers import AutoConfig, AutoModelForCausalLM",
-    ],
-)
+FIRST = [
+    "import hf_longspec; from transformers import AutoConfig, AutoModelForCausalLM",
+    "from transformers import AutoConfig, AutoModelForCausalLM; import hf_longspec",
+]
+LATER = [
+    "import hf_longspec; from transformers import GenerationMixin, pipeline, AutoConfig, AutoModelForCausalLM",
+    "import transformers, hf_longspec; from transformers import AutoConfig, AutoModelForCausalLM",
+    "from hf_longspec import LongSpecConfig; from transformers import AutoConfig, AutoModelForCausalLM",
+]
+
+
+@pytest.mark.parametrize("imports", quick_or_slow([*FIRST, *LATER], FIRST))
 def test_auto_classes_know_drafts(tmp_path, imports):
     """Without trust_remote_code, as `pipeline(assistant_model="repo-id")` loads an assistant."""
     small = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
@@ -64,6 +65,7 @@ print(type(config).__module__, type(draft).__module__, type(AutoConfig.for_model
     assert fresh(code) == f"{configuration} {modeling} LongSpecConfig"
 
 
+@pytest.mark.slow
 def test_auto_model_without_a_config(tmp_path):
     small = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
     LongSpecForCausalLM(LongSpecConfig(vocab_size=32, **small)).save_pretrained(tmp_path)

@@ -1,9 +1,12 @@
 """Option combinations nobody thought of: a draft changes nothing that can be seen, or the call is refused.
 
-Other seeds: `LONGSPEC_WALK=1000:500 pytest tests/test_random_walk.py`, from seed 1000 on 500 steps.
+Each commit takes steps of its own. `LONGSPEC_WALK=1000:500 pytest -m slow tests/test_random_walk.py` takes 500 steps
+from seed 1000 on.
 """
 
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
 from walk import beyond_plain, check, refusal_of, simplest, with_draft
@@ -11,21 +14,40 @@ from walk_steps import FAMILIES, FULL_TREES, Step, draw
 
 FIRST, COUNT = (int(number) for number in os.environ.get("LONGSPEC_WALK", "0:1000").split(":"))
 STEPS_A_CASE = 25
-QUICK = 400  # steps; the others are slow
+QUICK = 250  # steps
+
+
+def seed_of_commit() -> int:
+    """The first seed of the steps that each commit takes anew; 1000 where there is no repository."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(git, capture_output=True, text=True)
+    except OSError:  # no git
+        return 1000
+    return 1000 + int(done.stdout[:7], 16) % 1_000_000 if done.returncode == 0 else 1000
+
+
+def take(first: int, count: int) -> None:
+    """A difference is told with its seed and with a call that repeats it."""
+    for seed in range(first, first + count):
+        if not beyond_plain(step := draw(seed)):
+            check(step)
+
+
+OF_COMMIT = seed_of_commit()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize(
-    "first",
-    [
-        pytest.param(first, marks=() if first < FIRST + QUICK else pytest.mark.slow)
-        for first in range(FIRST, FIRST + COUNT, STEPS_A_CASE)
-    ],
-)
+@pytest.mark.parametrize("first", range(0, QUICK, STEPS_A_CASE))
+def test_no_step_of_the_commit_differs(first):
+    take(OF_COMMIT + first, STEPS_A_CASE)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("first", range(FIRST, FIRST + COUNT, STEPS_A_CASE))
 def test_no_step_differs(first):
-    for seed in range(first, min(first + STEPS_A_CASE, FIRST + COUNT)):
-        if not beyond_plain(step := draw(seed)):
-            check(step)
+    take(first, min(STEPS_A_CASE, FIRST + COUNT - first))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import quick_or_slow
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_longspec
 from hf_longspec.demo.weights import NAME, smollm2_folder
 from hf_longspec.evaluation import side_by_side
 
-pytestmark = pytest.mark.slow
 PACKAGE = Path(hf_longspec.__file__).parent
 DRAFT = PACKAGE / "hub_configs" / NAME
 NEW_TOKENS = 48
@@ -38,11 +38,11 @@ def prompts(tokens, count, longest):
         yield {"input_ids": tokens[end - length : end][None], "attention_mask": torch.ones(1, length).long()}
 
 
-@pytest.mark.parametrize("first", range(0, 20, 4))
-def test_float32_equality_over_twenty_prompts(tokens, first):
+def equal_texts(tokens, count, longest, chosen):
+    """`chosen` of `count` prompts."""
     target, draft = load(torch.float32, tree_shape=(3, 4, 4, 4))
     rounds = []
-    for index, inputs in list(enumerate(prompts(tokens, 20, 800)))[first : first + 4]:
+    for index, inputs in list(enumerate(prompts(tokens, count, longest)))[chosen]:
         sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.9} if index % 4 == 3 else {"do_sample": False}
         options = sampling | {"max_new_tokens": NEW_TOKENS, "seed": index}
         plain = side_by_side.run(target, inputs, **options)
@@ -52,7 +52,17 @@ def test_float32_equality_over_twenty_prompts(tokens, first):
     assert sum(rounds) / len(rounds) > 2, "the trained draft hardly guesses anything"
 
 
-@pytest.mark.parametrize("do_sample", [False, True])
+def test_float32_equality_over_five_prompts(tokens):
+    equal_texts(tokens, 5, 300, slice(None))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, 20, 4))
+def test_float32_equality_over_twenty_prompts(tokens, first):
+    equal_texts(tokens, 20, 800, slice(first, first + 4))
+
+
+@pytest.mark.parametrize("do_sample", quick_or_slow([False, True], [True]))
 def test_float32_equality_of_a_batch(tokens, do_sample):
     """Prompts of other lengths in one batch, whose rows end at their own times."""
     target, draft = load(torch.float32, tree_shape=(3, 4, 4, 4))
@@ -78,6 +88,7 @@ def first_places(rows, token):
     return {row.index(token) for row in rows if token in row}
 
 
+@pytest.mark.slow
 def test_bfloat16_parts_only_at_ties(tokens):
     target, draft = load(torch.bfloat16, tree_shape=(3, 4, 4, 4))
     for inputs in prompts(tokens, 3, 300):

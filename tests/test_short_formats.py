@@ -7,6 +7,9 @@ import torch
 from helpers import tiny_draft, tiny_target
 from texts import OPTIONS, assert_same, prompt_of
 
+LONG = OPTIONS | {"max_new_tokens": 20}
+QUICK = {("llama", torch.bfloat16), ("mistral", torch.float16)}
+
 
 def assert_parts_only_at_ties(target, draft, within=torch.no_grad):
     """Rule of short formats: where two greedy texts part, the two tokens tie within the rounding of that format.
@@ -18,8 +21,8 @@ def assert_parts_only_at_ties(target, draft, within=torch.no_grad):
     for length in range(3, 19):
         ids = prompt_of(length, seed=length)
         with within():
-            plain = target.generate(ids, do_sample=False, **OPTIONS)[0]
-            ours = target.generate(ids, do_sample=False, assistant_model=draft, **OPTIONS)[0]
+            plain = target.generate(ids, do_sample=False, **LONG)[0]
+            ours = target.generate(ids, do_sample=False, assistant_model=draft, **LONG)[0]
         if plain.tolist() == ours.tolist():
             continue
         parted += 1
@@ -33,8 +36,14 @@ def assert_parts_only_at_ties(target, draft, within=torch.no_grad):
     assert parted < 16
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
+@pytest.mark.parametrize(
+    "family, dtype",
+    [
+        pytest.param(family, dtype, marks=() if (family, dtype) in QUICK else pytest.mark.slow, id=f"{family}-{dtype}")
+        for family in ("llama", "gemma2", "mistral")
+        for dtype in (torch.bfloat16, torch.float16)
+    ],
+)
 def test_short_formats_part_at_ties_only(family, dtype):
     target = tiny_target(family).to(dtype)
     draft = tiny_draft(target, window=8)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from hf_longspec import LongSpecForCausalLM, cli
 from hf_longspec.training.checkpoints import CheckpointError, last_complete
 from hf_longspec.training.learning_curve import draw, read_log
 from hf_longspec.training.recipe import Recipe
-from hf_longspec.training.run import train
+from hf_longspec.training.run import Outcome, train
 
 # peft asks transformers under a name that is going out of use
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -35,24 +36,39 @@ def run(folder, name="run", max_seconds=None, **settings):
     return outcome, losses(folder / name)
 
 
+class Run(NamedTuple):
+    """outcome: of `train`; losses: by step."""
+
+    folder: Path
+    outcome: Outcome
+    losses: dict[int, float]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The recipe as it stands, trained once; tests read it only."""
+    folder = tmp_path_factory.mktemp("plain")
+    return Run(folder / "run", *run(folder))
+
+
 def weights(folder):
     return load_file(last_complete(folder) / "model.safetensors")
 
 
 def test_a_run_cut_after_every_step_repeats_the_uninterrupted_one_to_the_bit(tmp_path):
     """With accumulated gradients; the cut one also evaluates in between, which draws nothing of the training's."""
-    settings = {"trainer__gradient_accumulation_steps": 2, "trainer__max_steps": 5}
+    settings = {"trainer__gradient_accumulation_steps": 2, "trainer__max_steps": 4}
     whole, expected = run(tmp_path, "whole", **settings)
-    assert whole.complete and whole.step == 5 and list(expected) == [1, 2, 3, 4, 5]
-    for step in range(1, 6):
+    assert whole.complete and whole.step == 4 and list(expected) == [1, 2, 3, 4]
+    for step in range(1, 5):
         outcome, found = run(tmp_path, "parts", 0.0, **settings, **EVALUATED)
-        assert outcome.step == step and outcome.complete == (step == 5) and (outcome.draft is not None) == (step == 5)
+        assert outcome.step == step and outcome.complete == (step == 4) and (outcome.draft is not None) == (step == 4)
     assert found == expected
     ours, theirs = weights(tmp_path / "parts"), weights(tmp_path / "whole")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_cut_run_with_muon_repeats_the_uninterrupted_one_to_the_bit(tmp_path):
+def test_a_cut_run_with_muon_repeats_the_uninterrupted_one_to_the_bit(tmp_path, plain):
     settings = {"trainer__optim": "muon", "trainer__lr_scheduler_type": "cosine", "trainer__weight_decay": 0.1}
     _, expected = run(tmp_path, "whole", **settings)
     run(tmp_path, "parts", 0.0, **settings)
@@ -60,7 +76,7 @@ def test_a_cut_run_with_muon_repeats_the_uninterrupted_one_to_the_bit(tmp_path):
     assert run(tmp_path, "parts", **settings)[1] == expected
     ours, theirs = weights(tmp_path / "parts"), weights(tmp_path / "whole")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert run(tmp_path, "adamw", trainer__optim="adamw_torch")[1] != expected
+    assert plain.losses != expected
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -77,8 +93,7 @@ def test_a_checkpoint_without_an_optimizer_is_not_gone_on_from(tmp_path):
         run(tmp_path)
 
 
-def test_half_written_checkpoints_are_passed_over(tmp_path):
-    _, expected = run(tmp_path, "whole")
+def test_half_written_checkpoints_are_passed_over(tmp_path, plain):
     run(tmp_path, "cut", 0.0)
     run(tmp_path, "cut", 0.0)
     newest = last_complete(tmp_path / "cut")
@@ -88,7 +103,7 @@ def test_half_written_checkpoints_are_passed_over(tmp_path):
     (tmp_path / "cut" / "checkpoint-5" / "model.safetensors").write_bytes(b"half")
     assert last_complete(tmp_path / "cut").name == "checkpoint-1"
     outcome, found = run(tmp_path, "cut")
-    assert outcome.complete and found == expected
+    assert outcome.complete and found == plain.losses
 
 
 def test_a_run_with_another_recipe_is_refused(tmp_path):
@@ -137,23 +152,21 @@ def test_a_draft_written_again_leaves_what_is_not_its_own(tmp_path):
     assert {name: (draft / name).read_bytes() for name in own} == own
 
 
-def test_the_target_is_left_alone_and_nowhere_written(tmp_path):
-    outcome, found = run(tmp_path)
-    assert all(math.isfinite(loss) for loss in found.values())
-    checkpoint = last_complete(tmp_path / "run")
-    draft = LongSpecForCausalLM.from_pretrained(outcome.draft)
-    assert set(weights(tmp_path / "run")) == set(draft.state_dict())
+def test_the_target_is_left_alone_and_nowhere_written(plain):
+    assert all(math.isfinite(loss) for loss in plain.losses.values())
+    checkpoint = last_complete(plain.folder)
+    draft = LongSpecForCausalLM.from_pretrained(plain.outcome.draft)
+    assert set(weights(plain.folder)) == set(draft.state_dict())
     optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True)
     assert len(optimizer["state"]) == len(list(draft.parameters()))
     sizes = [path.stat().st_size for path in checkpoint.glob("*.safetensors")]
     assert sum(sizes) < 1.1 * sum(x.numel() * 4 for x in draft.parameters()) + 10_000
 
 
-def test_accumulated_batches_are_one_large_one(tmp_path):
-    _, whole = run(tmp_path, "whole")
+def test_accumulated_batches_are_one_large_one(tmp_path, plain):
     parts = {"trainer__per_device_train_batch_size": 1, "trainer__gradient_accumulation_steps": 4}
     _, accumulated = run(tmp_path, "parts", **parts)
-    assert accumulated == pytest.approx(whole, rel=1e-5)
+    assert accumulated == pytest.approx(plain.losses, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -161,10 +174,9 @@ def test_accumulated_batches_are_one_large_one(tmp_path):
     [{"trainer__gradient_checkpointing": True}, {"target__piece": 17}, {"trainer__dataloader_num_workers": 1}],
     ids=lambda settings: next(iter(settings)),
 )
-def test_what_saves_memory_or_time_changes_no_loss(tmp_path, settings):
-    _, expected = run(tmp_path, "plain", trainer__max_steps=3)
-    _, found = run(tmp_path, "other", trainer__max_steps=3, **settings)
-    assert found == pytest.approx(expected, rel=1e-5)
+def test_what_saves_memory_or_time_changes_no_loss(tmp_path, plain, settings):
+    _, found = run(tmp_path, **settings)
+    assert found == pytest.approx(plain.losses, rel=1e-5)
 
 
 def test_bfloat16_keeps_float32_parameters(tmp_path):
@@ -237,10 +249,10 @@ def test_a_bare_no_is_false_in_yaml(tmp_path):
     assert outcome.complete and outcome.best_accept_length is None
 
 
-def test_a_draft_that_reads_the_last_hidden_state(tmp_path):
+def test_a_draft_that_reads_the_last_hidden_state(tmp_path, plain):
     """Whole, cut, in pieces and recomputed; and an earlier stage's draft may begin to read it."""
-    reads = {"draft__config": {"window": 16, "tree_shape": [2, 4, 4], "target_hidden_state": True}, **EVALUATED}
-    outcome, expected = run(tmp_path, "whole", **reads)
+    reads = {"draft__config": {"window": 16, "tree_shape": [2, 4, 4], "target_hidden_state": True}}
+    outcome, expected = run(tmp_path, "whole", **reads, **EVALUATED)
     draft = LongSpecForCausalLM.from_pretrained(outcome.draft)
     assert draft.config.target_hidden_state and expected[6] < expected[1]
     first = torch.load(last_complete(tmp_path / "whole") / "optimizer.pt", weights_only=True)
@@ -253,15 +265,13 @@ def test_a_draft_that_reads_the_last_hidden_state(tmp_path):
     prompt = torch.randint(2, 200, (1, 30))
     options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(target.generate(prompt, assistant_model=draft, **options), target.generate(prompt, **options))
-    earlier, _ = run(tmp_path, "earlier")
-    later, _ = run(tmp_path, "later", draft__init=earlier.draft, **reads)
+    later, _ = run(tmp_path, "later", draft__init=plain.outcome.draft, **reads)
     draft = LongSpecForCausalLM.from_pretrained(later.draft)
     assert draft.hidden_proj.weight.any() and draft.hidden_layernorm.weight.any()
 
 
-def test_a_draft_goes_on_from_an_earlier_stage(tmp_path):
-    first, _ = run(tmp_path, "short")
-    second, found = run(tmp_path, "long", draft__init=first.draft, signal__offset=False, signal__length=128)
+def test_a_draft_goes_on_from_an_earlier_stage(tmp_path, plain):
+    second, found = run(tmp_path, "long", draft__init=plain.outcome.draft, signal__offset=False, signal__length=128)
     fresh = run(tmp_path, "fresh", signal__offset=False, signal__length=128)[1]
     assert found[1] < 0.95 * fresh[1]
     with pytest.raises(ValueError, match="hidden_size: draft has 64, target has 32"):
@@ -272,8 +282,8 @@ def test_lora_on_a_draft(tmp_path):
     peft = pytest.importorskip("peft")
     base, _ = run(tmp_path, "base", trainer__max_steps=2)
     lora = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
-    settings = {"draft__init": base.draft, "draft__lora": lora, "draft__config": {}, **EVALUATED}
-    _, expected = run(tmp_path, "whole", **settings)
+    settings = {"draft__init": base.draft, "draft__lora": lora, "draft__config": {}}
+    _, expected = run(tmp_path, "whole", **settings, **EVALUATED)
     run(tmp_path, "adapter", 0.0, **settings)
     outcome, found = run(tmp_path, "adapter", **settings)
     assert found == expected and found[6] != found[1]
@@ -370,8 +380,8 @@ def test_a_draft_of_frequent_tokens(tmp_path):
     assert set(draft.draft_vocab.tolist()) <= set(tokenizer(text, add_special_tokens=False).input_ids)
     _, found = run(tmp_path, "whole", draft__vocab=6, **EVALUATED)
     assert found == expected
-    run(tmp_path, "parts", 0.0, draft__vocab=6, **EVALUATED)
-    assert run(tmp_path, "parts", draft__vocab=6, **EVALUATED)[1] == expected
+    run(tmp_path, "parts", 0.0, draft__vocab=6)
+    assert run(tmp_path, "parts", draft__vocab=6)[1] == expected
     second, _ = run(tmp_path, "second", draft__init=outcome.draft, draft__config={})
     later = LongSpecForCausalLM.from_pretrained(second.draft)
     assert torch.equal(later.draft_vocab, draft.draft_vocab)

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,10 +19,7 @@ from hf_longspec import LongSpecForCausalLM, cli
 from hf_longspec.training.checkpoints import last_complete
 from hf_longspec.training.learning_curve import read_log
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 FSDP = {"trainer__fsdp": True, "trainer__fsdp_config": {"version": 2}}
 STEPS = {"trainer__max_steps": 4, "trainer__eval_strategy": "steps", "trainer__eval_steps": 2}
@@ -44,6 +42,7 @@ SHARDED = [
     pytest.param(
         FSDP | {"trainer__fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}},
         id="FSDP2, sharded checkpoints",
+        marks=pytest.mark.slow,
     ),
     pytest.param(zero(2), id="ZeRO-2", marks=deepspeed),
     pytest.param(ZERO3, id="ZeRO-3", marks=deepspeed),
@@ -69,35 +68,48 @@ def evaluations(run):
     return [record for record in read_log(last_complete(run)) if "eval_accept_length" in record]
 
 
-@pytest.mark.parametrize("sharded", SHARDED)
-def test_two_processes_that_share_a_draft_are_as_one(tmp_path, sharded):
-    alone, run = on_one(tmp_path), tmp_path / "run"
-    result = on_two(tmp_path, **sharded)
+class Shared(NamedTuple):
+    """Two processes that shared a draft: where, how, and the run of one process alone."""
+
+    folder: Path
+    settings: dict[str, Any]
+    alone: Path
+
+    @property
+    def run(self):
+        return self.folder / "run"
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return on_one(tmp_path_factory.mktemp("alone"))
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, alone, request):
+    folder = tmp_path_factory.mktemp("shared")
+    result = on_two(folder, **request.param)
     assert result.returncode == 0, result.stderr
-    assert losses(run) == pytest.approx(losses(alone), rel=1e-4)
-    for ours, theirs in zip(evaluations(run), evaluations(alone), strict=True):
+    return Shared(folder, request.param, alone)
+
+
+@pytest.mark.parametrize("shared", SHARDED, indirect=True)
+def test_two_processes_that_share_a_draft_are_as_one(shared):
+    assert losses(shared.run) == pytest.approx(losses(shared.alone), rel=1e-4)
+    for ours, theirs in zip(evaluations(shared.run), evaluations(shared.alone), strict=True):
         assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-4)
         assert ours["eval_accept_length"] == theirs["eval_accept_length"]
     torch.testing.assert_close(
-        load_file(run / "draft" / "model.safetensors"),
-        load_file(alone / "draft" / "model.safetensors"),
+        load_file(shared.run / "draft" / "model.safetensors"),
+        load_file(shared.alone / "draft" / "model.safetensors"),
         rtol=0,
         atol=2e-3,  # Adam's first steps turn rounding of small gradients into steps
     )
-    expected = losses(run)
-    for name in ("draft", "checkpoint-4"):
-        shutil.rmtree(run / name)
-    result = on_two(tmp_path, **sharded)
-    assert result.returncode == 0, result.stderr
-    assert losses(run) == pytest.approx(expected, rel=1e-6), "from checkpoint-2 on"
-    assert (run / "draft" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("sharded", [SHARDED[0], SHARDED[-1]])
-def test_a_checkpoint_is_a_draft_with_its_own_code(tmp_path, sharded):
-    result = on_two(tmp_path, **sharded)
-    assert result.returncode == 0, result.stderr
-    checkpoint, draft = tmp_path / "run" / "checkpoint-4", tmp_path / "run" / "draft"
+@pytest.mark.parametrize("shared", [SHARDED[0], SHARDED[-1]], indirect=True)
+def test_a_checkpoint_is_a_draft_with_its_own_code(shared):
+    checkpoint, draft = shared.run / "checkpoint-4", shared.run / "draft"
     code = {path.name for path in draft.glob("*.py")}
     assert "modeling_longspec.py" in code <= {path.name for path in checkpoint.glob("*.py")}
     maps = [json.loads((folder / "config.json").read_text())["auto_map"] for folder in (checkpoint, draft)]
@@ -106,12 +118,23 @@ def test_a_checkpoint_is_a_draft_with_its_own_code(tmp_path, sharded):
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", SHARDED, indirect=True)
+def test_a_cut_run_goes_on(shared):
+    """From checkpoint-2 on; what is taken away here is written anew."""
+    expected = losses(shared.run)
+    for name in ("draft", "checkpoint-4"):
+        shutil.rmtree(shared.run / name)
+    result = on_two(shared.folder, **shared.settings)
+    assert result.returncode == 0, result.stderr
+    assert losses(shared.run) == pytest.approx(expected, rel=1e-6)
+    assert (shared.run / "draft" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [SHARDED[0], SHARDED[-1]])
-def test_adapters(tmp_path, sharded):
-    alone = on_one(tmp_path)
-    shutil.move(alone / "draft", tmp_path / "first")
-    shutil.rmtree(alone)
-    settings = LORA | {"draft__init": str(tmp_path / "first")}
+def test_adapters(tmp_path, alone, sharded):
+    settings = LORA | {"draft__init": str(alone / "draft")}
     alone = on_one(tmp_path, **settings)
     result = on_two(tmp_path, **settings, **sharded)
     assert result.returncode == 0, result.stderr
@@ -119,6 +142,7 @@ def test_adapters(tmp_path, sharded):
     assert not (tmp_path / "run" / "draft" / "model.safetensors").exists(), "the adapter only"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [SHARDED[0], SHARDED[-1]])
 def test_a_draft_that_reads_the_last_hidden_state(tmp_path, sharded):
     reads = {"draft__config": {"window": 16, "tree_shape": [2, 4, 4], "target_hidden_state": True}}
@@ -130,6 +154,7 @@ def test_a_draft_that_reads_the_last_hidden_state(tmp_path, sharded):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [SHARDED[0], SHARDED[-1]])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_drafts_in_half_precision(tmp_path, sharded, dtype):
@@ -142,6 +167,7 @@ def test_drafts_in_half_precision(tmp_path, sharded, dtype):
     assert any(torch.tensor(loss).bfloat16().item() != loss for loss in ours.values())
 
 
+@pytest.mark.slow
 @deepspeed
 def test_zero_3_has_to_gather_the_draft(tmp_path):
     result = on_two(tmp_path, **zero(3))
@@ -150,6 +176,7 @@ def test_zero_3_has_to_gather_the_draft(tmp_path):
     assert expected in result.stderr and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @deepspeed
 def test_zero_goes_on_with_as_many_processes_only(tmp_path):
     assert on_two(tmp_path, **ZERO3, trainer__max_steps=2).returncode == 0

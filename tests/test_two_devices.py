@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import tiny_draft, tiny_target
+from helpers import quick_or_slow, tiny_draft, tiny_target
 from observation import differences, observe
 from second_device import THERE, second_device
 from torch.utils._pytree import tree_leaves, tree_map
@@ -87,19 +87,26 @@ MAPS = {
     "embedding there": {"layers": (HERE, HERE, THERE, THERE), "embedding": THERE, "rotary": THERE},
     "there and back": {"layers": (HERE, THERE, HERE, THERE)},
 }
+QUICK_PLACES = {("split", 3), ("head beside the embedding", 1), ("embedding there", 1), ("there and back", 3)}
+PLACES = [
+    pytest.param(
+        MAPS[name], layer, id=f"{name}-{layer}", marks=() if (name, layer) in QUICK_PLACES else pytest.mark.slow
+    )
+    for name in MAPS
+    for layer in (1, 3)
+]
 
 
-@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("do_sample", quick_or_slow([False, True], [True]), ids=["greedy", "sampled"])
+@pytest.mark.parametrize("batch", quick_or_slow([1, 3], [3]))
+@pytest.mark.parametrize("family", quick_or_slow(["mistral", "gemma2", "gemma3_text"], ["mistral", "gemma3_text"]))
 def test_families(family, batch, do_sample):
     target = tiny_target(family, tie_word_embeddings=False)
     draft = draft_for(target)
     assert_same(split(target, **MAPS["split"]), draft, prompts(batch), do_sample=do_sample)
 
 
-@pytest.mark.parametrize("layer", [1, 3])
-@pytest.mark.parametrize("places", MAPS.values(), ids=MAPS)
+@pytest.mark.parametrize("places, layer", PLACES)
 def test_the_layer_of_the_draft(places, layer):
     target = split(tiny_target("llama", tie_word_embeddings=False), **places)
     draft = draft_for(target, target_layer=layer)
@@ -121,8 +128,7 @@ def test_records(monkeypatch, do_sample, by_tree):
             assert_same(target, draft, prompts(batch), do_sample=do_sample, **records)
 
 
-@pytest.mark.parametrize("layer", [1, 3])
-@pytest.mark.parametrize("places", MAPS.values(), ids=MAPS)
+@pytest.mark.parametrize("places, layer", PLACES)
 def test_a_draft_that_reads_the_last_hidden_state(places, layer):
     """Which lies beside the head, and the draft beside its layer."""
     target = split(tiny_target("llama", tie_word_embeddings=False), **places)

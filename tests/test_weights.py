@@ -17,7 +17,6 @@ TOKENS = {
 }
 
 
-@pytest.mark.slow
 def test_folder_is_the_known_model():
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -35,7 +34,6 @@ def test_folder_is_the_known_model():
     assert chat.endswith("<|im_start|>user\nhi<|im_end|>\n")
 
 
-@pytest.mark.slow
 def test_finished_folder_is_left_alone(monkeypatch):
     folder = weights.smollm2_folder()
     monkeypatch.setattr(weights, "build", None)

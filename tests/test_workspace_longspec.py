@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import tiny_draft, tiny_target
+from helpers import quick_or_slow, tiny_draft, tiny_target
 from probes import Stops
 from texts import prompt_of
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
@@ -51,8 +51,11 @@ def pair():
 # --- the next call ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gemma2", "cohere2", "granite"])
-@pytest.mark.parametrize("shape", [SHAPE, (1, 1, 1), ()])
+@pytest.mark.parametrize(
+    "family",
+    quick_or_slow(["llama", "mistral", "gemma3_text", "gemma2", "cohere2", "granite"], ["llama", "gemma3_text"]),
+)
+@pytest.mark.parametrize("shape", quick_or_slow([SHAPE, (1, 1, 1), ()], [SHAPE, ()]))
 def test_calls_of_one_shape_are_captured_once(captures, monkeypatch, family, shape):
     """Whatever their prompts, lengths and samplers."""
     monkeypatch.setattr(text_longspec, "pays_by_tree", lambda *args: True)
@@ -68,7 +71,7 @@ def test_calls_of_one_shape_are_captured_once(captures, monkeypatch, family, sha
     assert len(captures) == (5 if shape else 4)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+@pytest.mark.parametrize("family", quick_or_slow(["llama", "mistral", "gemma3_text"], ["llama", "gemma3_text"]))
 def test_batches_of_one_size_are_captured_once(captures, family):
     """Rows of other lengths, padding before and within, ends of text at other places."""
     target = tiny_target(family)

@@ -2,7 +2,7 @@
 
 import torch
 
-OPTIONS = {"max_new_tokens": 20, "pad_token_id": 0}
+OPTIONS = {"max_new_tokens": 12, "pad_token_id": 0}
 
 
 def prompt_of(length, seed=0):
