@@ -43,9 +43,7 @@ def check_inputs(input_ids: Tensor, generation_config: GenerationConfig, model_k
         raise ValueError("LongSpec's attention makes no attention weights, got output_attentions=True")
     held = past.layers[0].keys if past.get_seq_length() > 0 else input_ids
     if held is not None and held.shape[0] != input_ids.shape[0]:
-        raise ValueError(
-            f"expected {CACHE} of the prompts' batch size {input_ids.shape[0]}, got {held.shape[0]}"
-        )
+        raise ValueError(f"expected {CACHE} of the prompts' batch size {input_ids.shape[0]}, got {held.shape[0]}")
 
 
 def check_reading(input_ids: Tensor, chunk: int | None, model_kwargs: dict[str, Any]) -> None:

@@ -79,21 +79,12 @@ def flash_3(
     heads, length = query.shape[1:3]
     _, kv_heads, slots, dim = prefix.key.shape
     starts, ends = lengths(prefix.spans)
-    plans = prefix.spans.derived
-    shape = "flash_3", heads, length, kv_heads, slots, dim, query.dtype, softcap is None
-    if shape not in plans:
-        plans[shape] = scheduler_metadata(
-            len(query),
-            length,
-            slots,
-            heads,
-            kv_heads,
-            dim,
-            ends,
-            qkv_dtype=query.dtype,
-            cache_leftpad=starts,
-            has_softcap=softcap is not None,
-        )
+    shape = len(query), length, slots, heads, kv_heads, dim
+    capped = softcap is not None
+    plan = prefix.spans.memo.once(
+        ("flash_3", *shape, query.dtype, capped),
+        lambda: scheduler_metadata(*shape, ends, qkv_dtype=query.dtype, cache_leftpad=starts, has_softcap=capped),
+    )
     out, lse, *_ = with_kvcache(
         query.transpose(1, 2),
         prefix.key.transpose(1, 2),
@@ -102,7 +93,7 @@ def flash_3(
         cache_leftpad=starts,
         softmax_scale=scaling,
         softcap=softcap or 0.0,
-        scheduler_metadata=plans[shape],
+        scheduler_metadata=plan,
         return_softmax_lse=True,
     )
     return Partial(out.transpose(1, 2).unflatten(1, (kv_heads, -1)), lse)
@@ -110,9 +101,7 @@ def flash_3(
 
 def lengths(spans: Spans) -> tuple[Tensor, Tensor]:
     """Convert spans to what the packages take, starts and ends (B,) int32, once a round."""
-    if "int32" not in spans.derived:
-        spans.derived["int32"] = torch.stack([spans.starts, spans.ends]).int().unbind()
-    return spans.derived["int32"]
+    return spans.memo.once("int32", lambda: torch.stack([spans.starts, spans.ends]).int().unbind())
 
 
 def serves(query: Tensor, prefix: Prefix) -> bool:

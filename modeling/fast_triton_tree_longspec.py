@@ -11,9 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .children_longspec import best_children
 from .fast_triton_attention_longspec import tl, triton
-from .tree_longspec import Level
+from .tree_longspec import Level, best_children
 
 CHUNK = 2048  # tokens of a program of the first launch
 MOST_CHILDREN, MOST_CANDIDATES = 64, 4096  # of a level; with more of them kernels spill registers

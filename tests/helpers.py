@@ -94,7 +94,7 @@ def quick_or_slow(values: Iterable[Any], quick: Container[Any]) -> list[Any]:
 def commit(cache: SpeculativeCache, path: torch.Tensor, counts: torch.Tensor, emitted: list[int]) -> None:
     """What a round does in the end: the device's part and the host's; `emitted` says `counts` on the host."""
     cache.commit(path, counts)
-    cache.committed(emitted)
+    cache.end_round(emitted)
 
 
 def interprets_triton() -> bool:

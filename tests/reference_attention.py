@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from hf_longspec.modeling.attention_longspec import Spans
+from hf_longspec.modeling.attention_longspec import Memo, Span, Spans
 
 INF = float("inf")
 
@@ -69,4 +69,4 @@ def assert_as_good_as_plain(results, query, key, *inputs, stages=1, **options):
 def spans_of(host, device="cpu"):
     """`Spans` of (start, end) pairs, one for each row of a batch."""
     starts, ends = torch.tensor(host, device=device).unbind(dim=1)
-    return Spans(starts, ends, tuple(host), {})
+    return Spans(starts, ends, tuple(Span(*pair) for pair in host), Memo())

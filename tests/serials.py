@@ -5,7 +5,7 @@ import random
 import torch
 from transformers import AutoConfig, DynamicCache
 
-from hf_longspec.modeling.attention_longspec import Nodes, place
+from hf_longspec.modeling.attention_longspec import Nodes, store_nodes
 from hf_longspec.modeling.cache_longspec import SpeculativeCache
 from hf_longspec.modeling.tree_longspec import ancestor_mask, node_depths
 
@@ -65,7 +65,7 @@ def add(cache, states: tuple[torch.Tensor, torch.Tensor], layer: int) -> tuple[t
     at = getattr(cache, "placement", None)
     if at is not None:
         its = cache.layers[layer]
-        place(Nodes(keys, values, None, its.tree_slots(at)), its.prefix(at))
+        store_nodes(Nodes(keys, values, None, its.tree_slots(at)), its.prefix_of(at))
     return keys, values
 
 
@@ -88,7 +88,7 @@ def padded(path: list[int], steps: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def seen_by_nodes(cache: SpeculativeCache, layer: int, row: int = 0) -> list[list[int]]:
     """For each node of the tree just placed in a row, the serial numbers of the prefix tokens it may look at."""
-    prefix = cache.layers[layer].prefix(cache.placement)
+    prefix = cache.layers[layer].prefix_of(cache.placement)
     batch, nodes = cache.placement.depths.shape
     assert list(zip(prefix.spans.starts.tolist(), prefix.spans.ends.tolist(), strict=True)) == list(prefix.spans.host)
     slot = torch.arange(prefix.key.shape[2])

@@ -7,9 +7,18 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper
 
+from hf_longspec.modeling.sampling_longspec import Plan, Sampler
 from hf_longspec.modeling.text_longspec import Text
 from hf_longspec.modeling.tree_longspec import TokenTree, ancestor_mask, node_depths
-from hf_longspec.modeling.verification_longspec import Verified, accept, accept_step_by_step, walk
+from hf_longspec.modeling.verification_longspec import (
+    Verified,
+    accept,
+    along_walk,
+    emit,
+    pick_tree,
+    step_by_step,
+    walk,
+)
 
 VOCAB = 5
 PROMPT = [3, 1]
@@ -33,15 +42,35 @@ def extend(tree, logits, text, paths, hidden_states=None):
     """What a round does once the target has seen the tree."""
     ancestors = ancestor_mask(tree.parents, tree.levels)
     verified = Verified(ancestors, node_depths(ancestors), logits, hidden_states)
-    if not text.by_tree:
-        accept_step_by_step(tree, verified, text, paths)
-        return
-    picks = None if text.by_argmax else text.pick_tree(logits, verified.depths, tree.levels)
-    tokens = logits.argmax(dim=-1) if picks is None else picks.tokens
-    if text.padding is not None:
-        tokens = tokens.masked_fill(torch.tensor(text.stopped)[:, None], text.padding)
-    known = walk(tree, ancestors, verified.depths, tokens).on_host()
-    accept(known, verified, picks, text, paths)
+    sampler = text.sampler
+    if not sampler.plan.by_tree:
+        accept(text, paths, step_by_step(tree, verified, sampler, text))
+    else:
+        picks = pick_tree(text, sampler, verified, tree.levels)
+        tokens = logits.argmax(dim=-1) if picks is None else picks.tokens
+        if text.padding is not None:
+            tokens = tokens.masked_fill(torch.tensor(text.stopped)[:, None], text.padding)
+        walks = walk(tree, ancestors, verified.depths, tokens).on_host()
+        accept(text, paths, along_walk(walks, verified, picks, text))
+    sampler.forget(text.slowest)
+
+
+def begin_text(
+    ids: torch.Tensor, processors, criteria, config, streamer=None, *, nodes, vocab, keeps_cache=True, together=False
+) -> Text:
+    """A text as the decoding loop begins it, and beside it, as `text.sampler`, what picks its tokens."""
+    do_sample = config.do_sample
+    plan = Plan.of(processors, criteria, do_sample, ids, nodes * vocab, together or streamer is not None)
+    text = Text(ids, criteria, config, streamer, plan, nodes=nodes, keeps_cache=keeps_cache)
+    text.sampler = Sampler(processors, do_sample, plan, len(ids), ids.device)
+    return text
+
+
+def emit_to(text: Text, rows: list[int], logits: torch.Tensor) -> list[int]:
+    """One step of some rows, behind which the sampler forgets what no row needs, as it does behind a round."""
+    tokens = emit(text, text.sampler, rows, logits)
+    text.sampler.forget(text.slowest)
+    return tokens
 
 
 def table_logits(tokens: list[int], table: torch.Tensor = TABLE) -> torch.Tensor:
@@ -85,7 +114,7 @@ def make_text(
     stops = StoppingCriteriaList([MaxLengthCriteria(len(prompts[0]) + new_tokens), *criteria])
     ids = torch.tensor(list(prompts))
     sizes = {"nodes": 20, "vocab": VOCAB, "keeps_cache": keeps_cache}
-    return Text(ids, LogitsProcessorList(processors), stops, config, streamer, **sizes)
+    return begin_text(ids, LogitsProcessorList(processors), stops, config, streamer, **sizes)
 
 
 def write(text: Text, seed: int, table: torch.Tensor = TABLE) -> list[int]:
@@ -99,7 +128,7 @@ def write(text: Text, seed: int, table: torch.Tensor = TABLE) -> list[int]:
         assert path[0] == 0 and len(path) == len(emitted)
         assert [int(tree.tokens[0, node]) for node in path[1:]] == emitted[:-1]
         assert all(int(tree.parents[0, node]) == parent for parent, node in itertools.pairwise(path))
-    text.rewind_noise()
+    text.sampler.rewind(text.slowest)
     return text.sequences[0, len(PROMPT) :].tolist()
 
 

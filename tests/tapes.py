@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_longspec.modeling import graphs_longspec
+from hf_longspec.modeling import fast_engine_longspec, fast_graphs_longspec
 
 ASKS_THE_HOST = {"_local_scalar_dense", "lift_fresh", "nonzero", "masked_select", "is_nonzero", "_to_cpu", "equal"}
 
@@ -61,14 +61,14 @@ def recording(tape):
 def install(monkeypatch):
     """Phases are captured on the CPU; returns the outcomes of all attempts to come."""
     outcomes = []
-    capture = graphs_longspec.Graphs._capture
+    capture = fast_graphs_longspec.Graphs._capture
 
     def watched(self, *args):
         outcomes.append(capture(self, *args))
         return outcomes[-1]
 
-    monkeypatch.setattr(graphs_longspec.Graphs, "_capture", watched)
-    monkeypatch.setattr(graphs_longspec, "capturing", recording)
+    monkeypatch.setattr(fast_graphs_longspec.Graphs, "_capture", watched)
+    monkeypatch.setattr(fast_graphs_longspec, "capturing", recording)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
-    monkeypatch.setattr(graphs_longspec, "misfit", lambda target, device: None)
+    monkeypatch.setattr(fast_engine_longspec, "graphs_misfit", lambda target, device, synced: synced or None)
     return outcomes

@@ -6,9 +6,10 @@ import pytest
 import torch
 from reference_attention import INF, assert_as_good_as_plain, spans_of
 
-from hf_longspec.modeling import torch_flash_longspec
-from hf_longspec.modeling.attention_longspec import Nodes, Prefix, apply_sinks, attend, merge
-from hf_longspec.modeling.backends_longspec import Backend, Demand, by_size, load_backend, resolve_backend
+from hf_longspec.modeling import torch_attention_longspec
+from hf_longspec.modeling.attention_longspec import Memo, Nodes, Prefix, apply_sinks, attend, merge
+from hf_longspec.modeling.engine_longspec import Backend, Demand
+from hf_longspec.modeling.fast_choose_longspec import by_size, load_backend, resolve_backend
 
 BACKENDS = ("eager", "torch")
 CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
@@ -147,7 +148,7 @@ def test_sinks_take_all_where_nothing_is_seen():
 def test_backend_is_as_good_as_plain_arithmetic(name, dtype, dim, keys):
     query, key, value = tensors(1, 4, 2, nodes=5, keys=keys, dim=dim, dtype=dtype)
     scaling = dim**-0.5
-    out, lse = load_backend(name).prefix(query, Prefix(key, value, whole(key), None), scaling, None)
+    out, lse = load_backend(name).prefix_attention(query, Prefix(key, value, whole(key), None), scaling, None)
     assert out.shape == (1, 4, 5, dim)
     assert lse.shape == (1, 4, 5) and lse.dtype == torch.float32
     assert_as_good_as_plain((out, lse), query, key, value, scaling)
@@ -157,7 +158,7 @@ def test_backend_is_as_good_as_plain_arithmetic(name, dtype, dim, keys):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_backend_with_no_keys(name, dtype):
     query, key, value = tensors(2, 4, 2, nodes=3, keys=0, dim=64, dtype=dtype)
-    out, lse = load_backend(name).prefix(query, Prefix(key, value, whole(key), None), 0.125, None)
+    out, lse = load_backend(name).prefix_attention(query, Prefix(key, value, whole(key), None), 0.125, None)
     assert torch.equal(out.float(), torch.zeros(2, 4, 3, 64))
     assert torch.equal(lse, torch.full((2, 4, 3), -INF))
 
@@ -172,14 +173,14 @@ def test_backend_reads_the_cache_where_it_lies(name, heads, kv_heads):
     key_store, value_store = garbage.clone(), garbage.clone()
     key_store[:, :, 5:55], value_store[:, :, 5:55] = key, value
     spans = spans_of([(5, 55)] * 2, CPU)
-    out, lse = load_backend(name).prefix(query, Prefix(key_store, value_store, spans, None), 0.25, None)
+    out, lse = load_backend(name).prefix_attention(query, Prefix(key_store, value_store, spans, None), 0.25, None)
     assert_as_good_as_plain((out, lse), query, key, value, 0.25)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_eager_backend_caps_scores(dtype):
     query, key, value = tensors(1, 4, 2, nodes=3, keys=20, dim=16, dtype=dtype)
-    out, lse = load_backend("eager").prefix(query, Prefix(key, value, whole(key), None), 1.0, 2.0)
+    out, lse = load_backend("eager").prefix_attention(query, Prefix(key, value, whole(key), None), 1.0, 2.0)
     assert_as_good_as_plain((out, lse), query, key, value, 1.0, softcap=2.0)
     assert lse.max() <= 2.0 + math.log(20)
 
@@ -187,7 +188,7 @@ def test_eager_backend_caps_scores(dtype):
 def test_torch_backend_refuses_to_forget_the_softcap():
     with pytest.raises(ValueError, match=r"no soft-capping, got softcap=30\.0"):
         query, key, value = tensors(1, 2, 1, 1, 1, 8)
-        load_backend("torch").prefix(query, Prefix(key, value, spans_of([(0, 1)], CPU), None), 1.0, 30.0)
+        load_backend("torch").prefix_attention(query, Prefix(key, value, spans_of([(0, 1)], CPU), None), 1.0, 30.0)
 
 
 # --- rows of different spans -----------------------------------------------------------------------------------------
@@ -220,7 +221,7 @@ def test_spans_with_one_slot_more():
     spans = spans_of([(2, 9), (4, 4)], CPU)
     assert spans.longer.starts.tolist() == [2, 4] and spans.longer.ends.tolist() == [10, 5]
     assert spans.longer.host == ((2, 10), (4, 5)) and spans.longer is spans.longer  # for all layers of a round
-    assert spans._replace(host=None, derived={}).longer.host is None
+    assert spans._replace(host=None, memo=Memo()).longer.host is None
 
 
 @pytest.mark.parametrize("host", [[(0, 20), (0, 20)], [(3, 20), (7, 7)]], ids=["alike", "apart"])
@@ -263,7 +264,7 @@ def ragged(host, heads, kv_heads, dim, dtype, slots=70):
 def test_backend_with_rows_of_different_spans(name, host, dim, dtype):
     query, key, value = ragged(host, 4, 2, dim, dtype)
     scaling = dim**-0.5
-    out, lse = load_backend(name).prefix(query, Prefix(key, value, spans_of(host, CPU), None), scaling, None)
+    out, lse = load_backend(name).prefix_attention(query, Prefix(key, value, spans_of(host, CPU), None), scaling, None)
     assert out.shape == query.shape and lse.shape == query.shape[:3] and lse.dtype == torch.float32
     key, value = key.nan_to_num(), value.nan_to_num()
     assert_as_good_as_plain((out, lse), query, key, value, scaling, mask=visible(host, 5, 70), stages=STAGES)
@@ -275,7 +276,7 @@ def test_backend_with_rows_of_different_spans(name, host, dim, dtype):
 def test_a_row_is_what_it_is_alone(name, host, heads, kv_heads):
     """Whatever the others hold: bit by bit the same among other contents, and by arithmetic the same as alone."""
     query, key, value = ragged(host, heads, kv_heads, 16, torch.float32)
-    prefix = load_backend(name).prefix
+    prefix = load_backend(name).prefix_attention
     spans = spans_of(host, CPU)
     out, lse = prefix(query, Prefix(key, value, spans, None), 0.25, None)
     single = []
@@ -300,7 +301,7 @@ def test_a_row_is_what_it_is_alone(name, host, heads, kv_heads):
 def test_eager_backend_caps_scores_of_rows_of_different_spans():
     host = RAGGED["both"]
     query, key, value = ragged(host, 4, 2, 16, torch.float32)
-    out, lse = load_backend("eager").prefix(query, Prefix(key, value, spans_of(host, CPU), None), 1.0, 2.0)
+    out, lse = load_backend("eager").prefix_attention(query, Prefix(key, value, spans_of(host, CPU), None), 1.0, 2.0)
     key, value = key.nan_to_num(), value.nan_to_num()
     assert_as_good_as_plain((out, lse), query, key, value, 1.0, mask=visible(host, 5, 70), stages=STAGES, softcap=2.0)
 
@@ -311,7 +312,7 @@ def test_sequences_of_a_flat_store(host, parts, part):
     """Each part of the keys of each K/V head of each row is a sequence: where it begins, how much of it is held."""
     kv_heads, slots = 3, 70
     store = torch.arange(len(host) * kv_heads * slots).view(len(host), kv_heads, slots)
-    begins, held = torch_flash_longspec._sequences(spans_of(host, CPU), kv_heads, slots, parts, part)
+    begins, held = torch_attention_longspec._sequences(spans_of(host, CPU), kv_heads, slots, parts, part)
     assert begins.dtype == held.dtype == torch.int32
     assert len(begins) == len(held) + 1 == len(host) * kv_heads * parts + 1
     sequences = iter(zip(begins.tolist(), held.tolist(), strict=False))
@@ -350,7 +351,7 @@ def test_one_kernel_for_rows_of_different_spans(monkeypatch, host, heads, kv_hea
     """How stores and queries are laid out for the CUDA kernel; the kernel itself is tested on a GPU."""
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", variable_length_kernel)
     query, key, value = ragged(host, heads, kv_heads, 16, torch.float32)
-    out, lse = torch_flash_longspec._flash_by_row(query, key, value, spans_of(host, CPU), 0.25)
+    out, lse = torch_attention_longspec._flash_by_row(query, key, value, spans_of(host, CPU), 0.25)
     assert_as_good_as_plain(
         (out, lse), query, key.nan_to_num(), value.nan_to_num(), 0.25, mask=visible(host, 5, 70), stages=STAGES
     )
@@ -403,5 +404,5 @@ def test_the_number_of_queries_chooses_between_two_backends():
     for nodes, name in ((1, "small"), (16, "small"), (17, "large"), (64, "large")):  # four heads a key/value head
         query = torch.empty(1, 8, nodes, 4)
         assert both.attention(query, prefix, None, 0.5, None, None) == (name, 6)
-        assert both.prefix(query, prefix, 0.5, None) == (name, 4)
+        assert both.prefix_attention(query, prefix, 0.5, None) == (name, 4)
     assert both.name == "small and large"

@@ -6,8 +6,9 @@ import torch
 from hf_longspec.benchmark import attention, tables
 from hf_longspec.benchmark.attention import Heads
 from hf_longspec.benchmark.timing import Speed, milliseconds
-from hf_longspec.modeling import backends_longspec
-from hf_longspec.modeling.backends_longspec import Demand, load_backend
+from hf_longspec.modeling import fast_choose_longspec
+from hf_longspec.modeling.engine_longspec import Demand
+from hf_longspec.modeling.fast_choose_longspec import load_backend
 
 CPU = torch.device("cpu")
 HEADS = Heads(4, 2, 16)
@@ -95,6 +96,6 @@ def test_a_broken_package_has_no_row(monkeypatch, tmp_path):
     """FlashAttention-3 without a mask stands beside our backends where it can run."""
     (tmp_path / "fa3_fwd_interface.py").write_text("raise OSError('built for another torch')")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(backends_longspec, "FLASH_3", ("fa3_fwd_interface",))
+    monkeypatch.setattr(fast_choose_longspec, "FLASH_3", ("fa3_fwd_interface",))
     monkeypatch.setattr(attention, "flash_3_misfit", lambda demand: None)  # as on a Hopper GPU
     assert attention.flash_3(Demand(CPU, torch.bfloat16, 64, None)) is None

@@ -60,7 +60,7 @@ def test_life_of_a_cache(window, keeps_all, seed):
         tree = [next(fresh) for _ in parents]
         run_round(cache, text, tree, parents, window)
         if rng.random() < 0.1:
-            cache.abandon()
+            cache.end_round([0])
             continue
         commit(cache, *padded(path, rng.randrange(len(path), len(parents) + 1)), [len(path)])
         for node in path:
@@ -69,7 +69,8 @@ def test_life_of_a_cache(window, keeps_all, seed):
         assert cache.length == cache.get_seq_length() == len(text)
     if stock_forgets:
         past = dynamic_cache(window, keeps_all)
-        cache.hand_back(past)
+        cache.past = past
+        cache.hand_back()
         assert_holds_the_same(past, stock)
         assert torch.equal(append(past, [9999])[SLIDING][0], append(stock, [9999])[SLIDING][0])
 
@@ -125,7 +126,7 @@ def test_adopt_takes_over_what_a_cache_holds(window, keeps_all, prompt):
     text = list(range(prompt))
     append(past, text), append(stock, text)
     cache = SpeculativeCache(config_of(window), past, reserve=100, tree_size=8)
-    cache.adopt(past)
+    cache.take_over()
     assert all(layer.keys is None and layer.values is None for layer in past.layers), "nothing may exist twice"
     assert cache.length == prompt
     assert append(cache, [700, 701])[SLIDING][0].equal(append(stock, [700, 701])[SLIDING][0])
@@ -133,7 +134,8 @@ def test_adopt_takes_over_what_a_cache_holds(window, keeps_all, prompt):
     run_round(cache, text, [800, 801, 802], [0, 0, 1], window)
     commit(cache, *padded([0, 1], 3), [2])
     append(stock, [800]), append(stock, [801])
-    cache.hand_back(past)
+    cache.past = past
+    cache.hand_back()
     assert_holds_the_same(past, stock)
 
 
@@ -143,11 +145,10 @@ def test_hand_back_after_a_failed_round(keeps_all):
     past, stock = dynamic_cache(5, keeps_all), dynamic_cache(5, keeps_all)
     append(past, [1, 2, 3]), append(stock, [1, 2, 3])
     cache = SpeculativeCache(config_of(5), past, reserve=100, tree_size=8)
-    cache.adopt(past)
+    cache.take_over()
     cache.begin_round(torch.tensor([[0, 1]]))
     cache.update(*states([700, 701], SLIDING), SLIDING)
-    cache.abandon()
-    cache.hand_back(past)
+    cache.hand_back()
     assert_holds_the_same(past, stock)
 
 
@@ -156,16 +157,19 @@ def test_hand_back_after_states_that_did_not_fit():
     past, stock = dynamic_cache(5, keeps_all=False), dynamic_cache(5, keeps_all=False)
     append(past, list(range(9))), append(stock, list(range(9)))
     cache = SpeculativeCache(config_of(5), past, reserve=100, tree_size=8)
-    cache.adopt(past)
+    cache.take_over()
     with pytest.raises(RuntimeError, match="shape mismatch"):
         append_rows(cache, [[9, 10], [9, 10], [9, 10]])
-    cache.hand_back(past)
+    cache.past = past
+    cache.hand_back()
     assert_holds_the_same(past, stock)
 
 
 def test_nothing_used_nothing_handed_back():
     past = dynamic_cache(5, keeps_all=False)
-    speculative_cache(5).hand_back(past)
+    cache = speculative_cache(5)
+    cache.past = past
+    cache.hand_back()
     assert past.get_seq_length() == 0
     assert serials_in(*append(past, [3])[FULL], FULL) == [3]
 
@@ -174,12 +178,11 @@ def test_a_dropped_cache_keeps_what_it_had():
     past, successor = (dynamic_cache(5, keeps_all=False) for _ in range(2))
     cache = SpeculativeCache(config_of(5), past, reserve=100, tree_size=8)
     append(cache, list(range(30)))
-    cache.drop(successor)
+    cache.restart(successor)
     assert cache.get_seq_length() == 0
     append(cache, [50, 51])
     run_round(cache, [50, 51], [60, 61], [0, 0], 5)
-    cache.abandon()
-    cache.hand_back(cache.past)
+    cache.hand_back()
     expected = [dynamic_cache(5, keeps_all=False) for _ in range(2)]
     append(expected[0], list(range(30)))
     append(expected[1], [50, 51])
@@ -196,8 +199,7 @@ def test_a_window_wider_than_the_text_takes_no_memory_of_its_own(window, longest
         append(store, list(range(12)))
     assert cache.layers[SLIDING].keys.shape[2] == BUCKET
     run_round(cache, list(range(12)), [60, 61], [0, 0], window)
-    cache.abandon()
-    cache.hand_back(past)
+    cache.hand_back()
     assert_holds_the_same(past, stock)
 
 
@@ -207,11 +209,12 @@ def test_a_wide_window_that_has_slid_is_taken_over(monkeypatch):
     for store in (past, stock):
         append(store, list(range(30)))
     cache = SpeculativeCache(config_of(9), past, reserve=100, tree_size=8, longest=50)
-    cache.adopt(past)
+    cache.take_over()
     assert cache.layers[SLIDING].keys[:, :, :20].count_nonzero() == 0, "forgotten slots hold garbage"
     for store in (cache, stock):
         append(store, [30, 31])
-    cache.hand_back(past)
+    cache.past = past
+    cache.hand_back()
     assert_holds_the_same(past, stock)
 
 
@@ -222,7 +225,7 @@ def test_nothing_is_copied_within_a_bucket():
     while cache.length + 2 <= 2 * BUCKET:
         cache.begin_round(torch.tensor([[0, 1]]))
         append(cache, [200, 201])
-        assert cache.layers[FULL].prefix(cache.placement).key.data_ptr() == where[FULL][0]
+        assert cache.layers[FULL].prefix_of(cache.placement).key.data_ptr() == where[FULL][0]
         commit(cache, *padded([0, 1], 2), [2])
     keys, values = cache.layers[FULL].stored()
     assert (keys.data_ptr(), values.data_ptr()) == where[FULL]
@@ -263,7 +266,8 @@ def test_layers_without_keys_of_their_own():
     assert cache.owners == cache.layers[:5]
     for layer in range(5):
         cache.update(*states([1, 2, 3], layer), layer)
-    cache.hand_back(past)
+    cache.past = past
+    cache.hand_back()
     for layer in range(5):
         assert serials_in(past.layers[layer].keys, past.layers[layer].values, layer) == [1, 2, 3]
 
@@ -279,6 +283,6 @@ def test_rounds_read_nothing_back_to_the_host():
     cache.begin_round(node_depths(ancestor_mask(parents, 2)))
     for layer in (SLIDING, FULL):
         cache.update(tree, tree, layer)
-        cache.layers[layer].prefix(cache.placement)
+        cache.layers[layer].prefix_of(cache.placement)
     commit(cache, parents[:, :3], parents[:, 0], [2])
     assert cache.length == 14

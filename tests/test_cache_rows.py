@@ -22,9 +22,9 @@ from serials import (
     states_of_rows,
 )
 
-from hf_longspec.modeling.backends_longspec import load_backend
 from hf_longspec.modeling.cache_layers_longspec import BUCKET
 from hf_longspec.modeling.cache_longspec import SpeculativeCache
+from hf_longspec.modeling.fast_choose_longspec import load_backend
 from hf_longspec.modeling.tree_longspec import ancestor_mask, node_depths
 
 
@@ -77,7 +77,8 @@ class Batch:
         past, stock = (dynamic_cache(self.window, keeps_all) for _ in range(2))
         shortest = min(map(len, self.held))
         append_rows(stock, [held[:shortest] for held in self.held])
-        self.cache.hand_back(past)
+        self.cache.past = past
+        self.cache.hand_back()
         assert_holds_the_same(past, stock)
 
 
@@ -98,7 +99,7 @@ def test_life_of_a_batch(window, lead, keeps_all):
         if batch.rng.random() < 0.1:
             batch.cache.begin_round(torch.zeros(3, 2, dtype=torch.long))
             append_rows(batch.cache, [[700, 701]] * 3)
-            batch.cache.abandon()
+            batch.cache.end_round([0] * len(batch.held))
     assert batch.cache.layers[FULL].keys.shape[2] > BUCKET and apart >= min(lead, 9)
     batch.assert_hands_back(keeps_all)
 
@@ -151,7 +152,7 @@ def test_padding_to_the_left_needs_no_mask():
     batch = Batch(5, left_padded(0, 4, 11), lead=9)
     batch.cache.begin_round(torch.zeros(3, 1, dtype=torch.long))
     assert batch.cache.visible is None and batch.cache.starts == [0, 4, 11]
-    prefix = batch.cache.layers[FULL].prefix(batch.cache.placement)
+    prefix = batch.cache.layers[FULL].prefix_of(batch.cache.placement)
     assert prefix.mask is None and prefix.key.data_ptr() == batch.cache.layers[FULL].keys.data_ptr()
     assert prefix.key.is_contiguous() and prefix.value.is_contiguous()
 
@@ -163,7 +164,7 @@ def test_adopted_rows_part_and_are_handed_back(window, keeps_all):
     past = dynamic_cache(window, keeps_all)
     append_rows(past, batch.held)
     batch.cache = SpeculativeCache(config_of(window), past, reserve=20, tree_size=8, batch=2, lead=20)
-    batch.cache.adopt(past)
+    batch.cache.take_over()
     batch.cache.hide_padding(torch.tensor(left_padded(0, 4)))
     assert all(layer.keys is None and layer.values is None for layer in past.layers)
     if not keeps_all:
@@ -174,7 +175,7 @@ def test_adopted_rows_part_and_are_handed_back(window, keeps_all):
             seen_by_nodes(batch.cache, FULL, 0)[0] == full[0] and seen_by_nodes(batch.cache, FULL, 1)[0] == full[1][4:]
         )
         assert seen_by_nodes(batch.cache, SLIDING, 1)[0] == [token for token in batch.shown[1] if token is not None]
-        batch.cache.abandon()
+        batch.cache.end_round([0] * len(batch.held))
     batch.shown = [
         [None if place < pad else t for place, t in enumerate(row)]
         for pad, row in zip((0, 4), batch.held, strict=True)
@@ -189,7 +190,7 @@ def test_hand_back_after_a_failed_round_of_rows_that_have_parted():
     batch.round(counts=[7, 2], nodes=8)
     batch.cache.begin_round(torch.tensor([[0, 1], [0, 1]]))
     batch.cache.update(*states_of_rows([[700, 701], [702, 703]], SLIDING), SLIDING)
-    batch.cache.abandon()
+    batch.cache.end_round([0] * len(batch.held))
     batch.assert_hands_back()
 
 
@@ -205,24 +206,24 @@ def test_slots_that_were_never_written_are_never_met(monkeypatch, name):
             batch.round(counts=[8, 1, 0][: len(pads)], nodes=8)
             batch.cache.begin_round(torch.zeros(len(pads), 3, dtype=torch.long))
             for layer in (SLIDING, FULL):
-                prefix = batch.cache.layers[layer].prefix(batch.cache.placement)
-                out, lse = load_backend(name).prefix(query, prefix, 1e-3, None)
+                prefix = batch.cache.layers[layer].prefix_of(batch.cache.placement)
+                out, lse = load_backend(name).prefix_attention(query, prefix, 1e-3, None)
                 assert not out.isnan().any() and lse.isfinite().all()
-            batch.cache.abandon()
+            batch.cache.end_round([0] * len(batch.held))
         assert batch.cache.layers[FULL].keys.shape[2] == 4 * BUCKET
 
 
 def test_spans_cross_to_the_device_once_a_call():
     batch = Batch(5, left_padded(0, 4), lead=20)
     depths = torch.zeros(2, 3, dtype=torch.long)
-    first = batch.cache.place(depths).spans
+    first = batch.cache.placement_of(depths).spans
     batch.round(counts=[2, 1], nodes=3)
-    second = batch.cache.place(depths + 1).spans
+    second = batch.cache.placement_of(depths + 1).spans
     assert second.host == ((0, 14), (4, 13))
     assert second.ends.tolist() == [14, 13] and second.starts.tolist() == [0, 4]
     assert second.ends.data_ptr() == first.ends.data_ptr(), "a CUDA graph reads them where they were"
     batch.cache.on_device = True
-    assert batch.cache.place(depths).spans.host is None
+    assert batch.cache.placement_of(depths).spans.host is None
 
 
 def test_what_layers_have_in_common_is_made_once_a_round_and_device():
@@ -232,7 +233,7 @@ def test_what_layers_have_in_common_is_made_once_a_round_and_device():
     cache.begin_round(torch.zeros(2, 4, dtype=torch.long))
     placement = cache.round_placement
     for layer in (SLIDING, FULL):
-        assert cache.layers[layer].prefix(placement).mask is cache.layers[layer].prefix(placement).mask
+        assert cache.layers[layer].prefix_of(placement).mask is cache.layers[layer].prefix_of(placement).mask
     assert placement.to(torch.device("cpu")) is placement
     elsewhere = placement.to(torch.device("meta"))
     assert placement.to(torch.device("meta")) is elsewhere
@@ -251,6 +252,6 @@ def test_ragged_rounds_read_nothing_back_to_the_host():
         cache.begin_round(node_depths(ancestor_mask(parents, 2)))
         for layer in (SLIDING, FULL):
             cache.update(tree, tree, layer)
-            cache.layers[layer].prefix(cache.placement)
+            cache.layers[layer].prefix_of(cache.placement)
         commit(cache, parents[:, :3], parents[:, 0], counts)
         assert cache.lengths == lengths

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from helpers import VOCAB, commit, tiny_draft, tiny_target
 from transformers import DynamicCache
 
-from hf_longspec.modeling.backends_longspec import load_backend
 from hf_longspec.modeling.cache_longspec import SpeculativeCache
 from hf_longspec.modeling.candidate_generator_longspec import LongSpecCandidateGenerator
-from hf_longspec.modeling.interface_longspec import Round, attending, switched
+from hf_longspec.modeling.fast_choose_longspec import load_backend
+from hf_longspec.modeling.hybrid_attention_longspec import Round
+from hf_longspec.modeling.interface_longspec import attending, switched
 from hf_longspec.modeling.tree_longspec import ancestor_mask
 
 # How a family turns its queries on the layer the draft looks at, and what it does to embeddings and logits.
@@ -136,7 +137,7 @@ class Session:
         self.cache.hide_padding(mask)
         positions = (torch.arange(prompt) - pads[:, None]).clamp(min=0)
         target(ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache)
-        self.generator.prefill(self.bound.embed(ids), self.root_position - 1, mask.bool())
+        self.generator.fill_window(self.bound.embed(ids), self.root_position - 1, mask.bool())
 
     @property
     def root_position(self) -> torch.Tensor:
@@ -161,7 +162,8 @@ class Session:
         self.generator.advance(tokens, positions, step < counts[:, None])
         chain = (step - 1).clamp(min=0).expand(len(rows), -1)
         self.cache.begin_round(step.expand(len(rows), -1))
-        with switched(self.target), attending(Round(self.cache, ancestor_mask(chain, steps), self.backend, set())):
+        state = Round(self.cache, ancestor_mask(chain, steps), self.backend, set())
+        with switched(self.target), attending(state.attend):
             self.target(tokens, position_ids=positions, past_key_values=self.cache)
         commit(self.cache, step.expand(len(rows), -1), counts, emitted)
         for text, new in zip(self.texts, accepted, strict=True):
@@ -303,7 +305,7 @@ def test_padding_within_and_behind_a_prompt_is_counted_as_positions_are():
     window = session.generator.window
     embeds = session.bound.embed(torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8]]))
     window.keys.zero_()
-    session.generator.prefill(embeds, torch.tensor([1, 3]), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]).bool())
+    session.generator.fill_window(embeds, torch.tensor([1, 3]), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]).bool())
     assert window.first.tolist() == [0, 0]
     written = window.keys[:, 0, : window.window].abs().sum(-1) > 0
     assert written.tolist() == [[slot < 2 for slot in range(8)], [slot < 4 for slot in range(8)]]
@@ -313,7 +315,7 @@ def test_a_row_that_is_all_padding_in_the_window_shows_nothing():
     target, draft = models("llama", tree_shape=(3,), window=4)
     session = Session(target, draft, [random_text(7), random_text(7, 1)])
     embeds = session.bound.embed(torch.tensor([[5, 6, 7, 8], [0, 0, 0, 0]]))
-    session.generator.prefill(embeds, torch.tensor([9, 0]), torch.tensor([[True] * 4, [False] * 4]))
+    session.generator.fill_window(embeds, torch.tensor([9, 0]), torch.tensor([[True] * 4, [False] * 4]))
     ancestry = torch.ones(2, 1, 1, dtype=torch.bool)
     roots = torch.tensor([10, 1])
     seen = session.generator.window.mask(roots[:, None], roots, ancestry)[:, 0]

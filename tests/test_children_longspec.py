@@ -3,7 +3,7 @@
 import pytest
 from level_cases import DTYPES, LEVELS, check, check_draft_vocabulary, check_impossible_tokens, check_rounding
 
-from hf_longspec.modeling.children_longspec import best_children
+from hf_longspec.modeling.tree_longspec import best_children
 
 
 @pytest.mark.parametrize("nodes, vocab, width", LEVELS)

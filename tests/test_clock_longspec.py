@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from hf_longspec.modeling.clock_longspec import PhaseClock
+from hf_longspec.modeling.output_longspec import PhaseClock
 
 
 def test_every_run_of_a_phase_is_told():

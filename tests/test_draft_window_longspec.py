@@ -6,7 +6,7 @@ import pytest
 import torch
 from serials import DIM, HEADS, serials_in, states, states_of_rows
 
-from hf_longspec.modeling.draft_window_longspec import DraftWindow
+from hf_longspec.modeling.candidate_generator_longspec import DraftWindow
 from hf_longspec.modeling.tree_longspec import ancestor_mask, node_depths
 
 
@@ -35,7 +35,7 @@ def test_life_of_a_draft_window(window, prompt, padding, seed):
         tree = [[1000 * row + 500 + node for node in range(tree_size)] for row in range(2)]
         cut = rng.randrange(tree_size + 1)
         for start, end in ((0, cut), (cut, tree_size)):
-            store.place(*states_of_rows([row[start:end] for row in tree]), start)
+            store.write_nodes(*states_of_rows([row[start:end] for row in tree]), start)
         roots = torch.tensor(ends)
         mask = store.mask(roots[:, None] + depths, roots, ancestry)
         for row in range(2):

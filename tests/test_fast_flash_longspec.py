@@ -17,9 +17,10 @@ from reference_attention import INF, spans_of
 from transformers.utils import logging
 from tree_cases import CPU, SPANS, case, check, random_tree, rest_slow
 
-from hf_longspec.modeling import backends_longspec
-from hf_longspec.modeling.attention_longspec import Nodes, Prefix, attend, eager_prefix, merged_attention
-from hf_longspec.modeling.backends_longspec import Demand, build_misfit, load_backend, resolve_backend
+from hf_longspec.modeling import fast_choose_longspec
+from hf_longspec.modeling.attention_longspec import Memo, Nodes, Prefix, attend, eager_prefix, merged_attention
+from hf_longspec.modeling.engine_longspec import Demand
+from hf_longspec.modeling.fast_choose_longspec import build_misfit, load_backend, resolve_backend
 
 CUDA = torch.device("cuda")
 
@@ -206,7 +207,7 @@ def packages(monkeypatch, folder, version="2.8.3", **sources):
         information.mkdir()
         (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: flash_attn\nVersion: {version}\n")
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.setattr(backends_longspec, "FLASH_3", tuple(sources))
+    monkeypatch.setattr(fast_choose_longspec, "FLASH_3", tuple(sources))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +220,7 @@ def packages(monkeypatch, folder, version="2.8.3", **sources):
 def test_a_package_that_is_not_installed(monkeypatch, name, reason):
     own = importlib.util.find_spec
     util = types.SimpleNamespace(find_spec=lambda name: None if name.startswith(("flash_attn", "fa3")) else own(name))
-    monkeypatch.setattr(backends_longspec.importlib, "util", util)
+    monkeypatch.setattr(fast_choose_longspec.importlib, "util", util)
     with pytest.raises(ValueError, match=f"attention_backend='{name}' cannot run here: {reason}"):
         resolve_backend(name, demand(device=CPU))
 
@@ -310,7 +311,7 @@ def test_what_a_build_left_out(asked, reason):
 
 def backend_on_gpu(name, dtype, dim, softcap=None):
     asked = Demand(CUDA, dtype, dim, softcap)
-    if reason := backends_longspec.MISFITS[name](asked):
+    if reason := fast_choose_longspec.MISFITS[name](asked):
         pytest.skip(f"{name}: {reason}")
     return load_backend(name)
 
@@ -339,7 +340,7 @@ def test_a_prefix_alone_on_a_gpu(name):
     backend = backend_on_gpu(name, torch.bfloat16, 128)
     query, key, value, *_ = case(3, 32, 8, 16, 20_000, 128, 128, torch.bfloat16, CUDA)
     prefix = Prefix(key, value, spans_of([(5, 19_990), (0, 70), (4, 4)], CUDA)._replace(host=None), None)
-    out, lse = backend.prefix(query, prefix, 0.1, None)
+    out, lse = backend.prefix_attention(query, prefix, 0.1, None)
     expected = eager_prefix(query, prefix, 0.1, None)
     torch.testing.assert_close(out.float(), expected[0], atol=2e-3, rtol=0.02)
     torch.testing.assert_close(lse, expected[1], atol=1e-3, rtol=1e-4)
@@ -362,7 +363,7 @@ def test_layers_of_a_round_in_a_cuda_graph(name, kv_heads):
     tree = random_tree(2, 13).to(CUDA)
 
     def run():
-        once = spans._replace(derived={})
+        once = spans._replace(memo=Memo())
         outs = []
         for query, key, value, fresh_key, fresh_value in layers:
             nodes = Nodes(fresh_key, fresh_value, tree, spans.ends)

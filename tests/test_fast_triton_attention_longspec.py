@@ -14,8 +14,8 @@ from reference_attention import INF, spans_of
 from tree_cases import CPU, SPANS, case, check, random_tree, rest_slow
 
 from hf_longspec.modeling.attention_longspec import Nodes, Prefix, attend, eager_prefix, merge, merged_attention
-from hf_longspec.modeling.backends_longspec import load_backend
-from hf_longspec.modeling.torch_flash_longspec import torch_prefix
+from hf_longspec.modeling.fast_choose_longspec import load_backend
+from hf_longspec.modeling.torch_attention_longspec import torch_prefix
 
 
 def attention():
@@ -89,7 +89,7 @@ def test_a_row_that_sees_nothing():
     """Over a prefix without keys: out 0, log-sum-exp −inf, as the reference says; in a merge it has no part."""
     query, key, value, *_ = case(2, 4, 2, 3, 80, 16, 16, torch.float32)
     prefix = Prefix(key, value, spans_of([(5, 5), (0, 70)], CPU), None)
-    out, lse = load_backend("triton").prefix(query, prefix, 0.25, None)
+    out, lse = load_backend("triton").prefix_attention(query, prefix, 0.25, None)
     assert not out[0].any() and bool((lse[0] == float("-inf")).all())
     expected = attend(query[1:], key[1:, :, :70], value[1:, :, :70], None, 0.25)
     torch.testing.assert_close((out[1:], lse[1:]), expected)
@@ -103,7 +103,7 @@ def test_a_prefix_alone_is_the_prefix_of_the_merged_backends():
     prefix = Prefix(key, value, spans_of([(5, 60), (0, 70)], CPU), None)
     ours = load_backend("triton").attention(query, prefix, None, 0.25, None, None)
     torch.testing.assert_close(
-        ours, merged_attention(load_backend("eager").prefix, query, prefix, None, 0.25, None, None)
+        ours, merged_attention(load_backend("eager").prefix_attention, query, prefix, None, 0.25, None, None)
     )
 
 
@@ -183,7 +183,7 @@ def test_values_of_another_size_than_keys():
     def triton_tail(query, prefix, nodes, scaling, softcap, sinks):
         from hf_longspec.modeling.fast_triton_attention_longspec import Partial, tail_attention
 
-        out, lse = load_backend("triton").prefix(query, prefix, scaling, softcap)
+        out, lse = load_backend("triton").prefix_attention(query, prefix, scaling, softcap)
         known = Partial(out.unflatten(1, (2, -1)), lse)
         return tail_attention(known, query, prefix, nodes, scaling, softcap, sinks)
 

@@ -8,7 +8,7 @@ from helpers import tiny_draft, tiny_target
 from reference_attention import spans_of
 
 from hf_longspec.modeling.attention_longspec import Prefix
-from hf_longspec.modeling.backends_longspec import load_backend
+from hf_longspec.modeling.fast_choose_longspec import load_backend
 from hf_longspec.modeling.sampling_longspec import Noise
 
 pytestmark = pytest.mark.gpu
@@ -57,7 +57,7 @@ def test_torch_backend_on_cuda(keys, dim, dtype):
     query = torch.randn(2, 8, 13, dim, device="cuda", dtype=dtype)
     key, value = torch.randn(2, 2, 2, 5000, dim, device="cuda", dtype=dtype)
     spans = [(0, keys)] * 2
-    out, lse = load_backend("torch").prefix(
+    out, lse = load_backend("torch").prefix_attention(
         query, Prefix(key, value, spans_of(spans, query.device), None), dim**-0.5, None
     )
     assert_as_good_as_flash(out, lse, query, key, value, spans)
@@ -86,7 +86,7 @@ def test_torch_backend_with_rows_of_different_spans(kv_heads, spans, dim, dtype)
         hidden[start:end] = False
         key[row, :, hidden] *= 100
         value[row, :, hidden] = 1000
-    prefix = load_backend("torch").prefix
+    prefix = load_backend("torch").prefix_attention
     out, lse = prefix(query, Prefix(key, value, spans_of(spans, query.device), None), dim**-0.5, None)
     assert_as_good_as_flash(out, lse, query, key, value, spans)
     for row, span in enumerate(spans):  # whatever the other rows hold
@@ -105,9 +105,9 @@ def test_what_a_kernel_is_told_of_spans_serves_every_layer(dtype):
     for slots, kv_heads in ((1000, 2), (1000, 2), (1256, 2), (1000, 4)):
         query = torch.randn(2, 8, 13, 64, device="cuda", dtype=dtype)
         key, value = torch.randn(2, 2, kv_heads, slots, 64, device="cuda", dtype=dtype)
-        out, lse = load_backend("torch").prefix(query, Prefix(key, value, spans, None), 0.125, None)
+        out, lse = load_backend("torch").prefix_attention(query, Prefix(key, value, spans, None), 0.125, None)
         assert_as_good_as_flash(out, lse, query, key, value, host)
-    assert len(spans.derived) == 3
+    assert len(spans.memo) == 3
 
 
 @pytest.mark.parametrize("family", FAMILIES)

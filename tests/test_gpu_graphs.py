@@ -9,7 +9,7 @@ import torch
 from helpers import tiny_draft, tiny_target
 from probes import Stops
 
-from hf_longspec.modeling import graphs_longspec
+from hf_longspec.modeling import fast_graphs_longspec
 
 pytestmark = pytest.mark.gpu
 
@@ -22,13 +22,13 @@ def prompt_of(length, batch=1):
 def captures(monkeypatch):
     """The outcome of every attempt to capture a phase."""
     outcomes = []
-    capture = graphs_longspec.Graphs._capture
+    capture = fast_graphs_longspec.Graphs._capture
 
     def watched(self, *inputs):
         outcomes.append(capture(self, *inputs))
         return outcomes[-1]
 
-    monkeypatch.setattr(graphs_longspec.Graphs, "_capture", watched)
+    monkeypatch.setattr(fast_graphs_longspec.Graphs, "_capture", watched)
     return outcomes
 
 
@@ -100,7 +100,7 @@ def test_asked_for_by_name_and_not_to_be_had():
     target = tiny_target("phi3").cuda()
     target.config.rope_parameters |= {"rope_type": "longrope", "original_max_position_embeddings": 16}
     with pytest.raises(ValueError, match="cuda_graphs=True cannot be had here: the frequencies of longrope"):
-        graphs_longspec.may_capture(True, target, torch.device("cuda"))
+        fast_graphs_longspec.may_capture(True, target, torch.device("cuda"))
 
 
 def allocated():
@@ -242,7 +242,7 @@ def test_nothing_of_an_earlier_call_is_seen(captures):
         target = tiny_target(family).cuda()
         draft = tiny_draft(target)
         assert_same(target, draft, prompt_of(9))
-        for keys, values in draft.workspaces._kept.memory:
+        for keys, values in draft._engines.kept.memory:
             keys.fill_(float("nan")), values.fill_(float("inf"))
         assert_same(target, draft, prompt_of(9))
     assert captures == [True] * 8

@@ -21,7 +21,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from hf_longspec import LongSpecConfig, LongSpecForCausalLM
 from hf_longspec.evaluation.tiny_models import tiny_model
 from hf_longspec.modeling.candidate_generator_longspec import LongSpecCandidateGenerator
-from hf_longspec.modeling.hidden_state_longspec import catching
+from hf_longspec.modeling.target_longspec import catching
 from hf_longspec.training.batch import Batch
 from hf_longspec.training.distillation import Distillation
 from hf_longspec.training.forward import draft_hidden
@@ -466,7 +466,7 @@ def test_saved_and_loaded(llama, tmp_path, grown):
     assert again.config.target_hidden_state is True
     assert {"hidden_proj.weight", "hidden_layernorm.weight"} <= set(again.state_dict())
     torch.testing.assert_close(again.state_dict(), draft.state_dict(), rtol=0, atol=0)
-    assert "hidden_state_longspec.py" in {path.name for path in tmp_path.glob("*.py")}
+    assert "target_longspec.py" in {path.name for path in tmp_path.glob("*.py")}
     rounds = []
     for each in (draft, again):
         grown.rounds.clear()

@@ -10,9 +10,10 @@ from reference_attention import assert_as_good_as_plain
 from serials import add
 from transformers import AttentionInterface, AutoConfig, DynamicCache
 
-from hf_longspec.modeling.backends_longspec import load_backend
 from hf_longspec.modeling.cache_longspec import SpeculativeCache
-from hf_longspec.modeling.interface_longspec import Round, attending, hybrid_attention, register, switched
+from hf_longspec.modeling.fast_choose_longspec import load_backend
+from hf_longspec.modeling.hybrid_attention_longspec import Round, hybrid_attention
+from hf_longspec.modeling.interface_longspec import attending, register, switched
 from hf_longspec.modeling.tree_longspec import ancestor_mask, node_depths
 
 BACKENDS = ("eager", "torch", pytest.param("triton", marks=interpreted))
@@ -223,7 +224,7 @@ def test_round_of_one_thread_is_not_seen_by_another():
         with torch.no_grad():
             results.append(target(IDS).logits)
 
-    with switched(target), attending(Round(cache=None, ancestors=None, backend=None, seen=set())):
+    with switched(target), attending(Round(cache=None, ancestors=None, backend=None, seen=set()).attend):
         thread = threading.Thread(target=read)
         thread.start()
         thread.join()

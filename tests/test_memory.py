@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from hf_longspec.modeling import text_longspec
+from hf_longspec.modeling import sampling_longspec, text_longspec
 from hf_longspec.modeling.cache_layers_longspec import BUCKET
 from hf_longspec.modeling.cache_longspec import SpeculativeCache
-from hf_longspec.modeling.draft_window_longspec import DraftWindow
+from hf_longspec.modeling.candidate_generator_longspec import DraftWindow
 from hf_longspec.modeling.sampling_longspec import Noise
 
 WINDOW, SHAPE, NEW = 16, (4, 8, 8), 40
@@ -123,7 +123,7 @@ def test_noise_is_held_for_no_more_steps_than_the_lead(monkeypatch, by_tree):
 
     monkeypatch.setattr(Noise, "_draw_until", counted)
     monkeypatch.setattr(text_longspec, "LEAD", lead)
-    monkeypatch.setattr(text_longspec, "pays_by_tree", lambda *args: by_tree)
+    monkeypatch.setattr(sampling_longspec, "pays_by_tree", lambda *args: by_tree)
     target = tiny_target("llama")
     draft = tiny_draft(target, window=WINDOW, tree_shape=SHAPE)
     ids = torch.randint(2, 13, (4, 9), generator=torch.Generator().manual_seed(0))

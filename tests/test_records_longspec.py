@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from hf_longspec.modeling.records_longspec import Records, Steps
+from hf_longspec.modeling.output_longspec import Records, StepTensors
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4])
@@ -15,7 +15,7 @@ def test_steps_in_whatever_order_rows_reach_them(batch, seed):
     """Rows go at their own pace; what lies there in the end is a table of (step, row), as plain `generate` has it."""
     rng, count = random.Random(seed), 12
     table = torch.randn(count, batch, 3, 2)
-    steps, at = Steps(batch), [0] * batch
+    steps, at = StepTensors(batch), [0] * batch
     while min(at) < count:
         behind = [row for row in range(batch) if at[row] < count]
         rows = behind if rng.random() < 0.3 else sorted(rng.sample(behind, rng.randrange(1, len(behind) + 1)))
@@ -29,13 +29,13 @@ def test_steps_in_whatever_order_rows_reach_them(batch, seed):
 
 def test_a_step_of_all_rows_is_kept_as_it_is():
     """Nothing is copied where plain `generate` copies nothing."""
-    steps, values = Steps(2), torch.randn(2, 5)
+    steps, values = StepTensors(2), torch.randn(2, 5)
     steps.put([0, 1], [0, 0], values)
     assert steps.values[0] is values
 
 
 def test_a_row_that_has_not_come_so_far_is_zero():
-    steps = Steps(3)
+    steps = StepTensors(3)
     steps.put([1], [2], torch.tensor([[7.0]]))
     assert [values.tolist() for values in steps.values] == [[[0], [0], [0]], [[0], [0], [0]], [[0], [7], [0]]]
 

@@ -8,10 +8,11 @@ from helpers import tiny_draft, tiny_target
 from transformers import LogitsProcessor, LogitsProcessorList, MaxTimeCriteria, StoppingCriteria
 from transformers.generation import logits_process, stopping_criteria
 
-from hf_longspec.modeling import sampling_longspec, text_longspec
+from hf_longspec.modeling import sampling_longspec
 from hf_longspec.modeling.sampling_longspec import (
     IMPOSSIBLE,
     Noise,
+    Plan,
     Sampler,
     are_by_row,
     are_criteria_by_row,
@@ -20,6 +21,7 @@ from hf_longspec.modeling.sampling_longspec import (
 from hf_longspec.modeling.tree_longspec import ancestor_mask, node_depths
 
 CPU = torch.device("cpu")
+AHEAD = Plan(together=False, by_tree=True, by_argmax=False, draws_ahead=True, on_host=False)
 SHAPES = [(1, 5), (2, 13), (4, 1001), (1, 151_936), (3, 50_257)]
 
 
@@ -244,7 +246,7 @@ def test_pick_of_rows_at_their_own_steps(do_sample):
     torch.manual_seed(1)
     noise = [torch.empty(3, VOCAB).exponential_(1) for _ in range(8)]
     torch.manual_seed(1)
-    sampler = Sampler(processors, do_sample, Noise(3, CPU))
+    sampler = Sampler(processors, do_sample, AHEAD, 3, CPU)
     steps = [2, 7, 4]
     picks = sampler.pick(lambda rows: torch.cat([texts[row] for row in rows]), [0, 1, 2], steps, logits.clone())
     for row, step in enumerate(steps):
@@ -260,7 +262,9 @@ def test_pick_without_noise_is_multinomial():
     expected = torch.multinomial(logits.softmax(-1), 1)[:, 0]
     after = torch.get_rng_state()
     torch.set_rng_state(state)
-    picks = Sampler(LogitsProcessorList(), True, None).pick(lambda rows: None, [0, 1, 2, 3], [5] * 4, logits)
+    picks = Sampler(LogitsProcessorList(), True, AHEAD._replace(draws_ahead=False), 4, CPU).pick(
+        lambda rows: None, [0, 1, 2, 3], [5] * 4, logits
+    )
     assert torch.equal(picks.tokens, expected) and torch.equal(torch.get_rng_state(), after)
 
 
@@ -280,9 +284,9 @@ def test_all_nodes_at_once_are_picked_as_along_every_path(name, batch, do_sample
         logits[:, 3, 4], logits[:, 5, 6] = float("nan"), float("inf")
     torch.manual_seed(2)
     ids = torch.zeros(1, 1, dtype=torch.long)
-    both = Sampler(processors, do_sample, Noise(batch, CPU)).pick_tree(ids, steps, logits, depths, int(depths.max()))
+    both = Sampler(processors, do_sample, AHEAD, batch, CPU).pick_tree(ids, steps, logits, depths, int(depths.max()))
     torch.manual_seed(2)
-    by_path = Sampler(processors, do_sample, Noise(batch, CPU))
+    by_path = Sampler(processors, do_sample, AHEAD, batch, CPU)
     for node in range(nodes):
         for row, step in enumerate(steps):
             texts = random_inputs(1, 4, seed=node)[0]  # of no use
@@ -299,7 +303,7 @@ def test_scores_that_are_no_distribution_are_found_as_multinomial_finds_them(poi
     with pytest.raises(RuntimeError, match="probability tensor contains either"):
         torch.multinomial(logits[1, 2].softmax(-1), 1)
     depths = torch.tensor([[0, 1, 1], [0, 1, 2]])
-    sampler = Sampler(LogitsProcessorList(), True, Noise(2, CPU))
+    sampler = Sampler(LogitsProcessorList(), True, AHEAD, 2, CPU)
     picks = sampler.pick_tree(torch.zeros(1, 1).long(), [0, 4], logits, depths, 2)
     assert (picks.tokens == IMPOSSIBLE).tolist() == [[False, False, False], [False, False, True]]
     picks = sampler.pick(lambda rows: None, [0, 1], [1, 6], logits[:, 2])
@@ -333,7 +337,7 @@ def test_generate_with_all_nodes_picked_at_once(monkeypatch, options, batch):
     asked = []
     original = Sampler.pick_tree
     monkeypatch.setattr(Sampler, "pick_tree", lambda self, *args: asked.append(args) or original(self, *args))
-    monkeypatch.setattr(text_longspec, "pays_by_tree", lambda *args: True)
+    monkeypatch.setattr(sampling_longspec, "pays_by_tree", lambda *args: True)
     target = tiny_target("llama")
     draft = tiny_draft(target, tree_shape=(4, 8, 8))
     ids = torch.randint(2, VOCAB, (batch, 9), generator=torch.Generator().manual_seed(batch))

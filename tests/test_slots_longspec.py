@@ -4,7 +4,7 @@ import pytest
 import torch
 from level_cases import check_moves
 
-from hf_longspec.modeling.slots_longspec import move_slots, ring_contents
+from hf_longspec.modeling.attention_longspec import move_slots, ring_contents
 
 
 @pytest.mark.parametrize("ring", [1, 2, 3, 7])

@@ -55,10 +55,10 @@ def test_same_results_before_and_after_our_import(tmp_path):
 
 
 def test_installing_twice_wraps_once():
-    from hf_longspec.modeling.door_longspec import install
+    from hf_longspec.modeling.interface_longspec import install_door
 
     wrapped = GenerationMixin._assisted_decoding
-    install()
+    install_door()
     assert GenerationMixin._assisted_decoding is wrapped
     assert not hasattr(wrapped._longspec_original, "_longspec_original")
 

@@ -8,7 +8,7 @@ from tables import Recorder, make_text
 from transformers import MaxLengthCriteria, MaxTimeCriteria, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, stopping_criteria
 
-from hf_longspec.modeling.stops_longspec import Stops
+from hf_longspec.modeling.sampling_longspec import Stops
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@ import random
 
 import pytest
 import torch
+from tables import begin_text, emit_to
 from transformers import GenerationConfig, LogitsProcessorList, MaxLengthCriteria, StoppingCriteria
 from transformers.generation import EosTokenCriteria, StoppingCriteriaList, TemperatureLogitsWarper
 
-from hf_longspec.modeling import text_longspec
+from hf_longspec.modeling import sampling_longspec
 from hf_longspec.modeling.text_longspec import LEAD, Text
 
 VOCAB, EOS, PAD, NODES = 7, 5, 3, 10
@@ -39,7 +40,7 @@ def make_text(*criteria, prompts=PROMPTS, processors=(), new_tokens=40, streamer
     config._pad_token_tensor = torch.tensor(PAD)
     stops = StoppingCriteriaList([MaxLengthCriteria(len(prompts[0]) + new_tokens), *criteria])
     sizes = {"nodes": NODES, "vocab": VOCAB} | sizes
-    return Text(torch.tensor(prompts), LogitsProcessorList(processors), stops, config, streamer, **sizes)
+    return begin_text(torch.tensor(prompts), LogitsProcessorList(processors), stops, config, streamer, **sizes)
 
 
 def eos() -> EosTokenCriteria:
@@ -49,7 +50,7 @@ def eos() -> EosTokenCriteria:
 def put(text: Text, tokens: dict[int, int]) -> list[int]:
     """One step in which the target would have `tokens`, {row: token}, written. Returns what was."""
     logits = torch.nn.functional.one_hot(torch.tensor(list(tokens.values())), VOCAB).float()
-    return text.emit(list(tokens), logits)
+    return emit_to(text, list(tokens), logits)
 
 
 def put_all(text: Text, row: int, tokens: list[int]) -> None:
@@ -86,13 +87,13 @@ def test_rows_go_together_where_something_needs_it(arguments, together):
 @pytest.mark.parametrize("processors", [[], [TemperatureLogitsWarper(0.5)], [lambda ids, scores: scores]])
 def test_all_nodes_are_picked_at_once_where_history_does_not_matter(monkeypatch, processors, do_sample, device_pays):
     asked = []
-    monkeypatch.setattr(text_longspec, "pays_by_tree", lambda device, size: asked.append(size) or device_pays)
+    monkeypatch.setattr(sampling_longspec, "pays_by_tree", lambda device, size: asked.append(size) or device_pays)
     text = make_text(processors=processors, options={"do_sample": do_sample})
     largest = not processors and not do_sample
     without_history = not processors or isinstance(processors[0], TemperatureLogitsWarper)
-    assert text.by_tree is (largest or (without_history and device_pays))
+    assert text.sampler.plan.by_tree is (largest or (without_history and device_pays))
     assert asked == ([3 * NODES * VOCAB] if without_history and not largest else [])
-    needs_noise = do_sample and (text.by_tree or without_history)
+    needs_noise = do_sample and (text.sampler.plan.by_tree or without_history)
     assert (text.sampler.noise is not None) is needs_noise
 
 
@@ -205,7 +206,7 @@ def test_no_row_that_moves_is_further_ahead_than_the_lead(stops, lead, keeps_cac
                 end = row == 0 and text.lengths[0] == 5
                 put_logits = torch.full((1, VOCAB), -float("inf"))
                 put_logits[0, (4 if stops == "stop strings" else EOS) if end else rng.choice([1, 2, 6])] = 0.0
-                text.emit([row], put_logits)
+                emit_to(text, [row], put_logits)
         moves = [
             length
             for length, stop in zip(text.lengths, text.ends, strict=True)
@@ -222,17 +223,17 @@ def test_no_draw_is_kept_that_no_row_needs():
     noise = text.sampler.noise
     certain = {token: torch.eye(VOCAB)[token : token + 1].log() for token in (1, EOS)}
     for _ in range(9):
-        text.emit([0], certain[1])
+        emit_to(text, [0], certain[1])
     assert len(noise.draws) == 9 and noise.first == 0, "two rows are at their first step"
     for row in (1, 2):
-        text.emit([row], certain[1])
+        emit_to(text, [row], certain[1])
     assert noise.first == 1 and len(noise.draws) == 8
-    text.emit([1], certain[EOS])
-    text.emit([2], certain[EOS])
+    emit_to(text, [1], certain[EOS])
+    emit_to(text, [2], certain[EOS])
     assert noise.first == 9 and noise.draws == [], "finished rows need none"
-    text.emit([0], certain[1])
+    emit_to(text, [0], certain[1])
     state = torch.get_rng_state()
-    text.rewind_noise()
+    text.sampler.rewind(text.slowest)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -243,10 +244,10 @@ def test_after_a_failure_the_generator_stands_where_the_slowest_row_does():
     certain = {token: torch.eye(VOCAB)[token : token + 1].log() for token in (1, EOS)}
     for row, count in enumerate((7, 2, 4)):
         for _ in range(count):
-            text.emit([row], certain[1])
+            emit_to(text, [row], certain[1])
     with pytest.raises(RuntimeError, match="probability tensor"):
-        text.emit([0], torch.full((1, VOCAB), float("nan")))
-    text.rewind_noise()
+        emit_to(text, [0], torch.full((1, VOCAB), float("nan")))
+    text.sampler.rewind(text.slowest)
     state = torch.get_rng_state()
     torch.manual_seed(0)
     for _ in range(2):
@@ -305,6 +306,6 @@ def test_an_impossible_distribution_raises_as_multinomial_does():
     with pytest.raises(RuntimeError) as error:  # noqa: PT011
         torch.multinomial(logits.softmax(-1), 1)
     with pytest.raises(RuntimeError, match="probability tensor contains either") as ours:
-        text.emit([0, 1, 2], logits)
+        emit_to(text, [0, 1, 2], logits)
     assert str(ours.value) == str(error.value)
     assert text.lengths == [2, 2, 2]

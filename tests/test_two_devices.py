@@ -10,7 +10,7 @@ from observation import differences, observe
 from second_device import THERE, second_device
 from torch.utils._pytree import tree_leaves, tree_map
 
-from hf_longspec.modeling import text_longspec
+from hf_longspec.modeling import sampling_longspec
 from hf_longspec.modeling.target_longspec import bind
 
 HERE = torch.device("cpu")
@@ -119,7 +119,7 @@ def test_the_layer_of_the_draft(places, layer):
 @pytest.mark.parametrize("by_tree", [False, True])
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
 def test_records(monkeypatch, do_sample, by_tree):
-    monkeypatch.setattr(text_longspec, "pays_by_tree", lambda *_: by_tree)
+    monkeypatch.setattr(sampling_longspec, "pays_by_tree", lambda *_: by_tree)
     target = split(tiny_target("llama", tie_word_embeddings=False), **MAPS["split"])
     records = {"output_scores": True, "output_logits": True, "output_hidden_states": True, "eos_token_id": [5, 11]}
     for layer in (0, 3):

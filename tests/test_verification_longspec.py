@@ -30,7 +30,7 @@ from transformers.generation import (
 
 from hf_longspec.modeling.sampling_longspec import IMPOSSIBLE
 from hf_longspec.modeling.tree_longspec import TokenTree, ancestor_mask, node_depths
-from hf_longspec.modeling.verification_longspec import Steps, walk
+from hf_longspec.modeling.verification_longspec import Accepted, walk
 
 # --- by hand -------------------------------------------------------------------------------------------------------
 
@@ -54,7 +54,7 @@ TREE = make_tree([1, 4, 2, 0, 2, 0, 3], [0, 0, 0, 1, 1, 2, 4])
 @pytest.mark.parametrize("recorded", [False, True])
 def test_greedy_walk(choices, path, tokens, recorded):
     text = make_text(10, return_dict_in_generate=recorded, output_scores=recorded)
-    assert text.by_tree
+    assert text.sampler.plan.by_tree
     assert walk_row(TREE, logits_that_pick(*choices), text) == path
     assert text.sequences.tolist() == [PROMPT + tokens]
     assert not text.finished
@@ -200,18 +200,18 @@ def test_walk_finds_the_path_of_each_row(seed):
             row[rng.randrange(nodes)] = IMPOSSIBLE
     mask = ancestor_mask(torch.tensor(parents), nodes - 1)
     tree = TokenTree(torch.tensor(tokens), torch.tensor(parents), torch.zeros(batch, nodes), nodes - 1)
-    steps, known = walk(tree, mask, node_depths(mask), torch.tensor(picks))
+    steps, table = walk(tree, mask, node_depths(mask), torch.tensor(picks))
     for row in range(batch):
         path = path_by_hand(tokens[row], parents[row], picks[row])
         picked = [picks[row][node] for node in path]
         count = int(steps.counts[row])
         assert steps.path[row].tolist() == path + [0] * (nodes - len(path)) and count == len(path)
         assert int(steps.newest[row]) == picked[-1]
-        assert known[row, :nodes].tolist() == steps.path[row].tolist() and int(known[row, -1]) == count
-        assert known[row, nodes : nodes + count].tolist() == picked
+        assert table[row, :nodes].tolist() == steps.path[row].tolist() and int(table[row, -1]) == count
+        assert table[row, nodes : nodes + count].tolist() == picked
 
 
 def test_steps_from_the_host():
-    steps = Steps.of([[0, 2, 5], [], [0]], [7, 8, 9], 3, torch.device("cpu"))
+    steps = Accepted.of([[0, 2, 5], [], [0]], [7, 8, 9], 3, torch.device("cpu"))
     assert steps.path.tolist() == [[0, 2, 5, 0], [0] * 4, [0] * 4]
     assert steps.counts.tolist() == [3, 0, 1] and steps.newest.tolist() == [7, 8, 9]

@@ -23,7 +23,7 @@ from tables import (
 from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria
 
-from hf_longspec.modeling import text_longspec
+from hf_longspec.modeling import sampling_longspec
 from hf_longspec.modeling.text_longspec import Text
 from hf_longspec.modeling.tree_longspec import TokenTree, ancestor_mask, node_depths
 
@@ -109,7 +109,7 @@ CRITERIA = {
 @pytest.mark.parametrize("criteria", CRITERIA.values(), ids=CRITERIA)
 def test_a_batch_is_written_as_plain_decoding_writes_it(monkeypatch, criteria, processors, do_sample, by_tree):
     """Texts, records and the generator's state, whatever the pace of the rows and the lead they may take."""
-    monkeypatch.setattr(text_longspec, "pays_by_tree", lambda *args: by_tree)
+    monkeypatch.setattr(sampling_longspec, "pays_by_tree", lambda *args: by_tree)
     parted = False
     for seed, recorded, lead in ((0, False, 3), (1, True, 1), (2, False, 84), (3, True, 20), (4, False, 1)):
         torch.manual_seed(seed)
@@ -128,7 +128,7 @@ def test_a_batch_is_written_as_plain_decoding_writes_it(monkeypatch, criteria, p
             moving = [length for length, end in zip(text.lengths, text.ends, strict=True) if end is None]
             assert max(moving, default=0) - min(moving, default=0) <= lead
             parted |= len(set(moving)) > 1
-        text.rewind_noise()
+        text.sampler.rewind(text.slowest)
         assert text.sequences.tolist() == expected[0].tolist()
         assert torch.equal(torch.rand(1), after)
         if recorded:
@@ -268,7 +268,7 @@ def test_distribution_of_pairs_of_texts_is_exactly_the_targets(processors, seed)
     while more:
         eos = [EosTokenCriteria(torch.tensor([end]))]
         text = make_text(steps, processors, do_sample=True, criteria=eos, prompts=prompts, keeps_cache=False)
-        assert not text.together and not text.by_tree
+        assert not text.together and not text.sampler.plan.by_tree
         text.sampler.noise = outcomes
         rng = random.Random(seed)
         while not text.finished:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ..modeling.attention_longspec import Nodes, Prefix, Spans, attend
-from ..modeling.backends_longspec import Backend, Demand, flash_3_misfit, imported, installed_flash_3, resolve_backend
+from ..modeling.attention_longspec import Memo, Nodes, Prefix, Span, Spans, attend
 from ..modeling.cache_layers_longspec import BUCKET
 from ..modeling.configuration_longspec import ATTENTION_BACKENDS
+from ..modeling.engine_longspec import Backend, Demand
+from ..modeling.fast_choose_longspec import flash_3_misfit, imported, installed_flash_3, resolve_backend
 from ..modeling.tree_longspec import ancestor_mask
 from .timing import Speed, milliseconds
 
@@ -114,7 +115,7 @@ def random_layer(
         tree_value=value[:, :, tree].clone(),
         mask=ancestor_mask(parents, nodes),
         # in a CUDA graph the host does not know the lengths
-        spans=Spans(starts, ends, None if device.type == "cuda" else ((0, context),), {}),
+        spans=Spans(starts, ends, None if device.type == "cuda" else (Span(0, context),), Memo()),
         context=context,
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..modeling.children_longspec import Children, best_children
+from ..modeling.tree_longspec import Children, best_children
 from .timing import Speed, milliseconds
 
 CALLS = 8  # that are timed together, each on logits of its own

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from hf_longspec.modeling.compiled_longspec import compiled_layers
+from hf_longspec.modeling.fast_compiled_longspec import compiled_layers
 from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM
 
 from .batch import Batch

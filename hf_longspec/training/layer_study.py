@@ -19,8 +19,8 @@ import typer
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments, get_scheduler, set_seed
 
-from hf_longspec.modeling.compiled_longspec import compiled_layers
 from hf_longspec.modeling.configuration_longspec import layer_kinds
+from hf_longspec.modeling.fast_compiled_longspec import compiled_layers
 from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM
 
 from ..evaluation.room import positions_of

@@ -9,7 +9,7 @@ from helpers import FAMILIES, tiny_draft, tiny_target
 from texts import prompt_of
 from torch.testing._internal.two_tensor import TwoTensor
 
-from hf_longspec.modeling.fingerprint_longspec import fingerprint, has_hooks, place, plain
+from hf_longspec.modeling.fast_graphs_longspec import fingerprint, has_hooks, location, plain
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -86,9 +86,9 @@ def test_hooks_of_others(llama):
 def test_weights_that_wrap_others():
     parts = [torch.zeros(3), torch.ones(3)]
     whole = TwoTensor(*parts)
-    before = place(whole)
-    assert before == place(TwoTensor(*parts)) == (place(parts[0]), place(parts[1]))
-    assert place(TwoTensor(parts[0], torch.ones(3))) != before
+    before = location(whole)
+    assert before == location(TwoTensor(*parts)) == (location(parts[0]), location(parts[1]))
+    assert location(TwoTensor(parts[0], torch.ones(3))) != before
 
 
 def test_it_keeps_nothing_alive():

@@ -15,9 +15,11 @@ from probes import Stops
 from texts import prompt_of
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
-from hf_longspec.modeling import cache_layers_longspec, prefill_longspec, text_longspec
+from hf_longspec.modeling import cache_layers_longspec, call_longspec, sampling_longspec
 from hf_longspec.modeling.cache_layers_longspec import BUCKET, SLACK
-from hf_longspec.modeling.workspace_longspec import Workspace, Workspaces
+from hf_longspec.modeling.engine_longspec import Engine, Engines
+from hf_longspec.modeling.fast_engine_longspec import FastEngine
+from hf_longspec.modeling.fast_graphs_longspec import Graphs, Settled
 
 SHAPE = (4, 8, 8)
 
@@ -58,7 +60,7 @@ def pair():
 @pytest.mark.parametrize("shape", quick_or_slow([SHAPE, (1, 1, 1), ()], [SHAPE, ()]))
 def test_calls_of_one_shape_are_captured_once(captures, monkeypatch, family, shape):
     """Whatever their prompts, lengths and samplers."""
-    monkeypatch.setattr(text_longspec, "pays_by_tree", lambda *args: True)
+    monkeypatch.setattr(sampling_longspec, "pays_by_tree", lambda *args: True)
     target = tiny_target(family)
     draft = tiny_draft(target, tree_shape=shape)
     for count, length in enumerate((9, 30, 3, 9)):
@@ -100,30 +102,30 @@ def test_memory_is_used_again(pair):
     places = []
     for length in (9, 200, 40):
         assert_same(target, draft, prompt_of(length))
-        places.append([keys.data_ptr() for keys, _ in draft.workspaces._kept.memory])
+        places.append([keys.data_ptr() for keys, _ in draft._engines.kept.memory])
     assert places[0] == places[1] == places[2] and len(places[0]) == 4
 
 
 def test_memory_that_has_grown_is_kept(captures, monkeypatch, pair):
     target, draft = pair
-    monkeypatch.setattr(prefill_longspec, "HEADROOM", 20)
+    monkeypatch.setattr(call_longspec, "HEADROOM", 20)
     assert_same(target, draft, prompt_of(200), max_new_tokens=80)
-    grown = draft.workspaces._kept.memory[0][0]
+    grown = draft._engines.kept.memory[0][0]
     assert len(captures) == 8 and grown.shape[2] == 2 * BUCKET
     assert_same(target, draft, prompt_of(200), max_new_tokens=80)
-    assert len(captures) == 8 and draft.workspaces._kept.memory[0][0] is grown
+    assert len(captures) == 8 and draft._engines.kept.memory[0][0] is grown
 
 
 def test_memory_much_too_large_is_given_up(monkeypatch, pair):
     target, draft = pair
     assert_same(target, draft, prompt_of(1500))
-    large = draft.workspaces._kept.memory[0][0].shape[2]
+    large = draft._engines.kept.memory[0][0].shape[2]
     assert_same(target, draft, prompt_of(9))
-    small = draft.workspaces._kept.memory[0][0].shape[2]
+    small = draft._engines.kept.memory[0][0].shape[2]
     assert small == BUCKET and large > SLACK * small
     monkeypatch.setattr(cache_layers_longspec, "SLACK", 1)
     assert_same(target, draft, prompt_of(400))
-    assert draft.workspaces._kept.memory[0][0].shape[2] == 2 * BUCKET
+    assert draft._engines.kept.memory[0][0].shape[2] == 2 * BUCKET
 
 
 def test_nothing_of_an_earlier_call_is_seen(captures):
@@ -132,10 +134,10 @@ def test_nothing_of_an_earlier_call_is_seen(captures):
         target = tiny_target(family)
         draft = tiny_draft(target, tree_shape=SHAPE)
         expected = assert_same(target, draft, prompt_of(9))
-        workspace = draft.workspaces._kept
+        workspace = draft._engines.kept
         for keys, values in workspace.memory:
             keys.fill_(float("nan")), values.fill_(float("inf"))
-        for tensor in torch.utils._pytree.tree_leaves(workspace.state):
+        for tensor in torch.utils._pytree.tree_leaves(workspace.settled.state):
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
                 tensor.fill_(float("nan"))
         assert assert_same(target, draft, prompt_of(9)) == expected
@@ -281,10 +283,10 @@ def test_a_cache_that_is_returned_takes_its_memory_along(captures, pair):
     target, draft = pair
     options = {"max_new_tokens": 20, "pad_token_id": 0, "assistant_model": draft}
     assert_same(target, draft, prompt_of(9))
-    kept = draft.workspaces._kept.memory[0][0].data_ptr()
+    kept = draft._engines.kept.memory[0][0].data_ptr()
     out = target.generate(prompt_of(9), return_dict_in_generate=True, **options)
     assert captures == [True] * 4, "memory and graphs serve it"
-    assert out.past_key_values.layers[0].keys.data_ptr() == kept and draft.workspaces._kept is None
+    assert out.past_key_values.layers[0].keys.data_ptr() == kept and draft._engines.kept is None
     held = [(layer.keys.clone(), layer.values.clone()) for layer in out.past_key_values.layers]
     for length in (9, 20):
         assert_same(target, draft, prompt_of(length))
@@ -296,7 +298,7 @@ def test_a_cache_passed_in_between(captures, pair):
     target, draft = pair
     for own in (False, True, False, True):
         assert_same(target, draft, prompt_of(9), own_cache=own)
-        assert (draft.workspaces._kept is None) is own
+        assert (draft._engines.kept is None) is own
 
 
 @pytest.mark.parametrize("at", [2, 3, 4, 9])
@@ -306,7 +308,7 @@ def test_a_call_that_was_cut_off_leaves_nothing(captures, pair, at):
         assert_same(target, draft, prompt_of(9))
         with pytest.raises(KeyboardInterrupt, match="stop"):
             target.generate(prompt_of(9), assistant_model=draft, streamer=Stops(at), max_new_tokens=20, pad_token_id=0)
-        assert draft.workspaces._kept is None
+        assert draft._engines.kept is None
     assert_same(target, draft, prompt_of(9))
 
 
@@ -344,7 +346,7 @@ def references(workspace):
 def test_all_is_given_back_when_asked_for(captures, pair):
     target, draft = pair
     assert_same(target, draft, prompt_of(9))
-    held = references(draft.workspaces._kept)
+    held = references(draft._engines.kept)
     gc.disable()  # nothing is left to the garbage collector
     try:
         draft.release()
@@ -358,7 +360,7 @@ def test_a_deleted_draft_takes_its_workspace_along(captures):
     target = tiny_target("llama")
     draft = tiny_draft(target, tree_shape=SHAPE)
     assert_same(target, draft, prompt_of(9))
-    held = references(draft.workspaces._kept)
+    held = references(draft._engines.kept)
     del draft
     gc.collect()
     assert [reference() for reference in held] == [None] * 5
@@ -380,7 +382,7 @@ def test_a_copy_of_a_draft_begins_without(captures, pair):
     target, draft = pair
     assert_same(target, draft, prompt_of(9))
     for other in (copy.deepcopy(draft), pickle.loads(pickle.dumps(draft))):
-        assert other.workspaces is not draft.workspaces and other.workspaces._kept is None
+        assert other._engines is not draft._engines and other._engines.kept is None
         assert_same(target, other, prompt_of(9))
     assert_same(target, draft, prompt_of(9))
     assert captures == [True] * 12
@@ -390,45 +392,47 @@ def test_a_copy_of_a_draft_begins_without(captures, pair):
 
 
 def test_one_workspace_is_nobody_elses():
-    workspaces, cpu = Workspaces(), torch.device("cpu")
-    first = workspaces.take(cpu)
-    assert isinstance(first, Workspace)
-    workspaces.keep(first)
-    assert workspaces.take(cpu) is first
-    second = workspaces.take(cpu)
+    engines, cpu = Engines(), torch.device("cpu")
+    first = engines.take(FastEngine, cpu)
+    assert isinstance(first, FastEngine)
+    engines.keep(first)
+    assert engines.take(FastEngine, cpu) is first
+    second = engines.take(FastEngine, cpu)
     assert second is not first
-    workspaces.keep(second)
-    workspaces.keep(first)
-    assert workspaces.take(cpu) is first and workspaces.take(cpu) not in (first, second)
+    engines.keep(second)
+    engines.keep(first)
+    assert engines.take(FastEngine, cpu) is first and engines.take(FastEngine, cpu) not in (first, second)
+    engines.keep(first)
+    assert type(engines.take(Engine, cpu)) is Engine and engines.kept is None, "another kind of engine"
     first.stream = 7
-    workspaces.keep(first)
-    assert workspaces.take(cpu) is not first, "what another stream works on"
+    engines.keep(first)
+    assert engines.take(FastEngine, cpu) is not first, "what another stream works on"
 
 
 def test_settle_writes_over_what_is_alike():
-    workspace = Workspace(None)
+    settled = Settled()
     first = {"a": torch.arange(3), "b": (torch.zeros(2, 2), None, 5)}
-    ours = workspace.settle("x", first)
+    ours = settled.put("x", first)
     assert torch.equal(ours["a"], first["a"]) and ours["a"] is not first["a"]
-    again = workspace.settle("x", {"a": torch.tensor([7, 8, 9]), "b": (torch.ones(2, 2), None, 5)})
+    again = settled.put("x", {"a": torch.tensor([7, 8, 9]), "b": (torch.ones(2, 2), None, 5)})
     assert again is ours and ours["a"].tolist() == [7, 8, 9] and ours["b"][0].tolist() == [[1, 1], [1, 1]]
     assert first["a"].tolist() == [0, 1, 2]
     others = [{"a": torch.arange(4)}, {"a": torch.arange(3)}, {"a": torch.arange(3).int()}, {"a": None}]
     for other in others:
-        held = workspace.state["x"]
-        assert workspace.settle("x", other) is not held
+        held = settled.state["x"]
+        assert settled.put("x", other) is not held
 
 
 def test_graphs_are_forgotten_where_anything_differs():
-    workspace = Workspace(None)
-    workspace.settle("x", torch.arange(3))
-    workspace.expect(("a", 1))
-    workspace.graphs.captured[test_settle_writes_over_what_is_alike] = None
-    workspace.expect(("a", 1))
-    assert workspace.graphs.captured
-    workspace.settle("x", torch.arange(4))
-    workspace.expect(("a", 1))
-    assert not workspace.graphs.captured
-    workspace.graphs.captured[test_settle_writes_over_what_is_alike] = None
-    workspace.expect(("a", 2))
-    assert not workspace.graphs.captured
+    settled, graphs = Settled(), Graphs()
+    settled.put("x", torch.arange(3))
+    graphs.require((("a", 1), settled.location))
+    graphs.captured[test_settle_writes_over_what_is_alike] = None
+    graphs.require((("a", 1), settled.location))
+    assert graphs.captured
+    settled.put("x", torch.arange(4))
+    graphs.require((("a", 1), settled.location))
+    assert not graphs.captured
+    graphs.captured[test_settle_writes_over_what_is_alike] = None
+    graphs.require((("a", 2), settled.location))
+    assert not graphs.captured

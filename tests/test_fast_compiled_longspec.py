@@ -8,7 +8,7 @@ import torch
 from helpers import tiny_draft, tiny_target
 from torch._dynamo.utils import counters
 
-from hf_longspec.modeling.compiled_longspec import compiled_layers, decoder_layers
+from hf_longspec.modeling.fast_compiled_longspec import compiled_layers, decoder_layers
 
 # on a CPU torch.compile writes C++
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
@@ -75,7 +75,7 @@ def test_other_threads_and_errors():
         before = graphs()
         seen.append((target(PROMPT_IDS).logits, graphs() - before))
 
-    with pytest.raises(KeyError, match="stop"), compiled_layers(target, True):
+    with pytest.raises(KeyError, match="stop"), compiled_layers(target):
         thread = threading.Thread(target=elsewhere)
         thread.start()
         thread.join()
