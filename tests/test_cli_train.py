@@ -151,6 +151,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_processes_stop_together(tmp_path):
     """The second one's clock would let it go on."""
     (tmp_path / "clocks.py").write_text(CLOCKS)
