@@ -3,14 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
-# a core a worker: tiny tensors do not pay for more, and waiting threads would spin
 WORKERS ?= -n logical --maxprocesses 4 --dist worksteal
-export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-all style quality clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/hf-longspec demo $(ARGS)
+
+# A core a worker: tiny tensors do not pay for more, and waiting threads would spin.
+test test-all: export OMP_NUM_THREADS ?= 1
 
 # In ten minutes on two cores: everything that is not marked `slow`, as plain `pytest` does.
 test: $(VENV)/test.installed

@@ -73,6 +73,7 @@ def test_repositories_that_cannot_be_had(tmp_path, monkeypatch):
         published(hub, "me/gated", write_checkpoint(tmp_path / "gated", CONFIG, random_weights(CONFIG), pickled=True))
         hub.store.repos["me/gated"].gated = True
         connect(monkeypatch, hub.url, tmp_path / "home" / "hub")
+        monkeypatch.delenv("HF_TOKEN")  # the owner may read it
         missing, gated = (in_process(name, tmp_path / "draft") for name in ("me/missing", "me/gated"))
     for done, told in ((missing, "is not a valid model identifier"), (gated, "access a gated repo. Make sure")):
         assert done.exit_code == 2 and told in done.stderr and is_one_line(done.stderr)

@@ -223,7 +223,7 @@ def test_what_generate_refuses_leaves_nothing(folder, tmp_path, monkeypatch, opt
 @pytest.mark.parametrize("size", [0, 2000])
 def test_a_disk_that_is_full(folder, tmp_path, size):
     """At the settings; and at the first shard, where the same command goes on when there is room."""
-    out, options = tmp_path / "out", {"max_new_tokens": 300, "shard_rows": 8}
+    out, options = tmp_path / "out", {"max_new_tokens": 200, "shard_rows": 8}
     with full_disk(size):
         result = CliRunner().invoke(cli.app, command(folder, out, **options))
     assert result.exit_code == 1 and "cannot be written: File too large" in result.stderr, result.output

@@ -50,8 +50,8 @@ PATHS = {
     "qwen2_5_vl": "three axes of positions; text positions made by the model",
     "glm4v": "three axes; interleaved pairs of a part of the dimensions",
     "opt": "no rotation, but a table of absolute positions, read by mask or position",
-    "moss_transcribe_diarize": "full and sliding layers that turn alike; counts positions for itself",
-    "whisper": "counts positions for itself from a table; the decoder of a pair",
+    "moss_transcribe_diarize": "full and sliding layers that turn alike; gets no positions, and counts for itself",
+    "whisper": "counts for itself, in a table; the decoder of a pair",
 }
 # and one for each refusal
 REFUSALS = {

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from helpers import tiny_draft, tiny_target
+from helpers import quick_or_slow, tiny_draft, tiny_target
 from torch._dynamo.utils import counters
 
 from hf_longspec.modeling.fast_compiled_longspec import compiled_layers, decoder_layers
@@ -31,7 +31,7 @@ def compiled_pair(family, **overrides):
     return target, tiny_draft(target, window=8, tree_shape=(2, 3), compile_target=True)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", quick_or_slow(["llama", "gemma2"], ["llama"]))
 def test_text_of_plain_generate(family):
     target, draft = compiled_pair(family)
     prompts = torch.cat([PROMPT_IDS, PROMPT_IDS.flip(1)])

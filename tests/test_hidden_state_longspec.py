@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 import transformers
-from helpers import tiny_draft, tiny_target
+from helpers import quick_or_slow, tiny_draft, tiny_target
 from packaging import version
 from pairs import assert_same
 from test_rope_switch_longspec import phi3_with_switch_at
@@ -91,7 +91,11 @@ def generate(target, draft, **options):
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "mistral", "gemma2", "gemma3_text", "gpt_oss", "granite", "cohere2", "gpt_neox", "smollm3"]
+    "family",
+    quick_or_slow(
+        ["llama", "mistral", "gemma2", "gemma3_text", "gpt_oss", "granite", "cohere2", "gpt_neox", "smollm3"],
+        ["llama", "mistral", "gemma3_text", "gpt_neox"],
+    ),
 )
 def test_each_round_is_given_what_the_target_made_of_the_token_before_the_root(family, grown):
     target = tiny_target(family)
@@ -168,7 +172,7 @@ def test_sampling(family, grown, lengths):
     grown.assert_right(target, texts[2], lengths)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+@pytest.mark.parametrize("family", quick_or_slow(["llama", "mistral", "gemma3_text"], ["gemma3_text"]))
 def test_chunked_prefill_and_prompts_given_as_embeddings(family, grown):
     target = tiny_target(family)
     draft = reading_draft(target)

@@ -190,7 +190,7 @@ def test_images_are_seen(target, draft, family):
 
 
 @pytest.mark.parametrize("family", quick_or_slow([*FAMILIES, *MORE], QUICK))
-@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("do_sample", quick_or_slow([False, True], [True]), ids=["greedy", "sampled"])
 def test_prompts(target, draft, family, do_sample):
     assert_same(target, draft, image_prompts(family, (3, 5)), do_sample=do_sample)
     assert_same(target, draft, image_prompts(family, (0, 1, 12), seed=1), do_sample=do_sample)

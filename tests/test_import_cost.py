@@ -37,18 +37,16 @@ def test_public_names():
         _ = hf_longspec.Missing
 
 
-FIRST = [
+QUICK = ["from transformers import AutoConfig, AutoModelForCausalLM; import hf_longspec"]
+OTHERS = [
     "import hf_longspec; from transformers import AutoConfig, AutoModelForCausalLM",
-    "from transformers import AutoConfig, AutoModelForCausalLM; import hf_longspec",
-]
-LATER = [
     "import hf_longspec; from transformers import GenerationMixin, pipeline, AutoConfig, AutoModelForCausalLM",
     "import transformers, hf_longspec; from transformers import AutoConfig, AutoModelForCausalLM",
     "from hf_longspec import LongSpecConfig; from transformers import AutoConfig, AutoModelForCausalLM",
 ]
 
 
-@pytest.mark.parametrize("imports", quick_or_slow([*FIRST, *LATER], FIRST))
+@pytest.mark.parametrize("imports", quick_or_slow([*QUICK, *OTHERS], QUICK))
 def test_auto_classes_know_drafts(tmp_path, imports):
     """Without trust_remote_code, as `pipeline(assistant_model="repo-id")` loads an assistant."""
     small = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=8)

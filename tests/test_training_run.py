@@ -15,14 +15,14 @@ from helpers import tiny_target
 from recipes import losses, tiny_recipe
 from safetensors.torch import load_file
 from tiny_folders import ALPHABET
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, TrainerState
 from typer.testing import CliRunner
 
 from hf_longspec import LongSpecForCausalLM, cli
 from hf_longspec.training.checkpoints import CheckpointError, last_complete
 from hf_longspec.training.learning_curve import draw, read_log
 from hf_longspec.training.recipe import Recipe
-from hf_longspec.training.run import Outcome, train
+from hf_longspec.training.run import Outcome, WallClock, train
 
 # peft asks transformers under a name that is going out of use
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -91,6 +91,15 @@ def test_a_checkpoint_without_an_optimizer_is_not_gone_on_from(tmp_path):
     run(tmp_path, max_seconds=0.0, trainer__save_only_model=True)
     with pytest.raises(ValueError, match=r"checkpoint-1 has no optimizer to go on with \(trainer.save_only_model\)"):
         run(tmp_path)
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_the_clock_of_the_first_process_is_that_of_all(monkeypatch, late):
+    """Whatever a process's own clock says; two real ones stop together in test_cli_train.py."""
+    monkeypatch.setattr("hf_longspec.training.run.broadcast_object_list", lambda own: [late])
+    clock, control = WallClock(1000 if late else 0), TrainerControl()
+    clock.on_step_end(None, TrainerState(global_step=1, max_steps=6), control)
+    assert clock.expired == control.should_save == control.should_training_stop == late
 
 
 def test_half_written_checkpoints_are_passed_over(tmp_path, plain):
