@@ -94,16 +94,10 @@ def check_options(mode: GenerationMode, generation_config: GenerationConfig, mod
     """Raise `ValueError` for options of `generate` that LongSpec cannot serve."""
     if generation_config.num_beams != 1:
         raise ValueError(f"LongSpec needs num_beams=1, got num_beams={generation_config.num_beams}")
-    if generation_config.prompt_lookup_num_tokens is not None:
-        raise ValueError("expected a LongSpec draft or prompt_lookup_num_tokens, got both")
-    if generation_config.assistant_early_exit is not None:
-        raise ValueError("expected a LongSpec draft or assistant_early_exit, got both")
-    if getattr(generation_config, "use_mtp", None):
-        raise ValueError("expected a LongSpec draft or use_mtp, got both")
-    if generation_config.dola_layers is not None:
-        raise ValueError(
-            f"expected a LongSpec draft or dola_layers, got both, dola_layers={generation_config.dola_layers!r}"
-        )
+    for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "dola_layers"):
+        value = getattr(generation_config, name, None)
+        if value not in (None, False):
+            raise ValueError(f"expected a LongSpec draft or {name}, got both, {name}={value!r}")
     if generation_config.cache_implementation not in (None, "dynamic"):
         raise ValueError(
             "LongSpec keeps its own cache in place; expected cache_implementation None or 'dynamic', got "

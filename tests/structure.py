@@ -131,7 +131,8 @@ class Structure:
 
     @property
     def core(self) -> list[str]:
-        return self.part("modeling/", without=FAST)
+        """The files of a draft but those of the fast engine; `__init__.py` is a docstring, and no draft carries it."""
+        return [path for path in self.part("modeling/", without=FAST) if not path.endswith("/__init__.py")]
 
     @property
     def fast(self) -> list[str]:

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from structure import ROOT, Docstring, Source, Structure, structure
 
-INTERFACE, ENGINE, FAST_ENGINE = (f"modeling/{name}_longspec.py" for name in ("interface", "engine", "fast_engine"))
+INTERFACE, DRAFT, FAST_ENGINE, FAST_COMPILED = (
+    f"modeling/{name}_longspec.py" for name in ("interface", "modeling", "fast_engine", "fast_compiled")
+)
 OF_TRANSFORMERS = [
     "_assisted_decoding",
     "_attn_implementation",
@@ -37,12 +39,14 @@ def test_the_core_is_small(found):
 
 
 def test_one_file_of_the_core_knows_the_fast_engine(found):
-    assert found.between(found.core, found.fast) == [(ENGINE, FAST_ENGINE)]
+    """The draft, which chooses its engine by its config."""
+    assert found.between(found.core, found.fast) == [(DRAFT, FAST_ENGINE)]
 
 
-def test_the_package_knows_the_fast_engine_only_to_measure_it(found):
+def test_the_package_knows_the_fast_engine_only_to_measure_it_and_to_compile_what_trains(found):
     others = found.part("hf_longspec/", without="hf_longspec/benchmark/")
-    assert found.between(others, found.fast) == []
+    known = found.between(others, found.fast)
+    assert all(user.startswith("hf_longspec/training/") and used == FAST_COMPILED for user, used in known)
 
 
 def test_no_files_import_each_other(found):
