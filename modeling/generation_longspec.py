@@ -89,7 +89,7 @@ def assisted_decoding(
         together = rows_alike or streamer is not None
         tree_logits = nodes * text_config.vocab_size
         plan = Plan.of(logits_processor, stopping_criteria, do_sample, input_ids, tree_logits, together)
-        sampler = Sampler(logits_processor, do_sample, plan, *input_ids.shape[:1], input_ids.device)
+        sampler = Sampler(logits_processor, do_sample, plan, len(input_ids), input_ids.device)
         text = Text(
             input_ids, stopping_criteria, generation_config, streamer, plan, nodes=nodes, keeps_cache=returns_cache
         )

@@ -6,6 +6,7 @@ The target is held beside the draft, never in it: no optimizer, checkpoint or wr
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -77,7 +78,7 @@ class Distillation:
         if batch.spans:
             return read_target_by_span(partial(read_target, self.target, layer), ids, positions, batch.spans)
         masks = None if document_ids is None else target_masks(self.target, document_ids)
-        with compiled_layers(self.target, self.compiled):
+        with compiled_layers(self.target) if self.compiled else nullcontext():
             return read_target(self.target, layer, ids, positions, masks)
 
     def sums(self, states: TargetStates, batch: Batch, items: Tensor | None = None) -> DistillationSums:

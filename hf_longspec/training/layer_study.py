@@ -10,6 +10,7 @@ one. The recipe says the rest: target, data, signal, batch, optimizer; of the dr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,7 +66,7 @@ class Study:
 
     def read(self, batch: Batch) -> list[TargetStates]:
         masks = None if batch.document_ids is None else target_masks(self.target, batch.document_ids)
-        with compiled_layers(self.target, self.recipe.compiled):
+        with compiled_layers(self.target) if self.recipe.compiled else nullcontext():
             return read_layers(self.target, self.layers, batch.input_ids, batch.positions, masks)
 
     def sums(self, index: int, states: TargetStates, batch: Batch) -> DistillationSums:
