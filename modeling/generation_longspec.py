@@ -16,13 +16,13 @@ from transformers.utils import logging
 from .call_longspec import Call, make_cache, read_prompt
 from .candidate_generator_longspec import LongSpecCandidateGenerator
 from .checks_longspec import check_inputs, ended_on_error
-from .engine_longspec import Demand
+from .engine_longspec import Backend, Demand, Engine
 from .hybrid_attention_longspec import Round
 from .interface_longspec import CACHE, attending, decoding, forward, has_unfinished, is_user_defined, switched
 from .output_longspec import LongSpecOutput, PhaseClock
 from .rope_switch_longspec import RopeSwitch
 from .sampling_longspec import IMPOSSIBLE, Plan, Sampler
-from .target_longspec import catching
+from .target_longspec import BoundTarget, catching
 from .text_longspec import Text
 from .tree_longspec import TokenTree, ancestor_mask, node_depths
 from .verification_longspec import (
@@ -70,14 +70,9 @@ def assisted_decoding(
         check_inputs(input_ids, generation_config, model_kwargs)
         bound = draft.bind(target)
         engine = draft.take_engine(bound.device)
-        text_config = target.config.get_text_config(decoder=True)
-        softcap = getattr(text_config, "attn_logit_softcapping", None)
-        demand = Demand(bound.device, bound.dtype, draft.config.head_dim, softcap)
-        backend = engine.backend(draft.config.attention_backend, demand)
-        logger.info(f"LongSpec verifies with the {backend.name!r} attention backend")
+        backend = choose_backend(draft, target, bound, engine)
         rope_switch = RopeSwitch(target, model_kwargs)
-        rows_alike = rope_switch.last_short is not None
-        if synced_gpus and rows_alike:
+        if synced_gpus and rope_switch.last_short is not None:
             raise ValueError("LongSpec needs ranks that read alike, got synced_gpus with a target of longrope")
 
         # 2. Text, sampler, cache and draft are made ready.
@@ -86,8 +81,8 @@ def assisted_decoding(
         clock = PhaseClock(draft.config.profile, bound.device)
         returns_cache = generation_config.return_dict_in_generate or is_user_defined(model_kwargs[CACHE])
         do_sample, nodes = generation_config.do_sample, 1 + sum(draft.config.tree_shape)
-        together = rows_alike or streamer is not None
-        tree_logits = nodes * text_config.vocab_size
+        together = rope_switch.last_short is not None or streamer is not None
+        tree_logits = nodes * target.config.get_text_config(decoder=True).vocab_size
         plan = Plan.of(logits_processor, stopping_criteria, do_sample, input_ids, tree_logits, together)
         sampler = Sampler(logits_processor, do_sample, plan, len(input_ids), input_ids.device)
         text = Text(
@@ -244,3 +239,12 @@ def read_anew(call: Call) -> list[int]:
     roots.positions.add_(1)
     roots.follow(text)
     return [1] * text.batch
+
+
+def choose_backend(draft: Any, target: PreTrainedModel, bound: BoundTarget, engine: Engine) -> Backend:
+    """Return the attention backend of a call, named in a log line. Raises `ValueError` for one that cannot run."""
+    softcap = getattr(target.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    demand = Demand(bound.device, bound.dtype, draft.config.head_dim, softcap)
+    backend = engine.backend(draft.config.attention_backend, demand)
+    logger.info(f"LongSpec verifies with the {backend.name!r} attention backend")
+    return backend
