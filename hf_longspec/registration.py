@@ -76,5 +76,5 @@ class AutoConfigWatcher(MetaPathFinder):
             load(module)
             announce()
 
-        loader.exec_module = load_then_announce
+        loader.exec_module = load_then_announce  # type: ignore[method-assign]
         return spec
