@@ -100,7 +100,7 @@ def test_asked_for_by_name_and_not_to_be_had():
     target = tiny_target("phi3").cuda()
     target.config.rope_parameters |= {"rope_type": "longrope", "original_max_position_embeddings": 16}
     with pytest.raises(ValueError, match="cuda_graphs=True cannot be had here: the frequencies of longrope"):
-        fast_graphs_longspec.may_capture(True, target, torch.device("cuda"))
+        tiny_draft(target, cuda_graphs=True).check_engine(target, torch.device("cuda"), False)
 
 
 def allocated():
