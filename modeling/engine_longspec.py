@@ -61,7 +61,7 @@ class Engine:
         check_backend(name, torch_misfit(demand) if name == "torch" else None)
         return plain_backend(name)
 
-    def lend(self, cache: Any) -> None:
+    def give_memory(self, cache: Any) -> None:
         """Give the call's cache, before anything is read into it, the memory that an earlier call has left."""
 
     def begin(self, call: Any, synced_gpus: bool) -> Any:

@@ -55,7 +55,7 @@ class FastEngine(Engine):
     def backend(self, name: str, demand: Demand) -> Backend:
         return resolve_backend(name, demand)
 
-    def lend(self, cache: SpeculativeCache) -> None:
+    def give_memory(self, cache: SpeculativeCache) -> None:
         memory, self.memory = self.memory, []
         cache.reuse(memory)
 

@@ -89,7 +89,7 @@ def assisted_decoding(
             input_ids, stopping_criteria, generation_config, streamer, plan, nodes=nodes, keeps_cache=returns_cache
         )
         cache = make_cache(target, draft, text, generation_config, model_kwargs, bound.device)
-        engine.lend(cache)
+        engine.give_memory(cache)
         generator = LongSpecCandidateGenerator(draft, bound, backend, text.batch)
 
         # 3. The prompt is read, then rounds write the text.
