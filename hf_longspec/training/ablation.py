@@ -1,4 +1,4 @@
-"""`python -m hf_longspec.training.ablation RUN RUN ...`: runs of one recipe with other settings, side by side.
+"""`python -m hf_longspec.training.ablation RUN RUN ...` compares runs of one recipe with different settings.
 
 Each ablation of the paper is a setting of `hf-longspec train`, with an output folder of its own:
 
@@ -6,7 +6,7 @@ Each ablation of the paper is a setting of `hf-longspec train`, with an output f
     --set signal.max_lag=1                                      without lags
     --set signal.kl_weight=0 --set signal.ce_weight=1           cross-entropy for KL
 
-KL is over the tokens that a draft guesses among: of runs with another `draft.vocab` compare accept lengths.
+KL is taken over the tokens that a draft guesses among: compare runs with different `draft.vocab` by accept length.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .learning_curve import ACCEPT_LENGTH, Log, curve, draw, read_log
 
 
 def steps_to(log: Log, value: float, name: str = "eval_kl") -> int | None:
-    """The first evaluated step whose held-out `name` is no more than `value`; None if none was."""
+    """Return the first evaluated step whose held-out `name` is at most `value`, or None."""
     return next((step for step, found in zip(*curve(log, name), strict=True) if found <= value), None)
 
 

@@ -1,7 +1,7 @@
-"""The draft's two attentions over whole training samples, as the exact counterpart of what a decoding round sees.
+"""The draft's two attentions over whole samples: each token sees exactly what it would see in a decoding round.
 
-Query heads are not expanded: query is (B, H, T, D), key and value are (B, K, T, D) with H a multiple of K. Where a
-sample holds several documents, no token sees those of another.
+Heads are grouped: query is (B, H, T, D), key and value are (B, K, T, D), and H is a multiple of K. In a sample of
+several documents, no token sees the tokens of another document.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """mask: boolean, (T, S) or one for each of the batch, (B, 1, T, S). Every query must see a key."""
+    """Attend where the boolean `mask`, (T, S) or one for each of the batch (B, 1, T, S), is true.
+
+    Every query must see a key.
+    """
     # With a mask the fused CUDA kernels take no grouped-query heads.
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     return scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -35,12 +38,12 @@ def windowed_attention(
     document_ids: Tensor | None = None,
     reach: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention to the last ``window`` tokens, the current one included, in time and memory linear in T.
+    """Attend causally to the last ``window`` tokens, including the current one, in time and memory linear in T.
 
-    Queries go in blocks of ``window``: a block needs its own keys and those of the block before. Without documents,
-    one (window, 2·window) mask serves all blocks but the first, which is plain causal attention; with document_ids
-    (B, T), or with reach (B,), 1..window, tokens that each sample sees, each block has its own, B·T·2·window bytes in
-    all. Returns (B, H, T, D).
+    Queries are split into blocks of ``window``; a block needs its own keys and the keys of the block before. Without
+    documents, one (window, 2·window) mask serves all blocks but the first, which is plain causal attention. With
+    document_ids (B, T), or with reach (B,), the 1..window tokens that the queries of each sample see, each block has
+    its own mask: B·T·2·window bytes in all. Returns (B, H, T, D).
     """
     if reach is not None and document_ids is None:
         document_ids = torch.zeros_like(query[:, 0, :, 0], dtype=torch.long)
@@ -54,18 +57,18 @@ def windowed_attention(
 
 
 def _blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Attention of queries (B, H, Q, D), the last Q of the T tokens, in blocks; mask: of one, or of each of them.
+    """Attend in blocks from queries (B, H, Q, D), the last Q of T tokens; mask: one for all blocks or for each.
 
-    Q is T - window, or T: then a block of no tokens stands before the first, and the masks must hide it.
+    Q is T - window, or T. For T, a block without tokens stands before the first, and the masks must hide it.
     """
     batch, _, length, _ = query.shape
     window = mask.shape[-2]
-    # The last block is filled up with keys that lie in the future of every real query: no mask of their own.
+    # The last block is filled up with keys in the future of every real query, which need no mask of their own.
     missing = -length % window
     before = window + length - key.shape[2]
 
     def pairs(x: Tensor) -> Tensor:
-        """Each block of queries' keys with those before: (B, K, T, D) -> (B · blocks, K, 2·window, D)."""
+        """Join each block with the block before: keys (B, K, T, D) -> (B · blocks, K, 2·window, D)."""
         blocks = pad(x, (0, 0, before, missing)).unflatten(2, (-1, window))
         return torch.cat([blocks[:, :, :-1], blocks[:, :, 1:]], dim=3).transpose(1, 2).flatten(0, 1)
 
@@ -75,7 +78,7 @@ def _blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 
 
 def block_masks(window: int, document_ids: Tensor, reach: Tensor | None = None) -> Tensor:
-    """`window_mask` of each block, (B · blocks, 1, window, 2·window), within documents (B, T) and reaches (B,)."""
+    """Return each block's `window_mask`, (B · blocks, 1, window, 2·window), within documents (B, T) and reach (B,)."""
     own = pad(document_ids, (window, -document_ids.shape[1] % window), value=-1).unflatten(1, (-1, window))
     seen = torch.cat([own[:, :-1], own[:, 1:]], dim=2)  # (B, blocks, 2·window)
     masks = window_mask(window, own.device) & (own[:, 1:, :, None] == seen[:, :, None, :])
@@ -86,19 +89,19 @@ def block_masks(window: int, document_ids: Tensor, reach: Tensor | None = None) 
 
 
 def window_mask(window: int, device: torch.device) -> Tensor:
-    """(window, 2·window), True where query i of a block may see key j of the block before and its own."""
+    """Return (window, 2·window), True where query i of a block sees key j of the block before and the block itself."""
     query = torch.arange(window, device=device)[:, None] + window
     key = torch.arange(2 * window, device=device)
     return (key <= query) & (key > query - window)
 
 
 def lagged_attention(query: Tensor, key: Tensor, value: Tensor, lags: Tensor, window: int | None = None) -> Tensor:
-    """Attention of query t to the target's keys 0..t-lag; the first ``lag`` queries see nothing and get zeros.
+    """Attend from query t to the target's keys 0..t-lag; the first ``lag`` queries see nothing and get zeros.
 
-    lags (B,) are at least 1 and may differ from sample to sample. Turning each sample's queries by its lag makes it
-    plain causal attention without a mask (LongSpec's Flash Noisy Training shifts the keys), and shapes are the same
-    for all lags. A node at depth j of the tree has lag j + 1. Where the target's layer has a sliding ``window``, query
-    t sees no key before t-window+1 either. Returns (B, H, T, D).
+    lags (B,) are at least 1 and may differ from sample to sample. Turning each sample's queries by its lag gives plain
+    causal attention without a mask (LongSpec's Flash Noisy Training shifts the keys), and shapes are the same for all
+    lags. A node at depth j of the tree has lag j + 1. Where the target's layer has a sliding ``window``, query t sees
+    no key before t-window+1 either. Returns (B, H, T, D).
     """
     turned = Turn.apply(query, lags)
     blind = torch.arange(query.shape[2], device=query.device) < lags[:, None]
@@ -112,9 +115,10 @@ def lagged_attention(query: Tensor, key: Tensor, value: Tensor, lags: Tensor, wi
 
 
 class Turn(torch.autograd.Function):
-    """x (B, H, T, D) whose token t is that of t + by[b], behind the last token the first again.
+    """Rotate the tokens of x (B, H, T, D): token t of the result is token t + by[b] of row b, counted modulo T.
 
-    Its gradient is turned back, which no two threads write to: `gather` alone would add it up in no certain order.
+    The gradient is rotated back, and no two threads write to one place: `gather` alone would add gradients up in no
+    certain order.
     """
 
     @staticmethod
@@ -136,14 +140,14 @@ def _turned(x: Tensor, by: Tensor) -> Tensor:
 def lagged_attention_by_mask(
     query: Tensor, key: Tensor, value: Tensor, lags: Tensor, window: int | None, document_ids: Tensor
 ) -> Tensor:
-    """The same within each document, by a mask of (B, T, T) bytes; document_ids: (B, T)."""
+    """Compute `lagged_attention` within each document, by a mask of (B, T, T) bytes; document_ids: (B, T)."""
     places = torch.arange(query.shape[2], device=query.device)
     distance = places[:, None] - places
     near = distance >= lags[:, None, None]
     if window is not None:
         near = near & (distance < window)
     mask = near & (document_ids[:, :, None] == document_ids[:, None, :])
-    # A query without keys would give NaN: it is shown its own key, and what it reads is dropped.
+    # A query without keys would give NaN: such a query sees its own key, and its output is set to zero.
     empty = ~mask.any(dim=-1, keepdim=True)
     out = masked_attention(query, key, value, (mask | (empty & (distance == 0)))[:, None])
     return out.masked_fill(empty[:, None], 0.0)
@@ -152,7 +156,7 @@ def lagged_attention_by_mask(
 def lagged_attention_by_span(
     query: Tensor, key: Tensor, value: Tensor, lags: Tensor, window: int | None, spans: Sequence[Span]
 ) -> Tensor:
-    """The same within each document, one at a time and without any mask; spans: all documents of the batch."""
+    """Compute `lagged_attention` one document at a time, without a mask; spans: all documents of the batch."""
     rows: list[list[Tensor]] = [[] for _ in range(len(query))]
     for row, start, end in spans:
         own_query, own_key, own_value = (x[row : row + 1, :, start:end] for x in (query, key, value))

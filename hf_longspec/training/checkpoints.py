@@ -1,7 +1,7 @@
-"""Which of a run's checkpoint folders are whole: those that hold a list of their files, written last, and the files.
+"""Whole checkpoints of a run: a folder is whole if it holds a list of its files, which is written last, and the files.
 
 `Trainer` fills a folder `checkpoint-N` file by file under its final name, so a kill leaves folders that look like
-checkpoints. The list names each file with its size, and is put in place by one rename.
+checkpoints. The list names each file with its size, and one rename puts the list in place.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ COMPLETE = "complete.json"
 
 
 class CheckpointError(MachineError):
-    """A checkpoint could not be written; the message is one line for the user."""
+    """Failure to write a checkpoint; the message is one line for the user."""
 
 
 def mark_unfinished(folder: Path) -> None:
-    """Before a folder is written again: it is no checkpoint until `mark_complete`."""
+    """Delete a folder's list before the folder is written again: until `mark_complete` it is no checkpoint."""
     (folder / COMPLETE).unlink(missing_ok=True)
 
 
 def mark_complete(folder: Path) -> None:
-    """Every file of `folder` is brought to the disk before the list that vouches for it."""
+    """Bring every file of `folder` to the disk, then write the list that vouches for the files."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != COMPLETE]
     for path in files:
         _sync(path)
@@ -46,7 +46,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def last_complete(run: Path) -> Path | None:
-    """The whole checkpoint with the most steps below the folder of a run, or None."""
+    """Return the whole checkpoint with the most steps below the folder of a run, or None."""
     numbered = (path for path in run.glob("checkpoint-*") if re.search(r"-\d+$", path.name))
     return max(filter(is_complete, numbered), key=step_of, default=None)
 

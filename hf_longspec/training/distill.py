@@ -1,7 +1,7 @@
-"""Self-distillation: the target answers prompts, and its answers become training data. Token ids only are kept.
+"""Self-distillation: the target answers prompts, and its answers become training data. Only token ids are kept.
 
 Prompts are answered shard by shard. A shard is a folder that appears when it is whole, and depends on the settings and
-its number alone, so after a kill at any moment the same command goes on and ends in the same bytes.
+its number alone. So after a kill at any moment the same command continues, and ends in the same bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SETTINGS = "distill.json"
 
 @dataclass(frozen=True)
 class Answering:
-    """How prompts are answered; a temperature of 0 is greedy. The target's own generation config says the rest."""
+    """Options for answers; a temperature of 0 is greedy. The target's own generation config sets the rest."""
 
     max_new_tokens: int = 512
     temperature: float = 0.0
@@ -38,10 +38,10 @@ class Answering:
     top_k: int = 0  # 0: all tokens
     seed: int = 0
     batch_size: int = 16
-    shard_rows: int = 512  # prompts of a shard: what a kill can cost
+    shard_rows: int = 512  # prompts in a shard: the most that a kill can cost
 
     def options(self) -> dict[str, Any]:
-        """Keywords of `generate`."""
+        """Return the keyword arguments of `generate`."""
         if not self.temperature:
             return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
         sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
@@ -60,9 +60,9 @@ class Part(NamedTuple):
 
 
 def without_guesses(target: PreTrainedModel) -> LongSpecForCausalLM:
-    """A draft that guesses nothing: with it `generate` decodes token by token by our cache, kernels and CUDA graphs.
+    """Make a draft without guesses: `generate` decodes token by token, by our cache, kernels and CUDA graphs.
 
-    Its weights are random and never read. Raises `ValueError` for a target that no draft can serve.
+    The draft's weights are random and never read. Raises `ValueError` for a target that no draft can serve.
     """
     config = LongSpecConfig.from_target(target.config, tree_shape=())
     return LongSpecForCausalLM(config).to(target.device, target.dtype).eval()
@@ -71,13 +71,16 @@ def without_guesses(target: PreTrainedModel) -> LongSpecForCausalLM:
 def try_once(
     target: PreTrainedModel, prompts: Sequence[Prompt], answering: Answering, draft: LongSpecForCausalLM
 ) -> None:
-    """One token, before anything is written: raises what `generate` has against target, draft or options."""
+    """Generate one token, before anything is written. Raises what `generate` has against target, draft or options."""
     shortest = min(prompts, key=lambda prompt: len(prompt.ids))
     answer(target, [shortest.ids], replace(answering, max_new_tokens=1), draft)
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Writes the settings into `folder`, or checks that those there are the same; `ValueError` names the others."""
+    """Write the settings into `folder`, or compare them with the settings that are there.
+
+    Raises `ValueError` that names the settings that differ, or the files of a folder that is not ours.
+    """
     path = folder / SETTINGS
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,9 +104,9 @@ def distill(
     origin: dict[str, str],
     draft: LongSpecForCausalLM,
 ) -> dict[str, int]:
-    """Answers this part's prompts, those of every `part.parts` one, but for finished shards.
+    """Answer the prompts of this part, every `part.parts`-th one, except the prompts of finished shards.
 
-    Shards are folders `part-i-of-n/00000`, … that a `tokens` source reads. Returns the counts over all of the part.
+    Shards are folders `part-i-of-n/00000`, … that a `tokens` source reads. Returns the counts over the whole part.
     """
     own = list(prompts[part.number :: part.parts])
     place = folder / part.folder
@@ -138,7 +141,10 @@ def write_shard(
     draft: LongSpecForCausalLM,
     progress: Any,
 ) -> None:
-    """One shard, in the order of its prompts. Its random numbers are its own: seeded by settings and number."""
+    """Answer and write one shard, in the order of its prompts.
+
+    A shard has random numbers of its own: the settings and its number are the seed.
+    """
     torch.manual_seed(int(np.random.SeedSequence([answering.seed, *numbers]).generate_state(1)[0]))
     answers: list[np.ndarray] = [np.empty(0, np.int64)] * len(rows)
     for batch in batches(rows, answering.batch_size):
@@ -162,7 +168,10 @@ def write_shard(
 
 
 def batches(rows: Sequence[Prompt], size: int) -> Iterator[list[int]]:
-    """Row numbers, like lengths together, so that little is padded; longest first, so that memory fails early."""
+    """Group rows of like length, so that little is padded; the longest come first, so that memory fails early.
+
+    Returns the row numbers of each batch.
+    """
     order = sorted(range(len(rows)), key=lambda index: (-len(rows[index].ids), index))
     return (order[start : start + size] for start in range(0, len(order), size))
 
@@ -171,7 +180,7 @@ def batches(rows: Sequence[Prompt], size: int) -> Iterator[list[int]]:
 def answer(
     target: PreTrainedModel, prompts: Sequence[np.ndarray], answering: Answering, draft: LongSpecForCausalLM
 ) -> list[np.ndarray]:
-    """What the target writes behind each prompt, up to its end token included: (tokens,) int64 each."""
+    """Return what the target writes behind each prompt, up to and including its end token: (tokens,) int64 each."""
     longest = max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -184,19 +193,19 @@ def answer(
 
 
 def end_ids(target: PreTrainedModel) -> list[int]:
-    """The tokens that end the target's texts."""
+    """Return the tokens that end the target's texts."""
     ends = target.generation_config.eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 def until_end(ids: np.ndarray, ends: Sequence[int]) -> np.ndarray:
-    """Without the padding behind the first end token."""
+    """Cut off the padding behind the first end token."""
     found = np.flatnonzero(np.isin(ids, ends))
     return ids[: found[0] + 1] if len(found) else ids
 
 
 def settings_of(answering: Answering, part: Part, target: PreTrainedModel, more: dict[str, Any]) -> dict[str, Any]:
-    """All that the data depends on, but not which draft helped: the text is the same."""
+    """Return all settings that the data depends on. The draft is not one: the text is the same with any draft."""
     generation = target.generation_config.to_diff_dict()
     generation.pop("transformers_version", None)
     model = {"dtype": str(target.dtype), "generation_config": generation}

@@ -30,10 +30,10 @@ def read_prompts(
     stride: int | None,
     report: SourceReport,
 ) -> list[Prompt]:
-    """The prompts of the section's one source, without those that it holds out. Counts into `report`.
+    """Read the prompts of the section's one source, except held-out ones. Counts into `report`.
 
-    Chats longer than `max_prompt_tokens` are left out. Texts are cut to that; with `stride`, a text gives a prompt at
-    each multiple of it. Raises `ValueError` as reading does, and if there are none.
+    Chats longer than `max_prompt_tokens` are left out. Texts are cut to this length; with `stride`, a text gives a
+    prompt at each multiple of `stride`. Raises `ValueError` as reading does, and if there are no prompts.
     """
     (source,) = section.sources
     if source.kind == "chat":
@@ -88,7 +88,7 @@ def text_prompts(
 
 
 def prompts_sha256(prompts: Sequence[Prompt]) -> str:
-    """Tells two lists of prompts apart."""
+    """Return a digest that tells two lists of prompts apart."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(f"{prompt.name}\t{len(prompt.ids)}\n".encode("utf-8", "surrogatepass"))

@@ -1,6 +1,7 @@
-"""What a draft's forward pass is while it is trained: read the frozen target, run the draft, take the chunked loss.
+"""The forward pass of a draft in training: read the frozen target, run the draft, compute the loss in chunks.
 
-The target is held beside the draft, never in it: no optimizer, checkpoint or wrapper (DDP, FSDP) finds its weights.
+The target is held beside the draft, never in it: no optimizer, checkpoint or wrapper (DDP, FSDP) finds the target's
+weights.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .teacher import TargetStates, read_target, read_target_by_span, read_target
 
 
 class Distillation:
-    """One draft, its target and the signal between them.
+    """One draft, its target and the training signal between them.
 
     piece: tokens of a sample that the target reads at a time; None: all.
     compiled: `torch.compile` the target's layers, the draft and the loss, for each shape of batch.
@@ -53,7 +54,7 @@ class Distillation:
         self._draft_hidden, self.terms = compiled_as(draft_hidden), compiled_as(token_terms(*self._guesses()))
 
     def _guesses(self) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
-        """The LM head that is guessed with, and which of its rows each token has if these are not all."""
+        """Return the LM head that the draft guesses with and, if only some rows are used, each token's row or -1."""
         bound, vocabulary = self.bound, self.draft.draft_vocab
         rows = self.draft.head_rows(bound)
         if rows is None or vocabulary is None:
@@ -63,7 +64,7 @@ class Distillation:
         return (lambda hidden: bound.scaled(rows(hidden))), places
 
     def __call__(self, num_items_in_batch: Tensor | None = None, **batch: Any) -> dict[str, Tensor]:
-        """Compute the loss as a mapping, as `Trainer` wants it, of the fields of a `Batch`."""
+        """Compute the loss of the fields of a `Batch`; returns a mapping, as `Trainer` wants it."""
         given = Batch(**batch)
         return self.sums(self.read(given), given, num_items_in_batch)._asdict()
 
@@ -72,7 +73,7 @@ class Distillation:
         layer, ids, positions, document_ids = self.bound.layer, batch.input_ids, batch.positions, batch.document_ids
         if self.piece is not None:
             by_piece = partial(read_target_in_pieces, self.target, layer, piece=self.piece)
-            # where documents are not told apart each row is one
+            # without document ids each row is one document
             every = batch.spans or spans_of(torch.zeros_like(ids) if document_ids is None else document_ids)
             return read_target_by_span(by_piece, ids, positions, every)
         if batch.spans:
@@ -82,7 +83,7 @@ class Distillation:
             return read_target(self.target, layer, ids, positions, masks)
 
     def sums(self, states: TargetStates, batch: Batch, items: Tensor | None = None) -> DistillationSums:
-        """Compute the loss of a batch; items: learned tokens to divide it by, see `distillation_loss`."""
+        """Compute the loss of a batch; items: the learned tokens to divide the loss by, see `distillation_loss`."""
         # spans differ from batch to batch, and a graph for each would not pay
         run = draft_hidden if batch.input_ids.shape[1] > LONGEST_MASKED else self._draft_hidden
         arguments = self.draft, self.bound, batch, states

@@ -1,7 +1,7 @@
 """Documents that lie side by side in one sample: where each begins and ends, and what keeps them apart.
 
-Short samples keep their shape, so that kernels are chosen and compiled once: a mask says who sees whom. In long ones
-such a mask is too large, and documents are taken one at a time.
+Short samples keep their shape, so that kernels are chosen and compiled once, and a mask says which tokens see each
+other. For long samples such a mask is too large, and their documents are taken one at a time.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
-# The longest samples with a mask: batch × length² bytes of it exist at a time (16 MiB a sample).
+# The length of the longest samples with a mask, which takes batch × length² bytes (16 MiB a sample).
 LONGEST_MASKED = 4096
 
 
-# A document: row of the batch, its first token, the one behind its last. A plain tuple: `Trainer` rebuilds containers.
+# A document: (row of the batch, first token, token behind the last). A plain tuple: `Trainer` rebuilds containers.
 Span = tuple[int, int, int]
 
 
 def spans_of(document_ids: Tensor) -> list[Span]:
-    """All documents of a batch, in order; document_ids: (B, T), equal and adjacent for the tokens of a document."""
+    """Return all documents of a batch, in order; document_ids: (B, T), equal and adjacent for a document's tokens."""
     spans: list[Span] = []
     for row, ids in enumerate(document_ids):
         starts = [0, *((ids[1:] != ids[:-1]).nonzero()[:, 0] + 1).tolist(), len(ids)]
@@ -31,7 +31,7 @@ def spans_of(document_ids: Tensor) -> list[Span]:
 
 
 def positions_within(document_ids: Tensor) -> Tensor:
-    """0, 1, … within each document: (B, T) like document_ids."""
+    """Return the positions 0, 1, … within each document, (B, T) like document_ids."""
     index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
     is_start = torch.ones_like(document_ids, dtype=torch.bool)
     is_start[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
@@ -39,10 +39,10 @@ def positions_within(document_ids: Tensor) -> Tensor:
 
 
 def target_masks(target: PreTrainedModel, document_ids: Tensor) -> Any:
-    """The target's own masks, one or one for each type of layer, where tokens see those of their document only.
+    """Make the target's own mask, or one for each type of layer, so that tokens see only tokens of their document.
 
-    transformers makes them from positions that start anew with each document, so these cannot be the positions that
-    Anchor-Offset wants: the mask is made from the former and the forward pass is given the latter.
+    transformers makes masks from positions that start again with each document. Anchor-Offset wants other positions,
+    so the mask is made from the former and the forward pass is given the latter.
     Raises `ValueError` for an implementation of attention that takes no masks.
     """
     config = target.config.get_text_config(decoder=True)

@@ -1,4 +1,4 @@
-"""The draft over whole samples at once, seeing for every token exactly what it would see in a decoding round."""
+"""The draft over whole samples at once: each token sees exactly what it would see in a decoding round."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def draft_hidden(
 ) -> Tensor:
     """Compute the hidden states (B, T, hidden) that the target's LM head turns into guesses of each next token.
 
-    states: the target's, of the same ``batch``.
+    states: the target's states for the same ``batch``.
     """
     ids, positions, lags, document_ids = batch.input_ids, batch.positions, batch.lags, batch.document_ids
 
@@ -45,7 +45,7 @@ def draft_hidden(
 
 
 def lagged_states(hidden: Tensor, lags: Tensor, document_ids: Tensor | None = None) -> Tensor:
-    """At each token t the state (B, T, hidden) of token t-lag, lags (B,); zeros where the document begins later."""
+    """Return at token t the state of token t-lag, (B, T, hidden), lags (B,); zeros where the document begins later."""
     source = torch.arange(hidden.shape[1], device=hidden.device) - lags[:, None]
     known, source = source >= 0, source.clamp(min=0)
     if document_ids is not None:

@@ -1,6 +1,6 @@
-"""What a draft is worth on the held-out split: accept lengths by real tree decoding, and the loss at real positions.
+"""Measurements of a draft on the held-out split: accept lengths by real tree decoding, and the loss at real positions.
 
-Knows a target, a draft and held-out samples; not the run that they come from.
+Knows a target, a draft and held-out samples, but not the run that made the draft.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .data import Sample
 from .distillation import Distillation
 from .recipe import Evaluation, Signal
 
-# A sample this full of text is as good as a prompt of its whole length.
+# A sample with this share of text is as good as a prompt of the sample's whole length.
 FULL = 0.9
 
 
 def prompts_of(held_out: Any, evaluation: Evaluation) -> list[Tensor]:
-    """Texts (L,), L close to the longest context: evenly spread samples of the split, without their filling.
+    """Return texts (L,), L close to the longest context: evenly spread samples of the split, without their filling.
 
     Raises `ValueError` where the split has too few.
     """
@@ -40,7 +40,7 @@ def prompts_of(held_out: Any, evaluation: Evaluation) -> list[Tensor]:
 
 
 def without_filling(sample: Sample) -> Tensor:
-    """input_ids up to the last token that is learned."""
+    """Return input_ids up to the last token that is learned."""
     learned = sample["loss_mask"].nonzero()
     return sample["input_ids"][: int(learned[-1]) + 1] if len(learned) else sample["input_ids"][:0]
 
@@ -48,10 +48,10 @@ def without_filling(sample: Sample) -> Tensor:
 def measure_acceptance(
     target: PreTrainedModel, draft: Any, prompts: Sequence[Tensor], evaluation: Evaluation
 ) -> dict[str, float]:
-    """Greedy decoding behind the last tokens of each prompt.
+    """Measure accept lengths in greedy decoding behind the last tokens of each prompt.
 
-    accept_length_C: τ, tokens a round behind contexts of C tokens; accept_length: the mean of these.
-    accept_level_J: share of the guesses of level J that were accepted, of rounds that came that far.
+    accept_length_C: τ, tokens a round behind contexts of C tokens; accept_length: the mean over all C.
+    accept_level_J: share of rounds that accepted a guess of level J, among the rounds that came that far.
     """
     metrics, every = {}, []
     for context in evaluation.contexts:
@@ -78,9 +78,10 @@ def measure_acceptance(
 
 @torch.no_grad()
 def measure_loss(distillation: Distillation, samples: Sequence[Any], signal: Signal) -> dict[str, float]:
-    """loss, kl and cross_entropy over all lags; agreement_lag_D: share of tokens where both have the same first guess.
+    """Measure loss, kl and cross_entropy over all lags, and agreement_lag_D for each lag D.
 
-    Samples are taken at their real positions, so that a run is judged on long contexts whatever it is trained on.
+    agreement_lag_D is the share of tokens where draft and target have the same first guess. Samples are taken at their
+    real positions, so that a run is judged on long contexts whatever it is trained on.
     """
     sums = torch.zeros(signal.max_lag, 4, dtype=torch.float64)  # kl, cross-entropy, agreements, tokens
     for sample in samples:

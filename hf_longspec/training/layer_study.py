@@ -1,8 +1,8 @@
-"""`python -m hf_longspec.training.layer_study RECIPE`: which layer's keys and values a draft of a target should read.
+"""`python -m hf_longspec.training.layer_study RECIPE` finds the layer whose keys and values a draft should read.
 
 Layers differ more than anything else that a recipe sets, and neighbours may be far apart (docs/LOG.md, 2026-11-26).
-One small draft a layer learns from the same forward passes of the target, so that all layers cost little more than
-one. The recipe says the rest: target, data, signal, batch, optimizer; of the drafts it may be well to say
+One small draft for each layer learns from the same forward passes of the target, so that all layers cost little more
+than one. The recipe sets the rest: target, data, signal, batch, optimizer. Good settings for the drafts are
 
     --set draft.config.intermediate_size=1024 --set draft.vocab=16384
 """
@@ -41,7 +41,7 @@ from .vocabulary import frequent_tokens
 
 @dataclass(frozen=True)
 class Score:
-    """Of one layer, over all lags on held-out text: KL, and how often both have the same first guess."""
+    """KL of a layer's draft, over all lags on held-out text, and how often draft and target first guess the same."""
 
     layer: int
     kl: float
@@ -49,7 +49,7 @@ class Score:
 
 
 class Study:
-    """Drafts of one recipe that differ in `target_layer`, one for each of `layers`."""
+    """Drafts of one recipe that differ in `target_layer`, one draft for each of `layers`."""
 
     def __init__(self, target: PreTrainedModel, recipe: Recipe, layers: Sequence[int], vocabulary: Tensor | None):
         self.target, self.recipe, self.layers = target, recipe, list(layers)
@@ -61,7 +61,7 @@ class Study:
             draft.set_draft_vocab(vocabulary)
             self.drafts.append(draft.train())
         self.bounds = [draft.bind(target) for draft in self.drafts]
-        # one loss for all: they borrow the same rows of the same LM head
+        # one loss for all drafts: they borrow the same rows of the same LM head
         self.terms = Distillation(target, self.drafts[0], recipe.signal, compiled=recipe.compiled).terms
 
     def read(self, batch: Batch) -> list[TargetStates]:
@@ -70,7 +70,7 @@ class Study:
             return read_layers(self.target, self.layers, batch.input_ids, batch.positions, masks)
 
     def sums(self, index: int, states: TargetStates, batch: Batch) -> DistillationSums:
-        """Compute the loss of the draft number `index`."""
+        """Compute the loss of draft number `index`."""
         signal, device = self.recipe.signal, batch.input_ids.device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.target.dtype == torch.bfloat16):
             hidden = draft_hidden(self.drafts[index], self.bounds[index], batch, states)
@@ -96,7 +96,7 @@ class Study:
 
     @torch.no_grad()
     def scores(self, held_out: Any, count: int) -> list[Score]:
-        """By up to `count` samples, at their real positions."""
+        """Score each layer by up to `count` held-out samples, at their real positions."""
         lags = range(1, self.recipe.signal.max_lag + 1)
         sums = torch.zeros(len(self.drafts), 3, dtype=torch.float64)  # kl, agreements, tokens
         for number in range(min(count, len(held_out))):
@@ -110,7 +110,10 @@ class Study:
 
 
 def study(recipe: Recipe, layers: Sequence[int] | None, count: int) -> list[Score]:
-    """Raises `ValueError` for a recipe that a study cannot follow, and for layers that no draft can read."""
+    """Train and score one draft for each layer; layers: None: all that a draft can read.
+
+    Raises `ValueError` for a recipe that a study cannot follow, and for layers that no draft can read.
+    """
     if not recipe.muon:
         raise ValueError("recipe.trainer.optim: a layer study trains with muon; expected it, got another")
     if recipe.draft.init is not None or recipe.draft.lora is not None:
@@ -137,7 +140,7 @@ def study(recipe: Recipe, layers: Sequence[int] | None, count: int) -> list[Scor
 
 
 def parse_layers(text: str) -> list[int]:
-    """`"10,12"` is [10, 12]."""
+    """Parse layers: `"10,12"` is [10, 12]."""
     try:
         return [int(layer) for layer in text.split(",")]
     except ValueError:

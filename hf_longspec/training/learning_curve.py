@@ -1,6 +1,6 @@
-"""The picture of a run: the loss by steps, and by steps the accept length of each length of context.
+"""The picture of a run: the loss by steps, and the accept length by steps for each length of context.
 
-Reads the records that `Trainer` logs (`log_history` of `trainer_state.json`); several runs share one picture, which is
+Reads the records that `Trainer` logs (`log_history` of `trainer_state.json`). Several runs share one picture, which is
 how ablations are compared.
 """
 
@@ -21,19 +21,19 @@ Log = Sequence[Mapping[str, Any]]
 
 
 def read_log(checkpoint: Path) -> Log:
-    """The records of a run up to a checkpoint folder of it."""
+    """Read the records of a run up to one of its checkpoint folders."""
     return json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
 
 
 def curve(log: Log, name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of all records that have `name`."""
+    """Return the steps and values of all records that have `name`."""
     found = [(record["step"], record[name]) for record in log if name in record]
     return [step for step, _ in found], [value for _, value in found]
 
 
 def draw(runs: Mapping[str, Log], path: Path) -> None:
-    """One picture of all `runs`, by name; the format is that of the path's suffix."""
-    from matplotlib.figure import Figure  # heavy, and without `pyplot` no display is looked for
+    """Draw one picture of all `runs`, by name; the suffix of `path` sets the format."""
+    from matplotlib.figure import Figure  # matplotlib is heavy; without `pyplot` no display is looked for
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     losses, lengths = figure.subplots(1, 2)
@@ -56,7 +56,7 @@ def draw(runs: Mapping[str, Log], path: Path) -> None:
 
 
 class LearningCurve(TrainerCallback):
-    """Draws `learning_curve.png` in the folder of the run after each evaluation and in the end."""
+    """Draw `learning_curve.png` in the folder of the run after each evaluation and at the end."""
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

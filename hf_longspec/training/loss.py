@@ -1,9 +1,9 @@
-"""Distillation loss whose logits never exist for all tokens: a · KL(target ‖ draft) + b · cross-entropy.
+"""Distillation loss, a · KL(target ‖ draft) + b · cross-entropy, whose logits never exist for all tokens at once.
 
-At 49k words, 65k tokens of float32 logits are 13 GB; a chunk of them is made, used and dropped. The gradient by the
-draft's hidden states is computed chunk by chunk during the forward pass, so backward recomputes nothing. Fused losses
-such as Liger's want the LM head's weight matrix; a target's head is called as a module here, with its hooks, adapters,
-quantization, scale and cap.
+With a vocabulary of 49k tokens, the float32 logits of 65k tokens take 13 GB; a chunk of logits is made, used and
+dropped. The gradient by the draft's hidden states is computed chunk by chunk during the forward pass, so the backward
+pass recomputes nothing. Fused losses such as Liger's want the LM head's weight matrix; here a target's head is called
+as a module, with its hooks, adapters, quantization, scale and cap.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ class LossWeights(NamedTuple):
 
 
 class DistillationSums(NamedTuple):
-    """``loss`` is a mean over tokens and alone has a gradient; the others (B,) are sums over the learned tokens."""
+    """The loss of a batch, and sums (B,) over the learned tokens of each sample.
+
+    ``loss`` is a mean over tokens and alone has a gradient.
+    """
 
     loss: Tensor
     kl: Tensor
@@ -36,11 +39,11 @@ class DistillationSums(NamedTuple):
 
 
 def token_terms(logits: Callable[[Tensor], Tensor], places: Tensor | None = None) -> Terms:
-    """The loss of each token of a chunk: what may be compiled.
+    """Return the function that computes the loss of each token of a chunk; it may be compiled.
 
-    logits: of the target's LM head, or of those of its rows that the draft guesses with. Then `places` (vocab,) says
-    which row a token has, or -1: the target's distribution is that among the rows, and a text that goes on beyond them
-    adds no cross-entropy.
+    logits: the target's LM head, or only the rows that the draft guesses with. For such rows, `places` (vocab,) gives
+    the row of each token, or -1: the target's distribution is then taken among the rows, and a text that continues
+    with another token adds no cross-entropy.
     """
 
     def terms(draft_hidden: Tensor, target_hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,9 +70,10 @@ def distillation_loss(
     chunk: int,
     items: Tensor | None = None,
 ) -> DistillationSums:
-    """``draft_hidden`` and ``target_hidden`` are (B, T, hidden), ``labels`` (B, T) the tokens that really follow.
+    """Compute the loss of ``draft_hidden`` against ``target_hidden``, both (B, T, hidden), ``chunk`` tokens at a time.
 
-    items: what the loss is divided by, where these samples are a part of a larger batch; else their learned tokens.
+    labels: (B, T), the tokens that really follow.
+    items: what the loss is divided by where these samples are a part of a larger batch; None: their learned tokens.
     """
     items = (labels != IGNORED).sum().clamp(min=1) if items is None else items
     given = draft_hidden.flatten(0, 1), target_hidden.flatten(0, 1), labels.flatten()

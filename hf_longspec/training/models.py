@@ -1,4 +1,4 @@
-"""Target, tokenizer and draft as a recipe names them: loaded whole on each process, whatever shards the training."""
+"""Target, tokenizer and draft that a recipe names, loaded whole on each process even where training is sharded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .recipe import Draft, Recipe, Target
 
 
 def load_target(target: Target, device: torch.device) -> PreTrainedModel:
-    """In eval mode, without gradients. Raises `ValueError` or `OSError` for what cannot be loaded."""
+    """Load the target in eval mode, without gradients. Raises `ValueError` or `OSError` for what cannot be loaded."""
     options: dict[str, Any] = {"dtype": target.dtype, "attn_implementation": target.attn_implementation}
     if target.quantization is not None:
         options |= {"quantization_config": quantization_config(target.quantization), "device_map": {"": device}}
@@ -67,7 +67,7 @@ def quantization_config(name: str) -> Any:
 
 
 def make_draft(draft: Draft, target: PreTrainedModel, device: torch.device) -> LongSpecForCausalLM:
-    """In float32: loaded from `init`, or of random weights drawn by torch's generator."""
+    """Make the draft in float32: load it from `init`, or draw random weights by torch's generator."""
     check_fields(LongSpecConfig, draft.config, "recipe.draft.config")
     if draft.init is None:
         model = LongSpecForCausalLM(LongSpecConfig.from_target(target.config, **draft.config))
@@ -75,7 +75,7 @@ def make_draft(draft: Draft, target: PreTrainedModel, device: torch.device) -> L
         with loading("draft", draft.init):
             try:
                 model = LongSpecForCausalLM.from_pretrained(draft.init, dtype=torch.float32, **draft.config)
-            except RuntimeError as error:  # see `loading`: here it is the recipe that tells another shape
+            except RuntimeError as error:  # see `loading`: here the recipe states another shape
                 if "ignore_mismatched_sizes" not in str(error):
                     raise
                 raise ValueError(f"recipe.draft.config: {draft.config} does not fit the weights") from error
@@ -83,7 +83,7 @@ def make_draft(draft: Draft, target: PreTrainedModel, device: torch.device) -> L
 
 
 def with_lora(draft: LongSpecForCausalLM, fields: dict[str, Any]) -> Any:
-    """The draft with a new adapter, which alone is trained."""
+    """Return the draft with a new adapter; only the adapter is trained."""
     from peft import LoraConfig, get_peft_model
 
     check_fields(LoraConfig, fields, "recipe.draft.lora")
@@ -91,14 +91,14 @@ def with_lora(draft: LongSpecForCausalLM, fields: dict[str, Any]) -> Any:
 
 
 def check_fields(cls: type, values: Mapping[str, Any], where: str) -> None:
-    """Raises `ValueError` for a key that the dataclass `cls` has not."""
+    """Raise `ValueError` for a key that is no field of the dataclass `cls`."""
     known = {item.name: item for item in dataclasses.fields(cls) if item.init}
     if unknown := [key for key in values if key not in known]:
         raise ValueError(f"{where}: unknown key {unknown[0]!r}{suggestion(unknown[0], known)}")
 
 
 def check_lengths(recipe: Recipe, config: LongSpecConfig) -> None:
-    """Raises `ValueError` where a recipe wants more positions than the target has."""
+    """Raise `ValueError` where a recipe wants more positions than the target has."""
     most = positions_of(config)
     wanted = {"signal.length": recipe.signal.length, "signal.max_position": recipe.signal.max_position or 0}
     if recipe.evaluates:
@@ -109,7 +109,7 @@ def check_lengths(recipe: Recipe, config: LongSpecConfig) -> None:
 
 
 def check_vocab(draft: Draft, config: LongSpecConfig) -> None:
-    """Raises `ValueError` where the target has fewer tokens than `vocab`, or its tree wants more of them."""
+    """Raise `ValueError` where `vocab` is more than the target's tokens, or less than the draft's tree wants."""
     fitting = copy.deepcopy(config)
     fitting.draft_vocab_size = draft.vocab
     try:
@@ -120,7 +120,7 @@ def check_vocab(draft: Draft, config: LongSpecConfig) -> None:
 
 @contextmanager
 def whole_on_every_process(args: TrainingArguments) -> Iterator[None]:
-    """`from_pretrained` inside: under ZeRO-3 it would shard what it loads, under FSDP leave it empty on most ranks."""
+    """Let `from_pretrained` load whole weights; ZeRO-3 would shard them, FSDP would leave them empty on most ranks."""
     from transformers.integrations import deepspeed
 
     sharded = args.deepspeed_plugin

@@ -1,7 +1,7 @@
-"""`trainer.optim: muon`: Muon for matrices, AdamW for gains and biases, as one optimizer with one learning rate.
+"""The optimizer of `trainer.optim: muon`: Muon for matrices, AdamW for gains and biases, with one learning rate.
 
 Muon (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982) makes each step of a matrix nearly orthogonal; docs/LOG.md
-says how many steps that saves a draft. torch's takes matrices only, and `Trainer` wants one optimizer.
+says how many steps Muon saves a draft. torch's `Muon` takes matrices only, and `Trainer` wants one optimizer.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from transformers import TrainingArguments
 
 
 class MuonAdamW(Optimizer):
-    """Steps of equal size in both parts: Muon's are scaled to those that AdamW would make at this learning rate.
+    """Muon for matrices and AdamW for all other parameters, with steps of equal size.
 
-    Weight decay is for matrices only.
+    Muon's steps are scaled to the size that AdamW steps would have at this learning rate. Weight decay is for matrices
+    only.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class MuonAdamW(Optimizer):
         self._share_groups()
 
     def _share_groups(self) -> None:
-        """A schedule that writes to a group here writes to that of the part."""
+        """Share the groups of the parts, so that a schedule that writes to a group writes to the group of its part."""
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     @torch.no_grad()
@@ -62,7 +63,7 @@ class MuonAdamW(Optimizer):
 
 
 def make_muon(model: nn.Module, args: TrainingArguments, sharded: bool) -> MuonAdamW:
-    """For the parameters of `model` that are trained. Raises `ValueError` where their matrices are `sharded`."""
+    """Make the optimizer for the trained parameters of `model`. Raises `ValueError` for `sharded` matrices."""
     if sharded:
         raise ValueError("trainer.optim: muon needs whole matrices, which DeepSpeed and FSDP shard; use adamw_torch")
     return MuonAdamW(

@@ -1,6 +1,7 @@
-"""Positions of training samples. Anchor-Offset (LongSpec, arXiv 2502.17421, section 3.2) shows a short document every
-position of a long context: its first few tokens stay at 0.., as the attention sink they are at inference, and the rest
-moves up by one random offset.
+"""Positions of training samples by Anchor-Offset (LongSpec, arXiv 2502.17421, section 3.2).
+
+Short documents cover every position of a long context: the first few tokens of a document, the attention sink at
+inference, stay at 0.., and the rest moves up by one random offset.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from torch import Tensor
 
 
 def anchor_offset_positions(positions: Tensor, max_position: int, max_sink: int, rng: np.random.Generator) -> Tensor:
-    """Positions (T,) of a sample whose documents stand at ``positions`` (T,): 0, 1, … within each.
+    """Return positions (T,) of a sample whose documents stand at ``positions`` (T,): 0, 1, … within each.
 
     Each document draws a sink of 0..max_sink tokens and an offset that keeps it below ``max_position``; its positions
-    rise by one, but for the jump behind the sink. Raises `ValueError` for a document that is longer than that.
+    rise by one, except for the jump behind the sink. Raises `ValueError` for a document longer than ``max_position``.
     """
     document = (positions == 0).cumsum(0) - 1
     lengths = document.bincount().numpy()

@@ -1,4 +1,4 @@
-"""A recipe: one stage of training, as a YAML file. Everything in it is checked before anything is loaded.
+"""Recipe: one stage of training, as a YAML file. Everything in it is checked before anything is loaded.
 
     target: {name: Qwen/Qwen2.5-Coder-1.5B-Instruct, dtype: bfloat16}
     draft: {config: {tree_shape: [4, 16, 16, 16, 16]}}
@@ -23,9 +23,9 @@ import yaml
 from .data import DataSection
 from .data.fields import convert, from_mapping, suggestion
 
-# `Trainer` would apply these to the draft alone; here they are about target, draft and loss (see `Distillation`).
+# `Trainer` would apply these to the draft alone; here they apply to target, draft and loss (see `Distillation`).
 OURS = {"torch_compile": bool, "gradient_checkpointing": bool}
-# What may change between the parts of one run without changing its losses: fields of TrainingArguments that begin so.
+# Fields of TrainingArguments that begin so may change between the parts of one run: its losses stay the same.
 FREE = (
     "data",
     "disable",
@@ -54,11 +54,12 @@ def _at_least(section: Any, least: float, *names: str) -> None:
 class Target:
     """The model to draft for.
 
-    name: folder or Hub id. adapter: folder or Hub id of a PEFT adapter on it.
-    quantization: weights are packed while loading, by bitsandbytes or torchao; a target that is stored quantized needs
-        no word here.
+    name: folder or Hub id.
+    adapter: folder or Hub id of a PEFT adapter for the model.
+    quantization: how bitsandbytes or torchao pack the weights while loading; None also for a target that is stored
+        quantized.
     attn_implementation: as in `from_pretrained`.
-    piece: the target reads samples so many tokens at a time, behind a cache: less memory for very long ones.
+    piece: tokens of a sample that the target reads at a time, behind a cache: very long samples take less memory.
     """
 
     name: str
@@ -78,11 +79,11 @@ class Target:
 class Draft:
     """The draft to train.
 
-    init: folder or Hub id of a draft to go on with, as from an earlier stage; None: random weights.
-    config: fields of `LongSpecConfig`, beside those that follow from the target.
-    vocab: it learns to guess, and guesses, among so many tokens only, the most frequent ones of the data: the LM head
-        is most of what a step costs. None: all, or those that `init` has.
-    lora: fields of peft's `LoraConfig`: train an adapter on the draft of `init`, and save that only.
+    init: folder or Hub id of a draft to continue with, such as a draft of an earlier stage; None: random weights.
+    config: fields of `LongSpecConfig`, beside the fields that follow from the target.
+    vocab: number of tokens, the most frequent ones of the data, that the draft learns to guess and guesses among: the
+        LM head is most of what a step costs. None: all tokens, or the tokens of `init`.
+    lora: fields of peft's `LoraConfig`: train an adapter on the draft of `init`, and save only the adapter.
     """
 
     init: str | None = None
@@ -107,11 +108,12 @@ class Signal:
     """What the draft learns from.
 
     length: tokens of a sample.
-    offset, sink, max_position: Anchor-Offset positions below `max_position` (None: all that the target has), where
-        0 to `sink` first tokens of a document keep theirs; off for samples of real long context.
-    max_lag: a sample's queries see the target's keys up to 1..max_lag tokens before their own; a tree of n levels is
-        drafted at lags 1..n. 1: no lag but the one that cannot be avoided.
-    kl_weight, ce_weight: of KL(target ‖ draft) and of the cross-entropy to the text.
+    offset, sink, max_position: Anchor-Offset positions below `max_position` (None: all that the target has), where 0
+        to `sink` first tokens of a document keep their positions. Set `offset` to false for samples of real long
+        context.
+    max_lag: the queries of a sample see the target's keys up to 1..max_lag tokens before their own; a tree of n levels
+        is drafted at lags 1..n. 1: no lag but the one that cannot be avoided.
+    kl_weight, ce_weight: weights of KL(target ‖ draft) and of the cross-entropy to the text.
     loss_chunk: tokens whose logits exist at a time.
     """
 
@@ -138,11 +140,11 @@ class Signal:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is measured on the held-out split whenever `trainer` evaluates (`eval_strategy`, `eval_steps`).
+    """Measurements on the held-out split whenever `trainer` evaluates (`eval_strategy`, `eval_steps`).
 
-    contexts, prompts, max_new_tokens: greedy decoding behind `prompts` held-out prompts of each length.
-    loss_samples: held-out samples as long as the longest context, at their real positions, for the loss; 0: none.
-    patience: stop after so many evaluations without a better accept length; None: never.
+    contexts, prompts, max_new_tokens: greedy decoding behind `prompts` held-out prompts of each length in `contexts`.
+    loss_samples: held-out samples for the loss, as long as the longest context, at their real positions; 0: none.
+    patience: evaluations without a better accept length after which the run stops; None: never.
     """
 
     contexts: tuple[int, ...] = (1024,)
@@ -164,9 +166,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Recipe:
-    """trainer: fields of transformers' `TrainingArguments`, and the two of `OURS`; `max_steps` must be among them.
+    """One stage of training.
 
-    Its `optim` may be `muon` too.
+    trainer: fields of transformers' `TrainingArguments`, and the two of `OURS`. `max_steps` and `output_dir` must be
+        among them; `optim` may be `muon` too.
     """
 
     target: Target
@@ -182,7 +185,7 @@ class Recipe:
 
     @property
     def muon(self) -> bool:
-        """`trainer.optim: muon`, which `TrainingArguments` know nothing of; see `MuonAdamW`."""
+        """Tell whether `trainer.optim` is `muon`, which `TrainingArguments` does not know; see `MuonAdamW`."""
         return self.trainer.get("optim") == "muon"
 
     @property
@@ -191,7 +194,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
-        """Raises `ValueError`: one line that names the key at fault."""
+        """Make a recipe from a mapping. Raises `ValueError` with one line that names the key at fault."""
         given = from_mapping(cls, values, "recipe")
         bare = {key: "no" for key, value in given.trainer.items() if key.endswith("_strategy") and value is False}
         recipe = dataclasses.replace(given, trainer=given.trainer | bare)  # YAML reads a bare `no` as False
@@ -202,7 +205,7 @@ class Recipe:
 
     @classmethod
     def load(cls, path: Path, settings: Sequence[str] = ()) -> Recipe:
-        """The recipe of a YAML file, with `settings` such as `signal.offset=false` over it."""
+        """Read the recipe of a YAML file; `settings` such as `signal.offset=false` override its values."""
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
@@ -221,14 +224,14 @@ class Recipe:
         return dataclasses.asdict(self)
 
     def changes(self, other: Recipe) -> list[str]:
-        """Keys that differ in a way that would give a run of one recipe other losses than of the other."""
+        """Return the keys that differ in a way that would give runs of the two recipes different losses."""
         ours, theirs = (flat(recipe.to_dict()) for recipe in (self, other))
         changed = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
         return [key for key in changed if not key.startswith(("evaluation.", *(f"trainer.{name}" for name in FREE)))]
 
 
 def check_trainer(values: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for a key that `TrainingArguments` has not, and for numbers that are none."""
+    """Raise `ValueError` for a key that `TrainingArguments` lacks, a value of another type, or a missing key."""
     from transformers import TrainingArguments
 
     known = {item.name: item for item in dataclasses.fields(TrainingArguments) if item.init} | OURS
@@ -247,7 +250,7 @@ def check_trainer(values: Mapping[str, Any]) -> None:
 
 
 def check_optimizer(values: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for an `optim` that is none, and for what `muon` would pass over."""
+    """Raise `ValueError` for an unknown `optim`, and for keys that `muon` would pass over."""
     from transformers.training_args import OptimizerNames
 
     name = values.get("optim", "muon")
@@ -260,7 +263,7 @@ def check_optimizer(values: Mapping[str, Any]) -> None:
 
 
 def override(values: Any, setting: str) -> None:
-    """`signal.offset=false` or `data.sources.0.path=code`: sets a value, read as YAML, in a recipe's mapping."""
+    """Set a value, read as YAML, in a recipe's mapping: `signal.offset=false` or `data.sources.0.path=code`."""
     path, equals, value = setting.partition("=")
     *parents, last = path.split(".")
     if not equals or not path:
@@ -286,7 +289,7 @@ def _item(items: list[Any], name: str, setting: str) -> Any:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` is `{"a.b": 1}`."""
+    """Flatten nested mappings: `{"a": {"b": 1}}` becomes `{"a.b": 1}`."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}

@@ -1,8 +1,8 @@
 """One run of training, from a recipe to a draft: `hf-longspec train` without its options.
 
 The folder of the run (`trainer.output_dir`) holds the recipe, the tokens of `draft.vocab`, checkpoints, the learning
-curve and, in the end, the draft. Started again with the same recipe, a run goes on from its last whole checkpoint to
-the same losses.
+curve and, at the end, the draft. A run that is started again with the same recipe continues from its last whole
+checkpoint, to the same losses.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from .trainer import DraftTrainer
 from .vocabulary import frequent_tokens
 
 RECIPE, VOCABULARY = "recipe.yaml", "draft_vocab.json"
-# Other defaults than those of TrainingArguments.
+# Defaults that differ from the defaults of TrainingArguments.
 DEFAULTS = {
     "report_to": "none",
-    "logging_nan_inf_filter": False,  # it waits for the device at every step
+    "logging_nan_inf_filter": False,  # the filter waits for the device at every step
     "metric_for_best_model": "accept_length",
     "greater_is_better": True,
     "ddp_find_unused_parameters": False,
@@ -41,7 +41,11 @@ DEFAULTS = {
 
 
 class Outcome(NamedTuple):
-    """complete: all steps are done, or no better accept length came for long; draft: its folder, then."""
+    """How a run, or a part of it, has ended.
+
+    complete: all steps are done, or no better accept length came for `patience` evaluations.
+    draft: the folder of the draft, if the run is complete.
+    """
 
     complete: bool
     step: int
@@ -52,7 +56,7 @@ class Outcome(NamedTuple):
 
 
 class WallClock(TrainerCallback):
-    """Ends a part of a run with a checkpoint after so many seconds of the first process; `None`: never."""
+    """End a part of a run with a checkpoint after `seconds` of the first process; None: never."""
 
     def __init__(self, seconds: float | None):
         self.end = None if seconds is None else time.monotonic() + seconds
@@ -67,10 +71,10 @@ class WallClock(TrainerCallback):
 
 
 def train(recipe: Recipe, max_seconds: float | None = None) -> Outcome:
-    """Starts a run, or goes on with it.
+    """Start a run, or continue it.
 
-    Raises `ValueError` or `OSError`, one line each, for what the recipe asks and cannot be had; `MachineError`, of
-    which `CheckpointError` is one, where the disk is full.
+    Raises `ValueError` or `OSError`, one line each, where the recipe asks for something that cannot be had;
+    `MachineError`, of which `CheckpointError` is one, where the disk is full.
     """
     args = training_arguments(recipe)
     checkpoint = resume_point(recipe, args)
@@ -84,7 +88,7 @@ def train(recipe: Recipe, max_seconds: float | None = None) -> Outcome:
         check_vocab(recipe.draft, draft.config)
     with args.main_process_first():
         positions = positions_of(draft.config)
-        assert positions is not None  # a draft's config states them
+        assert positions is not None  # a draft's config states its positions
         samples, held_out = datasets(recipe, args, tokenizer, positions)
     if recipe.draft.vocab is not None:
         draft.set_draft_vocab(vocabulary(recipe.draft.vocab, samples, draft.config.vocab_size, args, checkpoint))
@@ -106,7 +110,7 @@ def train(recipe: Recipe, max_seconds: float | None = None) -> Outcome:
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     given = {key: value for key, value in recipe.trainer.items() if key not in OURS}
     if recipe.muon:
-        del given["optim"]  # `DraftTrainer` makes it
+        del given["optim"]  # `DraftTrainer` makes this optimizer
     args = TrainingArguments(**(DEFAULTS | given | {"remove_unused_columns": False}))
     if args.n_gpu > 1:
         raise ValueError(
@@ -118,7 +122,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             "trainer.accelerator_config: expected dispatch_batches: false, as batches of one and of several documents "
             "cannot be joined, got true"
         )
-    # None would join those of streams: each process reads the stream itself
+    # None would join the batches of streams: each process reads the stream itself
     args.accelerator_config.dispatch_batches = False
     deepspeed, whole = args.deepspeed_plugin, "zero_optimization.stage3_gather_16bit_weights_on_model_save"
     if deepspeed is not None and deepspeed.hf_ds_config.is_zero3() and not deepspeed.hf_ds_config.is_true(whole):
@@ -127,9 +131,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
 
 
 def resume_point(recipe: Recipe, args: TrainingArguments) -> Path | None:
-    """The run's last whole checkpoint.
+    """Return the run's last whole checkpoint, or None.
 
-    Raises `ValueError` if it is of a run with another recipe, or if it is not all that a run needs to go on.
+    Raises `ValueError` if the checkpoint is of a run with another recipe, or lacks what a run needs to continue.
     """
     run = Path(str(args.output_dir))
     checkpoint = last_complete(run)
@@ -141,7 +145,7 @@ def resume_point(recipe: Recipe, args: TrainingArguments) -> Path | None:
                 "choose another `trainer.output_dir`, or the same recipe"
             )
         states = [path.stem for path in checkpoint.glob("rng_state*.pth")]
-        # `Trainer` would go on with an optimizer that knows nothing, and warm up again
+        # `Trainer` would continue with an empty optimizer, and warm up again
         if step_of(checkpoint) < args.max_steps and not states:
             raise ValueError(f"{checkpoint} has no optimizer to go on with (trainer.save_only_model)")
         if states and args.deepspeed_plugin is not None and not fits(states, args):
@@ -152,9 +156,9 @@ def resume_point(recipe: Recipe, args: TrainingArguments) -> Path | None:
 
 
 def fits(states: list[str], args: TrainingArguments) -> bool:
-    """Whether these are random states of as many processes as there are: rng_state_RANK each, or rng_state of one.
+    """Tell whether `states` are the random states of this many processes: rng_state_RANK each, or rng_state of one.
 
-    Nodes may hold those of their own processes only.
+    A node may hold only the states of its own processes.
     """
     ranks = {0 if state == "rng_state" else int(state.removeprefix("rng_state_")) for state in states}
     return args.process_index in ranks and max(ranks) < args.world_size
@@ -167,14 +171,14 @@ def write_recipe(recipe: Recipe, run: Path) -> None:
 
 
 def _lists(value: Any) -> Any:
-    """The same with lists for tuples, which YAML has not."""
+    """Return `value` with lists for tuples, which YAML does not have."""
     if isinstance(value, dict):
         return {key: _lists(item) for key, item in value.items()}
     return [_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def datasets(recipe: Recipe, args: TrainingArguments, tokenizer: Any, positions: int) -> tuple[Any, Any]:
-    """All samples of the run in their order, and the held-out ones, as long as the longest context."""
+    """Return all samples of the run in order, and the held-out samples, which are as long as the longest context."""
     signal = recipe.signal
     longest = recipe.evaluation.length if recipe.evaluates else None
     train, held_out = build_datasets(recipe.data, tokenizer, signal.length, args.seed, longest)
@@ -187,9 +191,9 @@ def datasets(recipe: Recipe, args: TrainingArguments, tokenizer: Any, positions:
 def vocabulary(
     size: int, samples: Any, vocab_size: int, args: TrainingArguments, checkpoint: Path | None
 ) -> list[int]:
-    """The tokens that the draft guesses among: counted when the run begins, then as its folder has them.
+    """Return the tokens that the draft guesses among: counted when the run begins, then read from the run's folder.
 
-    Counting takes time, and other text, or more samples for more processes, could give others.
+    Counting takes time, and other text, or more samples for more processes, could give other tokens.
     """
     path = Path(str(args.output_dir)) / VOCABULARY
     if checkpoint is not None:
@@ -203,7 +207,7 @@ def vocabulary(
 
 
 def export(trainer: DraftTrainer) -> str | None:
-    """Writes the draft, in the target's format and with its code, or the adapter; the folder, in the first process."""
+    """Write the draft, in the target's format and with its code, or the adapter; return the first process's folder."""
     draft = trainer.snapshot()
     if draft is not None:
         folder = Path(str(trainer.args.output_dir)) / "draft"
@@ -211,9 +215,9 @@ def export(trainer: DraftTrainer) -> str | None:
             folder.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".", dir=folder) as place:
                 draft.save_pretrained(place)
-                for file in Path(place).iterdir():  # what else lies in the folder of a finished run is the user's
+                for file in Path(place).iterdir():  # any other file in the folder of a finished run is the user's
                     file.replace(folder / file.name)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
-    trainer.accelerator.wait_for_everyone()  # the launcher may end all that still run when one of them fails to end
+    trainer.accelerator.wait_for_everyone()  # the launcher may end all processes that still run when one fails to end
     return None if draft is None else str(folder)

@@ -1,7 +1,7 @@
-"""What a run trains on, sample by sample and batch by batch, as a pure function of the seed and the sample's number.
+"""Samples and batches of a run, as a pure function of the seed and the sample's number.
 
-So a run needs no random state to be resumed exactly: the number of samples seen says it all. Numbers count through
-all epochs. Knows nothing of models.
+So a run needs no random state to be resumed exactly: the number of samples seen is enough. Numbers count through all
+epochs. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NumberedSample = dict[str, Any]
 
 @dataclass(frozen=True)
 class AnchorOffset:
-    """Moves a sample's documents, by draws that depend on the seed and the sample's number alone."""
+    """Move a sample's documents, by draws that depend on the seed and the sample's number alone."""
 
     signal: Signal
     max_position: int
@@ -40,7 +40,7 @@ class AnchorOffset:
 
 
 class NumberedSamples(Dataset[NumberedSample]):
-    """The first `count` samples of the endless row of epochs of a map-style dataset."""
+    """The first `count` samples of a map-style dataset that is repeated endlessly, epoch by epoch."""
 
     def __init__(self, dataset: Any, count: int, move: AnchorOffset):
         if not len(dataset):
@@ -62,7 +62,7 @@ class NumberedSamples(Dataset[NumberedSample]):
 
 
 class NumberedStream(IterableDataset[NumberedSample]):
-    """The same of a stream, which starts anew when it ends."""
+    """The first `count` samples of a stream, which starts again when it ends."""
 
     def __init__(self, dataset: Any, count: int, move: AnchorOffset):
         self.dataset, self.count, self.move = dataset, count, move
@@ -84,7 +84,7 @@ class NumberedStream(IterableDataset[NumberedSample]):
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes a `Batch` of samples, as a mapping for `Trainer`; each sample has a lag, drawn by its number."""
+    """Make a `Batch` of samples, as a mapping for `Trainer`; each sample's number draws its lag."""
 
     max_lag: int
     seed: int
@@ -92,5 +92,5 @@ class Collator:
     def __call__(self, samples: list[NumberedSample]) -> dict[str, Any]:
         draws = (random.Random(f"{self.seed} {sample['number']}") for sample in samples)
         lags = torch.tensor([draw.randint(1, self.max_lag) for draw in draws])
-        # accelerate, where it hands batches out to processes, takes no None in them
+        # accelerate takes no None in batches that it hands out to processes
         return {name: value for name, value in batch_of(samples, lags)._asdict().items() if value is not None}

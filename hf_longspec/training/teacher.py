@@ -1,4 +1,4 @@
-"""What training reads off the frozen target: last hidden states, and keys and values of one layer.
+"""States that training reads from the frozen target: last hidden states, and keys and values of one layer.
 
 The LM head is left to the loss, so that logits never exist for all tokens at once.
 """
@@ -22,11 +22,11 @@ class TargetStates(NamedTuple):
     hidden: Tensor  # (B, T, hidden), what the target's LM head reads
     key: Tensor  # (B, K, T, D), rotated, as the target caches it
     value: Tensor  # (B, K, T, D)
-    window: int | None = None  # reach of that layer's queries, if it is a sliding-window layer
+    window: int | None = None  # reach of the layer's queries, if the layer has a sliding window
 
 
 class PassThroughLayer(CacheLayerMixin):
-    """A cache layer for one forward pass over whole samples: hands keys and values through, keeps them if asked."""
+    """Cache layer for one forward pass over whole samples: return keys and values as given, and keep them if asked."""
 
     is_sliding = False
 
@@ -52,20 +52,20 @@ class PassThroughLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    get_max_cache_shape = get_max_length  # its name up to transformers 5.17
+    get_max_cache_shape = get_max_length  # the method's name up to transformers 5.17
 
 
 class FewLayersCache(Cache):
-    """Keeps K/V of the layers `kept` only.
+    """Keep K/V of the layers `kept` only.
 
-    Memory is one reason. The other: without a cache object, transformers takes positions that jump for packed
-    sequences and masks them apart, which Anchor-Offset positions are not.
+    Few layers save memory. A cache object is needed because transformers without one takes positions that jump for
+    packed sequences and masks them apart; Anchor-Offset positions jump within one sequence.
     """
 
     def __init__(self, layers: int, kept: Sequence[int]):
         super().__init__(layers=[PassThroughLayer(keep=index in kept) for index in range(layers)])
 
-    @torch.compiler.disable  # or each layer of a target would be compiled for its own place here
+    @torch.compiler.disable  # else each layer of a target would be compiled for its own index in the cache
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return super().update(*args, **kwargs)
 
@@ -73,7 +73,7 @@ class FewLayersCache(Cache):
 def read_target(
     target: PreTrainedModel, layer: int, ids: Tensor, positions: Tensor, masks: Any = None
 ) -> TargetStates:
-    """One forward pass of ``target`` without its LM head over ``ids`` (B, T) at ``positions`` (B, T).
+    """Run ``target`` once, without its LM head, over ``ids`` (B, T) at ``positions`` (B, T).
 
     masks: as `documents.target_masks` makes them, where rows hold several documents.
     """
@@ -84,7 +84,7 @@ def read_target(
 def read_layers(
     target: PreTrainedModel, layers: Sequence[int], ids: Tensor, positions: Tensor, masks: Any = None
 ) -> list[TargetStates]:
-    """The same of several ``layers``, from the same forward pass."""
+    """Read several ``layers`` from one forward pass; the arguments are otherwise as in `read_target`."""
     text_config = target.config.get_text_config(decoder=True)
     cache = FewLayersCache(text_config.num_hidden_layers, layers)
     output = target.get_decoder()(
@@ -100,11 +100,11 @@ def read_layers(
 def read_target_in_pieces(
     target: PreTrainedModel, layer: int, ids: Tensor, positions: Tensor, piece: int
 ) -> TargetStates:
-    """The same in forward passes over ``piece`` tokens each, behind a cache of what was read before.
+    """Read as `read_target` does, in forward passes over ``piece`` tokens each, behind a cache of the tokens before.
 
-    What the layers make of a piece exists for that piece only; the cache holds keys and values of all layers.
+    The activations of a piece exist for this piece only; the cache holds keys and values of all layers.
     """
-    cache = DynamicCache()  # made without a config it keeps the whole past of sliding layers
+    cache = DynamicCache()  # without a config this cache keeps the whole past of sliding layers
     hidden = [
         target.get_decoder()(
             input_ids=part, position_ids=there, past_key_values=cache, use_cache=True
@@ -119,7 +119,7 @@ def read_target_in_pieces(
 def read_target_by_span(
     read: Callable[[Tensor, Tensor], TargetStates], ids: Tensor, positions: Tensor, spans: Sequence[Span]
 ) -> TargetStates:
-    """The documents of a batch one at a time, each by ``read`` (ids, positions), laid side by side as they were."""
+    """Read documents one at a time by ``read`` (ids, positions), and lay the states side by side as in the batch."""
     rows: list[list[TargetStates]] = [[] for _ in range(len(ids))]
     for row, start, end in spans:
         rows[row].append(read(ids[row : row + 1, start:end], positions[row : row + 1, start:end]))
@@ -131,5 +131,5 @@ def read_target_by_span(
 
 
 def window_of(text_config: PreTrainedConfig, layer: int) -> int | None:
-    """Reach of the queries of a sliding-window layer."""
+    """Return the reach of the queries of a sliding-window layer; None for any other layer."""
     return text_config.sliding_window if layer_kinds(text_config)[layer] == "sliding" else None

@@ -1,7 +1,8 @@
 """DraftTrainer: transformers' `Trainer` for a draft whose frozen target is read in the same step.
 
-What it changes of `Trainer`: the draft's forward pass is a `Distillation`; samples come in their order; checkpoints
-are whole or no checkpoints; evaluation decodes with `generate`. Everything else is as `TrainingArguments` say.
+DraftTrainer changes four things: the draft's forward pass is a `Distillation`; samples come in their order;
+checkpoints are whole or no checkpoints; evaluation decodes with `generate`. Everything else is as `TrainingArguments`
+say.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from .samples import Collator
 
 
 class DraftTrainer(Trainer):
-    """Trains `draft`, or a new adapter on it where the recipe says so.
+    """Train `draft`, or a new adapter on it where the recipe says so.
 
     Raises `ValueError` if the draft does not fit the target, or if `held_out` is too small for the evaluation.
     """
@@ -61,21 +62,21 @@ class DraftTrainer(Trainer):
             compiled=recipe.compiled,
             recompute=recipe.recompute,
         )
-        # Wrappers (DDP, FSDP, ZeRO, autocast, PEFT) act on a model's forward; no method, which autocast would rebind.
+        # Wrappers (DDP, FSDP, ZeRO, autocast, PEFT) act on a model's forward. A method would be rebound by autocast.
         draft.forward = lambda **batch: distillation(**batch)  # type: ignore[method-assign, assignment]
         model = draft if recipe.draft.lora is None else with_lora(draft, recipe.draft.lora)
         self.keep_checkpoints, args.save_total_limit = args.save_total_limit, None
         collator = Collator(recipe.signal.max_lag, args.seed)
         super().__init__(model, args, collator, train_dataset, held_out if recipe.evaluates else None)
-        self.model_accepts_loss_kwargs = True  # the loss is divided by the learned tokens of all that is accumulated
-        self._loss_shifts_labels = False  # ours stand under the tokens that guess them: all of them count
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the learned tokens of all accumulated batches
+        self._loss_shifts_labels = False  # our labels stand under the tokens that guess them: all labels count
         self.recent = RecentBatches(recipe.signal.max_lag, args.device)
         if self.is_fsdp_enabled and self.accelerator.is_fsdp2:
             keep_outputs(self.accelerator.state.fsdp_plugin)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         if self.optimizer is None and self.recipe.muon:
-            # asked of accelerate: `accelerate launch --use_fsdp` tells `TrainingArguments` nothing
+            # accelerate knows: `accelerate launch --use_fsdp` tells `TrainingArguments` nothing
             sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
             self.optimizer = make_muon(self.model, self.args, sharded)
         return super().create_optimizer(*args, **kwargs)
@@ -98,9 +99,9 @@ class DraftTrainer(Trainer):
         super().log(logs, start_time)
 
     def snapshot(self) -> Any:
-        """A copy of the draft as it would be used: in eval mode and in the target's format.
+        """Return a copy of the draft as it would be used: in eval mode and in the target's format.
 
-        All processes must call this; only the first gets the draft, the others None.
+        All processes must call this method; only the first gets the draft, the others get None.
         """
         state = self.accelerator.get_state_dict(self.model_wrapped)
         if not self.is_world_process_zero():
@@ -108,7 +109,7 @@ class DraftTrainer(Trainer):
         return self._assembled(state).to(self.target.device, self.target.dtype).eval()
 
     def _assembled(self, state: dict[str, Tensor]) -> Any:
-        """A draft, with the adapter if one is trained, of these weights."""
+        """Make a draft of the weights in `state`, with the adapter if one is trained."""
         with torch.device("meta"):
             draft: Any = LongSpecForCausalLM(copy.deepcopy(self.accelerator.unwrap_model(self.model).config))
             if self.recipe.draft.lora is not None:
@@ -119,7 +120,7 @@ class DraftTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measures on the held-out split in the first process; the random generators are left as they were."""
+        """Measure on the held-out split in the first process; the random generators are left as they were."""
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             draft = self.snapshot()
@@ -140,17 +141,17 @@ class DraftTrainer(Trainer):
         return metrics | {"seconds": time.monotonic() - started}
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """As `Trainer` does, but never of FSDP2's class for what it shards: its code would be saved as the draft's."""
+        """Save as `Trainer` does, but not FSDP2's class for sharded modules, whose code would become the draft's."""
         if not self.is_fsdp_enabled:
             return super()._save(output_dir, state_dict)
-        if not self.args.should_save:  # nor has it the weights
+        if not self.args.should_save:  # such a process does not have the weights either
             return None
         folder = Path(output_dir or str(self.args.output_dir))
         self._assembled(state_dict).save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """As `Trainer` does, but a folder counts as a checkpoint only when it is whole, and none is deleted before."""
+        """Save as `Trainer` does, but count a folder as a checkpoint only when it is whole, and delete none before."""
         run = Path(str(self.args.output_dir))
         folder = run / f"checkpoint-{self.state.global_step}"
         writes = self.args.should_save
@@ -165,7 +166,7 @@ class DraftTrainer(Trainer):
             OSError,
             SafetensorError,
             RuntimeError,
-        ) as error:  # a full disk, as torch, safetensors say it
+        ) as error:  # a full disk, as torch and safetensors report it
             reason = first_line(error)
             raise CheckpointError(
                 f"checkpoint {folder} could not be written ({reason}); "
@@ -177,14 +178,14 @@ class DraftTrainer(Trainer):
 
 
 def keep_outputs(plugin: Any) -> None:
-    """Let FSDP2 not round the loss, and the sums beside it, to the format that the draft computes in."""
+    """Keep FSDP2 from rounding the loss, and the sums beside it, to the format that the draft computes in."""
     policy = plugin.mixed_precision_policy
     if policy is not None:
         plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
 
 
 class RecentBatches:
-    """Sums since the last log record, left on the device until then so that no step waits for them."""
+    """Sums since the last log record, left on the device until the next record so that no step waits for them."""
 
     def __init__(self, max_lag: int, device: torch.device):
         self.started, self.read = time.monotonic(), 0
@@ -198,7 +199,7 @@ class RecentBatches:
         self.sums.index_add_(0, inputs["lags"], torch.stack([*terms, learned], dim=1).double())
 
     def summary(self, sums: Tensor, processes: int) -> dict[str, float]:
-        """Means over learned tokens, from the sums of all processes."""
+        """Return means over learned tokens, from the sums of all processes."""
         kl, ce, agreement = (sums[:, :3].sum(0) / sums[:, 3].sum()).tolist()
         by_lag = {
             f"agreement_lag_{lag}": (found[2] / found[3]).item() for lag, found in enumerate(sums) if found[3] > 0

@@ -1,4 +1,4 @@
-"""Which tokens a draft should guess among: those that text like its target's is mostly made of."""
+"""The tokens that a draft should guess among: the most frequent ones in text like its target's."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 PART = 1 << 22  # tokens counted at a time: counting widens them to 64 bits
-READ = 1 << 24  # tokens of the samples among which they are counted
+READ = 1 << 24  # tokens of the samples that are counted
 
 
 def frequent_tokens(samples: Iterable[Mapping[str, Any]], vocab_size: int) -> Tensor:
-    """All token ids (vocab_size,), ranked by the first samples of a run, which hold its sources by their weights.
+    """Rank all token ids (vocab_size,) by the first samples of a run, which hold the sources by their weights.
 
     Only tokens that are learned count: no prompts, no filling.
     """
@@ -29,10 +29,10 @@ def frequent_tokens(samples: Iterable[Mapping[str, Any]], vocab_size: int) -> Te
 
 
 def rank_by_frequency(tokens: np.ndarray, vocab_size: int) -> Tensor:
-    """All token ids (vocab_size,) int64, most frequent first in ``tokens`` (N,); of equals the smaller id is first.
+    """Return all token ids (vocab_size,) int64, most frequent in ``tokens`` (N,) first, of equals the smaller.
 
-    The first N of them are a vocabulary for `LongSpecForCausalLM.set_draft_vocab`. Raises `ValueError` for tokens
-    beyond the vocabulary.
+    The first ids, however many, are a vocabulary for `LongSpecForCausalLM.set_draft_vocab`. Raises `ValueError` for
+    tokens beyond the vocabulary.
     """
     counts = np.zeros(vocab_size, dtype=np.int64)
     for start in range(0, len(tokens), PART):

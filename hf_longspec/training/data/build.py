@@ -1,4 +1,4 @@
-"""From the section `data` of a recipe to the samples of training and of the held-out split."""
+"""Samples of training and of the held-out split, made from the section `data` of a recipe."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def build_datasets(
     seed: int,
     held_out_length: int | None = None,
 ) -> tuple[MixedSamples | StreamedSamples, HeldOutSamples]:
-    """Samples of `length` tokens, those held out of `held_out_length` (None: the same): (train, held_out).
+    """Return (train, held_out): samples of `length` tokens, and held-out ones of `held_out_length` (None: the same).
 
     `train` is a map-style dataset (`len`, `[i]`, reads memory-mapped tokens only), or an endless `IterableDataset`
-    with `streaming`. It is already shuffled and mixed: run it in order, `train_sampling_strategy="sequential"`.
-    Sample i of epoch e is a function of (section, seed, e, i) alone, for any number of workers, so skipping resumes
-    exactly. `train.set_epoch(e)` chooses the epoch; accelerate's data loaders call it. An epoch has as many samples as
-    the sources hold; sources seen less often by their weight go on in the next epoch where they stopped.
-    Streams skip by reading, and are refused with more than one worker.
+    with `streaming`. The samples are already shuffled and mixed: take them in order,
+    `train_sampling_strategy="sequential"`. Sample i of epoch e is a function of (section, seed, e, i) alone, for any
+    number of workers, so skipping resumes exactly. `train.set_epoch(e)` chooses the epoch; accelerate's data loaders
+    call this method. An epoch has as many samples as the sources hold; a source that its weight makes rarer continues
+    in the next epoch where it stopped. Streams skip by reading, and are refused with more than one worker.
 
-    `held_out` is map-style, in fixed order, the same for any seed; empty where nothing is held out.
-    Both have `summary`: a dict for JSON with the counts of rows, documents, tokens, what was left out and why, and the
-    bad rows by name.
+    `held_out` is a map-style dataset in a fixed order, the same for any seed, and empty where nothing is held out.
+    Both have a `summary`: a dict for JSON with the counts of rows, documents and tokens, what was left out and why,
+    and the bad rows by name.
 
-    With several processes, let one go first (`TrainingArguments.main_process_first`): it writes the cache.
-    Raises `ValueError`: one line that names the file, row or key at fault.
+    With several processes, let one go first (`TrainingArguments.main_process_first`) and write the cache.
+    Raises `ValueError` with one line that names the file, row or key at fault.
     """
     lengths = length, length if held_out_length is None else held_out_length
     if min(lengths) < 2:
@@ -62,7 +62,7 @@ def build_datasets(
 
 
 def read_held_out(section: DataSection, tokenizer: PreTrainedTokenizerBase, length: int) -> HeldOutSamples:
-    """The first held-out samples of each source of a stream, read now."""
+    """Read at once the first held-out samples of each source of a stream."""
     sources, records = [], []
     held_out = section.held_out
     each = -(-held_out.windows // len(section.sources)) if held_out.share else 0
@@ -80,7 +80,7 @@ def summarized(
     left_out: Counter[str],
     sides: tuple[StoredSamples, StoredSamples],
 ) -> dict[str, Any]:
-    """What became of a source: the counts of reading (which old packed folders have not), and of packing."""
+    """Return what became of a source: the counts of reading (which old packed folders lack), and of packing."""
     read = [store.summary for store in stores]
     record: dict[str, Any] = {"path": path, "documents": sum(len(store.names) for store in stores)}
     record["tokens"] = sum(len(store.tokens) for store in stores)

@@ -1,7 +1,8 @@
-"""Chats as token ids, by the target's own chat template, and which of the tokens an assistant wrote.
+"""Chats as token ids, by the target's own chat template, and a mask of the tokens that an assistant wrote.
 
-Where the template marks the assistant's words ({% generation %}), transformers says which they are. Where it does not,
-the chat is rendered up to and with each of the assistant's turns: what the second adds to the first is that turn.
+Where the template marks the assistant's text ({% generation %}), transformers returns the mask. Where it does not, the
+chat is rendered up to each of the assistant's turns, and once more with the turn: what the second text adds to the
+first is the turn.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ Messages = list[dict[str, Any]]
 
 
 class BadRow(ValueError):
-    """A row that cannot be used; its reason."""
+    """Refusal of a row that cannot be used; the message is the reason."""
 
 
 def messages_of(value: Mapping[str, Any], field: str, answer_field: str | None) -> Messages:
-    """A row's messages as chat templates want them: `role` and `content`. Raises `BadRow`."""
+    """Return a row's messages as chat templates want them: `role` and `content`. Raises `BadRow` for any other row."""
     given = value.get(field)
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
@@ -48,7 +49,7 @@ def _message(message: Any, place: int) -> dict[str, Any]:
 
 
 class ChatEncoder:
-    """Encodes chats with one tokenizer. Raises `ValueError` if it has no chat template."""
+    """Encode chats with one tokenizer. Raises `ValueError` for a tokenizer without a chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         template = tokenizer.get_chat_template() if tokenizer.chat_template else None
@@ -58,11 +59,11 @@ class ChatEncoder:
         self.marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
     def encode(self, messages: Messages) -> list[int]:
-        """Token ids of a chat. Raises `BadRow` where the template refuses it."""
+        """Return the token ids of a chat. Raises `BadRow` where the template refuses the chat."""
         return self._tokenize(self._render(messages, add_generation_prompt=False))["input_ids"]
 
     def prompt(self, messages: Messages) -> list[int]:
-        """Token ids up to where the assistant answers the last turn that is not its own."""
+        """Return the token ids up to where the assistant answers the last turn that is not its own."""
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         if not messages:
@@ -70,7 +71,7 @@ class ChatEncoder:
         return self._tokenize(self._render(messages, add_generation_prompt=True))["input_ids"]
 
     def encode_with_mask(self, messages: Messages) -> tuple[list[int], np.ndarray]:
-        """Token ids and which of them (L,) the assistant wrote, the end of its turn included."""
+        """Return the token ids, and a mask (L,) of the tokens that the assistant wrote, ends of turns included."""
         if not any(message["role"] == "assistant" for message in messages):
             raise BadRow("no turn of an assistant")
         if self.marked:
@@ -86,7 +87,7 @@ class ChatEncoder:
         return encoded["input_ids"], mask
 
     def _spans(self, messages: Messages, text: str) -> list[tuple[int, int]]:
-        """Where in `text` the assistant's turns stand."""
+        """Return where in `text` the assistant's turns stand: (start, end) in characters."""
         spans = []
         for place, message in enumerate(messages):
             if message["role"] != "assistant" or place == 0:  # a first turn answers nothing
@@ -112,7 +113,7 @@ class ChatEncoder:
             raise BadRow(f"the chat template refuses it: {error}") from None
 
     def _tokenize(self, text: str, offsets: bool = False) -> Any:
-        """A rendered chat: the template has written the special tokens already."""
+        """Tokenize a rendered chat; the template has written the special tokens already."""
         if offsets and not self.tokenizer.is_fast:
             raise ValueError(
                 f"`loss: assistant` needs a fast tokenizer or a template with {{% generation %}}, "

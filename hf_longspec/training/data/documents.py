@@ -1,7 +1,8 @@
-"""From a source to tokenized documents: rows or files are encoded, copies and empty ones left out and counted.
+"""Tokenized documents of a source: rows or files are encoded; copies and empty texts are left out and counted.
 
-Special tokens are those the tokenizer adds to a prompt (a BOS, say), so that documents begin as they do in `generate`;
-texts end with the separator. Each kind of source gives the same documents in the same order, streamed or not.
+The special tokens are the ones that the tokenizer adds to a prompt (a BOS, say), so that documents begin as prompts do
+in `generate`; texts end with the separator. Each kind of source gives the same documents in the same order, streamed
+or not.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ BATCH = 256  # texts that are tokenized at a time
 def read_documents(
     source: Source, section: DataSection, tokenizer: PreTrainedTokenizerBase, report: SourceReport
 ) -> Iterator[Document]:
-    """All documents of a source, held out or not; each file is one. Counts into `report`.
+    """Read all documents of a source, held out or not; each file is one document. Counts into `report`.
 
     Raises `ValueError` for a broken file and for too many bad rows.
     """
@@ -80,14 +81,14 @@ def read_rows(source: Source, section: DataSection, report: SourceReport) -> Ite
 
 
 def comes_first(name: str, source: Source, held_out: HeldOut) -> bool:
-    """Held-out files are read first, so that of a file and its copies the held-out one is kept."""
+    """Tell whether a file is held out, and so read first: of a file and its copies, the held-out one is kept."""
     if source.document == "package":
         return is_held_out_package(name, held_out)
     return is_named(name, held_out.names)
 
 
 def contents(rows: Iterable[Row], source: Source, report: SourceReport) -> Iterator[Row]:
-    """Rows with the text or messages alone."""
+    """Reduce rows to the text or the messages. Counts bad rows into `report`."""
     for row in rows:
         if source.format == "text":
             yield row
@@ -110,7 +111,7 @@ def text_of(value: dict[str, Any], field: str) -> str:
 
 
 def unique(rows: Iterable[Row], report: SourceReport) -> Iterator[Row]:
-    """Without empty texts, and without copies of what came before in this source."""
+    """Leave out empty texts, and copies of earlier texts of this source."""
     seen: set[bytes] = set()
     for row in rows:
         text = row.value if isinstance(row.value, str) else json.dumps(row.value, ensure_ascii=False)
@@ -136,8 +137,8 @@ def texts(
             if source.document == "package":
                 before, package = package, (comes_first(row.name, source, section.held_out), package_of(row.name))
                 if package == before and ids[0] == tokenizer.bos_token_id:
-                    ids = ids[1:]  # within a document
-            ends = ids and ids[-1] == separator  # some tokenizers write it themselves
+                    ids = ids[1:]  # no BOS within a document
+            ends = ids and ids[-1] == separator  # some tokenizers write the separator themselves
             yield Document(row.name, np.array(ids if ends else [*ids, separator], dtype=np.uint32))
 
 
@@ -157,7 +158,7 @@ def chats(
 
 
 def separator_id(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Raises `ValueError` if there is no such token."""
+    """Return the token that ends a text. Raises `ValueError` if the tokenizer has no such token."""
     if section.separator is None:
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no `eos_token` to end a text with; name another token as `separator`")

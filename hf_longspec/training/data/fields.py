@@ -1,4 +1,4 @@
-"""Frozen dataclasses from the mappings of a recipe, checked: each mistake is one line that names the key.
+"""Frozen dataclasses from the mappings of a recipe; each mistake raises one line that names the key.
 
 Knows annotations made of plain types, `Literal`, `None`, `tuple[X, ...]` and other dataclasses. Knows no recipe.
 """
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def from_mapping(cls: type[T], values: Any, where: str) -> T:
-    """An instance of the dataclass `cls`; `where` is the place in the recipe, such as `data.sources[1]`.
+    """Make an instance of the dataclass `cls`; `where` is the place in the recipe, such as `data.sources[1]`.
 
     Raises `ValueError` for an unknown or missing key and for a value of another type.
     """
@@ -33,7 +33,7 @@ def from_mapping(cls: type[T], values: Any, where: str) -> T:
     checked = {key: convert(value, hints[key], f"{where}.{key}") for key, value in values.items()}
     try:
         return cls(**checked)
-    except ValueError as error:  # what the class itself checks
+    except ValueError as error:  # from the checks of the class itself
         raise ValueError(f"{where}: {error}") from None
 
 
@@ -43,7 +43,7 @@ def suggestion(key: str, known: Mapping[str, Any]) -> str:
 
 
 def convert(value: Any, kind: Any, where: str) -> Any:
-    """`value` as the annotation `kind` wants it: lists become tuples, mappings dataclasses, whole numbers floats."""
+    """Convert `value` to the annotation `kind`: lists become tuples, mappings dataclasses, whole numbers floats."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:

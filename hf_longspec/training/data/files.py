@@ -1,4 +1,4 @@
-"""Folders of text files as rows, in path order: which files are read, and which teach nothing."""
+"""Text files of a folder as rows, in path order: which files are read, and which teach nothing."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .section import Source
 
 
 def find_files(root: Path, suffixes: Sequence[str]) -> list[Path]:
-    """`root` itself if it is a file; else the files below it whose names end with one of `suffixes`, in path order.
+    """Return `root` if it is a file, else the files below it whose names end with one of `suffixes`, in path order.
 
-    Raises `ValueError` if there are none.
+    Raises `ValueError` if there are no such files.
     """
     if root.is_file():
         return [root]
@@ -26,12 +26,12 @@ def find_files(root: Path, suffixes: Sequence[str]) -> list[Path]:
 
 
 def name_of(file: Path, root: Path) -> str:
-    """A file's name in documents and reports: its path below `root`."""
+    """Return a file's name in documents and reports: its path below `root`."""
     return file.name if file == root else file.relative_to(root).as_posix()
 
 
 def text_rows(source: Source, report: SourceReport, first: Callable[[str], bool]) -> Iterator[Row]:
-    """One row a file. Those for whose names `first` holds come before all others; each part is in path order."""
+    """Read one row a file: first the files for whose names `first` holds, then all others, each part in path order."""
     root = Path(source.path)
     files = find_files(root, source.suffixes)
     for file in sorted(files, key=lambda file: (not first(name_of(file, root)), file)):
@@ -51,7 +51,7 @@ def text_rows(source: Source, report: SourceReport, first: Callable[[str], bool]
 
 
 def reason_to_leave_out(text: str, longest_line: int, most_digits: float = 0.3) -> str | None:
-    """Why a file's text teaches nothing (generated tables, encoded data), or None when it is worth training on."""
+    """Return why a file's text teaches nothing (generated tables, encoded data), or None where the text is good."""
     if not text.strip():
         return "empty"
     if "\0" in text:

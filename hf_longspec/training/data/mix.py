@@ -1,4 +1,4 @@
-"""The samples of a run: sources mixed by weight and shuffled, each sample a function of seed and place alone."""
+"""Samples of a run: sources are mixed by weight and shuffled; each sample is a function of seed and place alone."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .stored import StoredSamples
 
 
 def shares_of(weights: Sequence[float], total: int) -> np.ndarray:
-    """How many of `total` samples each source gives, (S,): its exact share, rounded by the largest remainders.
+    """Return how many of `total` samples each source gives, (S,): exact shares, rounded by the largest remainders.
 
-    Raises `ValueError` if one of them would give none.
+    Raises `ValueError` if a source would give none.
     """
     exact = np.asarray(weights, dtype=np.float64) / np.sum(weights) * total
     counts = np.floor(exact).astype(np.int64)
@@ -27,16 +27,16 @@ def shares_of(weights: Sequence[float], total: int) -> np.ndarray:
 
 
 def shuffled_sources(counts: np.ndarray, seed: Sequence[int]) -> np.ndarray:
-    """Which source each sample of a round is from: source s stands there counts[s] times."""
+    """Return which source each sample of a round is from: source s stands there counts[s] times."""
     return np.random.RandomState(list(seed)).permutation(np.repeat(np.arange(len(counts)), counts))
 
 
 class MixedSamples(Dataset[Sample]):
     """An epoch of samples from sources on disk, in the order of training.
 
-    Each source is gone through in an order of its own, all of it before any of it comes again, across epochs. An epoch
-    has as many samples as the sources have together, in exact proportion to the weights (to within one sample); in
-    which order they come is random.
+    Each source has an order of its own, and all of its samples come before any of them comes again, across epochs. An
+    epoch has as many samples as the sources have together, in exact proportion to the weights (to within one sample),
+    in random order.
     """
 
     def __init__(self, sources: Sequence[StoredSamples], weights: Sequence[float], seed: int, summary: dict[str, Any]):
@@ -46,10 +46,10 @@ class MixedSamples(Dataset[Sample]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """To be called before a data loader starts its workers, as accelerate does."""
+        """Choose the epoch. Must be called before a data loader starts its workers, as accelerate does."""
         self.epoch = epoch
         self._chosen = shuffled_sources(self.counts, (self.seed, epoch))
-        self._place = np.empty(len(self._chosen), np.int64)  # of each sample among those of its source
+        self._place = np.empty(len(self._chosen), np.int64)  # the index of each sample among the samples of its source
         for number in range(len(self.counts)):
             mine = self._chosen == number
             self._place[mine] = np.arange(self.counts[number])

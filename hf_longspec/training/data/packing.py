@@ -1,5 +1,6 @@
-"""Which documents share a sample: short ones whole, long ones by the section's rule. Knows lengths and masks,
-not tokens.
+"""Packing of documents into samples: short documents whole, long ones by the section's rule.
+
+Knows lengths and masks, not tokens.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import numpy as np
 
 from .section import DataSection
 
-OPEN_SAMPLES = 64  # that wait for a piece that fits; more fill better, fewer keep the order of documents
+OPEN_SAMPLES = 64  # samples that wait for a piece that fits; more are filled better, fewer keep the order of documents
 
 
 class Piece(NamedTuple):
-    """Tokens start..end of a document, whichever way `document` tells it."""
+    """Tokens start..end of a document; `document` is whatever the caller knows the document by."""
 
     document: Any
     start: int
@@ -32,7 +33,7 @@ def pieces_of(
     length: int,
     left_out: Counter[str],
 ) -> Iterator[Piece]:
-    """Pieces of a document of so many tokens for samples of `length`; what is not used is counted in `left_out`."""
+    """Cut a document of `tokens` tokens into pieces for samples of `length`; count in `left_out` what is not used."""
     if tokens < section.min_tokens:
         left_out["shorter than min_tokens"] += 1
     elif tokens > length and section.long_documents == "drop":
@@ -49,7 +50,7 @@ def pieces_of(
 
 
 def starts_of(tokens: int, length: int, long_documents: str) -> list[int]:
-    """Where the pieces of a document begin."""
+    """Return where the pieces of a document begin."""
     if long_documents == "first":
         return [0]
     if long_documents == "full":  # the last piece ends where the document ends, over some of the one before
@@ -58,10 +59,11 @@ def starts_of(tokens: int, length: int, long_documents: str) -> list[int]:
 
 
 class Packer:
-    """Best fit, online: a piece goes where it leaves the least room, among at most `OPEN_SAMPLES` unfinished samples.
+    """Pack pieces by best fit, online: a piece goes where it leaves the least room.
 
-    A sample is given out when it is full, or as the fullest when another must be begun. Depends on the order and the
-    sizes of pieces only, so a stream and a dataset on disk are packed alike.
+    At most `OPEN_SAMPLES` samples are unfinished. A sample is given out when it is full, or, as the fullest, when
+    another must be begun. The result depends on the order and the sizes of pieces only, so a stream and a dataset on
+    disk are packed alike.
     """
 
     def __init__(self, length: int):
@@ -71,7 +73,7 @@ class Packer:
         self.begun = 0
 
     def add(self, piece: Piece) -> Iterator[list[Piece]]:
-        """Samples that are finished by this piece: at most two."""
+        """Add a piece; yield the samples that it finishes, at most two."""
         size = piece.end - piece.start
         place = bisect_left(self.rooms, (size, -1))
         if place < len(self.rooms):
@@ -89,7 +91,7 @@ class Packer:
             insort(self.rooms, (room - size, number))
 
     def flush(self) -> Iterator[list[Piece]]:
-        """What is left, fullest first."""
+        """Yield the unfinished samples, fullest first."""
         for _, number in self.rooms:
             yield self.samples.pop(number)
         self.rooms = []

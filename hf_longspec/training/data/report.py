@@ -1,4 +1,4 @@
-"""What a source gave and what it did not: counts, and bad rows by name. Nothing is left out without a count here."""
+"""Counts of what a source gave and what it did not, and bad rows by name. Nothing is left out without a count here."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SHOWN = 5  # bad rows named in messages and summaries
-FEWEST_ROWS = 1000  # the share of bad rows is judged over at least so many before the end of a source
+FEWEST_ROWS = 1000  # before the end of a source, the share of bad rows is judged over at least so many
 
 
 @dataclass
 class SourceReport:
     """Counts of one source while it is read.
 
-    bad: rows that cannot be used as they are; left_out: good rows that are not wanted, by reason.
+    bad: number of rows that cannot be used as they are.
+    left_out: number of good rows that are not wanted, for each reason.
     """
 
     path: str
@@ -27,20 +28,20 @@ class SourceReport:
     left_out: Counter[str] = field(default_factory=Counter)
 
     def bad_row(self, name: str, reason: str) -> None:
-        """Counts a row, which `rows` holds already. Raises `ValueError` where they become too many."""
+        """Count a bad row, which `rows` holds already. Raises `ValueError` where bad rows become too many."""
         self.bad += 1
         if len(self.bad_rows) < SHOWN:
             self.bad_rows.append(f"{name}: {reason}")
         self._judge(max(self.rows, FEWEST_ROWS))
 
     def held_out(self, tokens: int) -> None:
-        """A document that was counted, and is left out after all."""
+        """Count a document as held out instead of as read."""
         self.documents -= 1
         self.tokens -= tokens
         self.left_out["held out"] += 1
 
     def finish(self) -> None:
-        """At the end of the source. Raises `ValueError` if it held too many bad rows, or none at all."""
+        """Judge the source at its end. Raises `ValueError` if it held too many bad rows, or no rows at all."""
         if not self.rows:
             raise ValueError(f"{self.path}: expected rows, got none")
         self._judge(self.rows)

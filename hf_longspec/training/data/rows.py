@@ -1,7 +1,7 @@
-"""Rows of JSON Lines, each with a name that finds it again.
+"""Rows of JSON Lines, each with a name by which the row is found again.
 
-Files are read line by line here, not by `datasets`, which gives up a whole file for one bad line and does not say
-which. A broken file (cut off, not decompressible, not UTF-8) is one `ValueError` that names it.
+This module reads files line by line. `datasets` would give up a whole file for one bad line and not say which line. A
+broken file (cut off, not decompressible, not UTF-8) raises one `ValueError` that names the file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Row(NamedTuple):
 
 
 def json_rows(file: Path, name: str, source: Source, report: SourceReport) -> Iterator[Row]:
-    """One JSON object a line. A line that is none is a bad row; blank lines are no rows."""
+    """Read one JSON object a line. A line without an object is a bad row; blank lines are no rows."""
     number = 0
     try:
         with fsspec.open(str(file), "rb", compression="infer") as lines:

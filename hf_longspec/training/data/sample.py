@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class Sample(TypedDict):
-    """Whole documents, or pieces of long ones, side by side in a sample of L tokens. All are (L,) on the CPU.
+    """Whole documents, or pieces of long ones, side by side in a sample of L tokens. All fields are (L,) on the CPU.
 
     input_ids: int64.
-    document_ids: int64, 0, 1, … from left to right; tokens see only tokens of the same number. What fills a sample up
-        behind its last document has a number of its own, one more than the last.
+    document_ids: int64, 0, 1, … from left to right; tokens see only tokens of the same number. The filling behind the
+        last document has a number of its own, one more than the last.
     positions: int64, 0, 1, … within each document (piece), and within the filling.
     loss_mask: bool; True where token t is one to learn *to predict*, from the tokens before it in its document. So the
         row t-1 of the logits counts where `loss_mask[t]`. Never True for the first token of a document or the filling.
@@ -28,7 +28,7 @@ class Sample(TypedDict):
 
 
 def make_sample(pieces: Sequence[tuple[np.ndarray, np.ndarray | None]], length: int) -> Sample:
-    """From the tokens and loss masks of pieces, together at most `length` tokens."""
+    """Make a sample of the tokens and loss masks of pieces, which have together at most `length` tokens."""
     sizes = [len(ids) for ids, _ in pieces]
     filling = length - sum(sizes)
     ids, loss = np.zeros(length, np.int64), np.zeros(length, bool)

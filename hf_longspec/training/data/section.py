@@ -1,6 +1,6 @@
 """The section `data` of a recipe: sources, weights, the held-out split, the rules for long and for bad documents.
 
-Only settings; what they do is in the modules that read them.
+Holds settings only; other modules read and apply the settings.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ OF_TEXTS = ("text", "tokens")  # formats that hold texts; the others hold rows, 
 
 @dataclass(frozen=True)
 class Source:
-    """One place where documents come from.
+    """One source of documents.
 
-    path: Hub id (or a local folder that looks like a dataset repository) for `hub`; else a file, or a folder, whose
-        fitting files are read in the order of their paths.
+    path: Hub id (or a local folder that looks like a dataset repository) for `hub`; else a file, or a folder whose
+        fitting files are read in path order.
     format: `hub`; `json` (JSON Lines, also .gz, .xz, .bz2); `parquet`; `text` (each file is a document); `tokens`
         (folders written by `hf-longspec pack` or `hf-longspec distill-data`).
     kind: what a row holds. `text`: the column `field`, a string. `chat`: the column `field`, a list of messages
@@ -28,11 +28,11 @@ class Source:
     document: `row` (a row, or file, is a document), or `package`: the files of one top-level folder, in path order,
         are one document, which is how code gives long contexts. Files end with the separator either way; a BOS, where
         the tokenizer writes one, begins a document.
-    weight: this source's share of the samples, in proportion to the other weights; `None` for all: by size.
-    config, split, revision: of a dataset on the Hub.
+    weight: this source's share of the samples, in proportion to the other weights; `None` for all sources: by size.
+    config, split, revision: configuration, split and revision of a dataset on the Hub.
     suffixes: names of `text` files end with one of these.
-    longest_line: `text` files with longer lines are left out as generated ones.
-    limit: read only so many rows (documents for `tokens`).
+    longest_line: `text` files with longer lines are left out as generated files.
+    limit: number of rows to read (documents for `tokens`); `None`: all.
     """
 
     path: str
@@ -71,11 +71,13 @@ class Source:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Which documents are never trained on. Whole documents (packages), never windows of them.
+    """Documents that are never trained on: whole documents (packages), never windows of documents.
 
-    share: of the documents, chosen by a hash of their content (of a package: its name), so the choice never moves.
-    names: documents with such a folder or file name in their path, wherever it stands.
-    windows: use at most so many samples of what is held out, spread evenly over it (of a stream, the first ones).
+    share: share of the documents, chosen by a hash of the content (for a package: the name), so the choice never
+        moves.
+    names: documents with such a folder or file name in their path, wherever the name stands.
+    windows: number of samples of held-out text to use at most, spread evenly over the text (of a stream, the first
+        ones).
     """
 
     share: float = 0.0
@@ -93,13 +95,14 @@ class HeldOut:
 class DataSection:
     """The section `data` of a recipe.
 
-    long_documents: those longer than a sample are `cut` into samples, all of them used, cut to the `first` sample, or
-        `drop`ped. Shorter ones are never cut. `full`: cut into full samples, the last of which may repeat
-        some of the one before; shorter documents are left out. So each sample is of one document and needs no mask.
-    min_tokens: documents (packages) with fewer tokens are left out: for samples of real long context.
+    long_documents: documents longer than a sample are `cut` into samples that are all used, cut to the `first` sample,
+        or `drop`ped; shorter documents are never cut. `full`: documents are cut into full samples, the last of which
+        may repeat some of the one before, and shorter documents are left out. So each sample is of one document and
+        needs no mask.
+    min_tokens: documents (packages) with fewer tokens are left out, which gives samples of real long context.
     max_bad_share: more unreadable rows than this share of a source's rows end the run with an error.
-    streaming: read, tokenize and pack while training, without a copy on disk; shuffled only within `shuffle_buffer`
-        samples.
+    streaming: read, tokenize and pack while training, without a copy on disk; samples are shuffled only within
+        `shuffle_buffer` samples.
     separator: token that ends each text document and file; `None`: the tokenizer's `eos_token`.
     cache: folder for tokenized sources; `None`: `tokens` in `$HF_LONGSPEC_CACHE` (`~/.cache/hf_longspec`).
     """
@@ -133,5 +136,5 @@ class DataSection:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "data") -> DataSection:
-        """From a recipe's mapping. Raises `ValueError`: one line that names the key."""
+        """Make the section from a recipe's mapping. Raises `ValueError` with one line that names the key."""
         return from_mapping(cls, values, where)

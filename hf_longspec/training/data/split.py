@@ -1,5 +1,6 @@
-"""The held-out split: whole documents or packages, told by a hash that never moves, or by name. Never windows, since
-neighbouring windows of one package share their vocabulary.
+"""The held-out split: whole documents or packages, chosen by a hash that never moves, or by name.
+
+Windows are never held out alone, since neighbouring windows of one package share their vocabulary.
 """
 
 from __future__ import annotations
@@ -14,31 +15,31 @@ from .store import Document
 
 
 def is_named(name: str, names: Iterable[str]) -> bool:
-    """Whether a folder of the path `name`, or its file without the suffix, bears one of `names`."""
+    """Tell whether a folder of the path `name`, or its file without the suffix, bears one of `names`."""
     path = Path(name)
     return not {*path.parts, path.stem}.isdisjoint(names)
 
 
 def package_of(name: str) -> str:
-    """The top-level folder of a path; of a file that lies in none, the file itself."""
+    """Return the top-level folder of a path, or the path of a file that lies in no folder."""
     return name.split("/", 1)[0]
 
 
 def in_share(key: bytes, share: float) -> bool:
-    """Whether `key` is among the `share` of all keys with the lowest hashes."""
+    """Tell whether `key` is among the `share` of all keys with the lowest hashes."""
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") < share * 2**64
 
 
 def is_held_out_package(name: str, held_out: HeldOut) -> bool:
-    """Whether the package of a file is held out: by the package's hash, or the name of any folder of its path."""
+    """Tell whether the package of a file is held out: by the package's hash, or by a name in the file's path."""
     return is_named(name, held_out.names) or in_share(package_of(name).encode(), held_out.share)
 
 
 def is_held_out(document: Document, source: Source, held_out: HeldOut) -> bool:
-    """Whether a document is held out: by its name, its package's hash, or the hash of its tokens.
+    """Tell whether a document is held out: by its name, its package's hash, or the hash of its tokens.
 
-    Where only some tokens are learned, the hash is of those before the first of them: two answers to one prompt stand
-    on the same side.
+    Where only some tokens are learned, the hash is of the tokens before the first learned one: two answers to one
+    prompt stand on the same side.
     """
     if source.document == "package":
         return is_held_out_package(document.name, held_out)
@@ -53,5 +54,5 @@ def is_held_out(document: Document, source: Source, held_out: HeldOut) -> bool:
 
 
 def group_key(document: Document, held: bool, source: Source, number: int) -> tuple[Any, ...]:
-    """Neighbours with the same key are one document: files of one package on one side of the split, or nothing."""
+    """Return a key that neighbours share if they are one document: files of one package on one side of the split."""
     return (held, package_of(document.name)) if source.document == "package" else (held, number)

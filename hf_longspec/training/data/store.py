@@ -1,8 +1,8 @@
 """Tokenized documents on disk: one memory-mapped array, so that a dataset costs no memory and starts at once.
 
 A folder holds `tokens.npy` (N,) of the smallest unsigned type that holds the vocabulary, `offsets.npy`
-(documents + 1,) and `names.json`; `loss_mask.npy` (N,) where not all tokens are learned; `summary.json` says where
-they are from. `tokens.npy.xz` does in place of `tokens.npy`: it is unpacked when it is first opened.
+(documents + 1,), `names.json` and, where not all tokens are learned, `loss_mask.npy` (N,). `summary.json` says where
+the documents are from. `tokens.npy.xz` can take the place of `tokens.npy`: it is unpacked when it is first opened.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from hf_longspec.writing import whole_file, writing
 
 
 class Document(NamedTuple):
-    """ids: (L,) unsigned integers. loss_mask: (L,) bool, the tokens to learn; None: all of them."""
+    """A document of L tokens.
+
+    ids: (L,) unsigned integers.
+    loss_mask: (L,) bool, the tokens to learn; None: all of them.
+    """
 
     name: str
     ids: np.ndarray
@@ -42,7 +46,7 @@ class TokenStore:
 
     @classmethod
     def load(cls, folder: str | Path) -> TokenStore:
-        """Raises `ValueError` that names the file which is missing, broken, or does not fit the others."""
+        """Open a folder. Raises `ValueError` that names a file that is missing, broken, or does not fit the others."""
         folder = Path(folder)
         if not (folder / "tokens.npy").exists() and (folder / "tokens.npy.xz").exists():
             unpack(folder / "tokens.npy.xz")
@@ -61,7 +65,7 @@ class TokenStore:
         return cls(folder, tokens, loss_mask, offsets, tuple(names), summary)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A worker process opens the files again; else the arrays themselves would be sent to it."""
+        """Let a worker process open the files again; else the arrays themselves would be sent to the process."""
         return TokenStore.load, (self.folder,)
 
 
@@ -85,7 +89,7 @@ def load_json(path: Path) -> Any:
 
 
 def unpack(packed: Path) -> None:
-    """`name.xz` beside itself as `name`, whole or not at all."""
+    """Unpack `name.xz` beside itself as `name`, whole or not at all."""
     try:
         with (
             whole_file(packed.with_suffix("")) as unfinished,
@@ -98,9 +102,9 @@ def unpack(packed: Path) -> None:
 
 
 class StoreWriter:
-    """Writes a `TokenStore` document by document, beside `folder`; it takes that name when it is whole.
+    """Write a `TokenStore` document by document, beside `folder`; the store takes that name when it is whole.
 
-    So a kill at any moment leaves no half folder. Used as a context; an error inside leaves nothing. Raises what
+    So a kill at any moment leaves no half folder. The writer is a context; an error inside leaves nothing. Raises what
     `writing` does.
     """
 
@@ -121,7 +125,7 @@ class StoreWriter:
         return self
 
     def add(self, document: Document) -> None:
-        """Raises `ValueError` for a token outside the vocabulary."""
+        """Add a document. Raises `ValueError` for a token outside the vocabulary."""
         if len(document.ids) and int(document.ids.max()) >= self.vocab_size:
             raise ValueError(
                 f"{document.name}: token id {document.ids.max()} is outside the vocabulary of {self.vocab_size}"
@@ -154,7 +158,7 @@ class StoreWriter:
 
 
 def publish(unfinished: Path, folder: Path) -> None:
-    """Gives a finished folder its name, with its content on the disk first. One that is there already stays."""
+    """Give a finished folder its name, after its content is on the disk. A folder that is there already stays."""
     for file in [*unfinished.iterdir(), unfinished]:
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
@@ -162,12 +166,12 @@ def publish(unfinished: Path, folder: Path) -> None:
     try:
         os.rename(unfinished, folder)
     except OSError:
-        if not (folder / "summary.json").exists():  # not what another process has written meanwhile
+        if not (folder / "summary.json").exists():  # else another process has written the folder meanwhile
             raise
 
 
 class ArrayWriter:
-    """A one-dimensional `.npy` that grows: numpy leaves room in the header for the length, which is written last."""
+    """A one-dimensional `.npy` file that grows; numpy leaves room in the header for the length, written last."""
 
     def __init__(self, path: Path, dtype: np.dtype):
         self.path, self.dtype, self.length = path, dtype, 0

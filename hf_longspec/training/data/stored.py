@@ -22,7 +22,7 @@ from .store import Document, TokenStore
 
 
 class Span(NamedTuple):
-    """Tokens start..end of a store, by its number."""
+    """Tokens start..end of the store with the number `store`."""
 
     store: int
     start: int
@@ -57,7 +57,7 @@ def pack_stores(
     lengths: tuple[int, int],
     left_out: Counter[str],
 ) -> tuple[StoredSamples, StoredSamples]:
-    """Samples of a source, of these lengths: (train, held out)."""
+    """Pack a source into samples of `lengths`; lengths and result are (train, held out)."""
     sides: dict[bool, list[list[Piece]]] = {False: [], True: []}
     packers = {side: Packer(lengths[side]) for side in sides}
     for held, span in documents(stores, source, section):
@@ -72,7 +72,7 @@ def pack_stores(
 
 
 def documents(stores: Sequence[TokenStore], source: Source, section: DataSection) -> Iterator[tuple[bool, Span]]:
-    """Whether it is held out, and where it is, of each document; packages are put together."""
+    """Yield for each document whether it is held out, and its span; the files of a package are one document."""
     spans = islice(numbered_documents(stores), source.limit if source.format == "tokens" else None)
     sided = ((is_held_out(document, source, section.held_out), document, span) for span, document in spans)
     keyed = (
@@ -103,7 +103,7 @@ def stored_samples(stores: Sequence[TokenStore], length: int, samples: list[list
 
 
 def open_stores(source: Source, tokenizer: PreTrainedTokenizerBase) -> list[TokenStore]:
-    """The stores of a `tokens` source. Raises `ValueError` for one whose tokens are of another vocabulary."""
+    """Open the stores of a `tokens` source. Raises `ValueError` for a store whose tokens are of another vocabulary."""
     stores = [TokenStore.load(folder) for folder in token_folders(Path(source.path))]
     size, sha256 = vocabulary_size(tokenizer), vocabulary_sha256(tokenizer)
     for store in stores:
@@ -118,15 +118,15 @@ def open_stores(source: Source, tokenizer: PreTrainedTokenizerBase) -> list[Toke
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the highest token id; ids may have gaps."""
+    """Return one more than the highest token id; ids may have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def token_folders(root: Path) -> list[Path]:
-    """`root` if it holds tokens; else the folders below it that do, in path order. Raises `ValueError` for none."""
+    """Return the folders at or below `root` that hold tokens, in path order. Raises `ValueError` if there are none."""
     found = {file.parent for file in root.rglob("tokens.npy*") if file.name in ("tokens.npy", "tokens.npy.xz")}
     hidden = {folder for folder in found if any(part.startswith(".") for part in folder.relative_to(root).parts)}
-    finished = sorted(found - hidden)  # hidden ones are being written
+    finished = sorted(found - hidden)  # hidden folders are being written
     if not finished:
         raise ValueError(f"{root}: expected a folder with tokens.npy, or folders of such below it")
     return finished

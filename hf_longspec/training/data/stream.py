@@ -1,7 +1,7 @@
-"""Samples made while training: documents are read, tokenized and packed as they are needed, nothing is kept on disk.
+"""Samples made while training: documents are read, tokenized and packed when needed, and nothing is kept on disk.
 
 The stream has no end: a source that has ended begins again. A run resumes by reading up to where it was, so the start
-costs as much as reading did; the samples are the same.
+costs as much as the first reading did; the samples are the same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROUND = 1000  # samples in which each source has its exact share
 
 
 class StreamedSamples(IterableDataset[Sample]):
-    """Endless samples in the order of training: in every 1000 each source has its share; a function of the seed."""
+    """Endless samples in the order of training, a function of the seed; in every 1000 each source has its share."""
 
     def __init__(self, section: DataSection, tokenizer: PreTrainedTokenizerBase, length: int, seed: int):
         self.section, self.tokenizer, self.length, self.seed = section, tokenizer, length, seed
@@ -41,7 +41,7 @@ class StreamedSamples(IterableDataset[Sample]):
         return {"sources": [report.as_dict() for report in self.reports]}
 
     def set_epoch(self, epoch: int) -> None:
-        """A stream is one epoch without an end; who asks for another has lost its place."""
+        """Raise `ValueError` for any epoch but 0: a stream is one endless epoch; the caller has lost its place."""
         if epoch:
             raise ValueError(f"a stream has one endless epoch, got epoch {epoch}")
 
@@ -79,7 +79,7 @@ def streamed(
     held_out: bool,
     report: SourceReport,
 ) -> Iterator[list[Piece]]:
-    """What each sample holds, in one pass over a source, of one side of the split, in the order of its documents."""
+    """Yield the pieces of each sample in one pass over a source, on one side of the split, in the documents' order."""
     packer, source = Packer(length), section.sources[number]
     for document in one_side(read_documents(source, section, tokenizer, report), source, section, held_out):
         for piece in pieces_of(document, len(document.ids), document.loss_mask, section, length, report.left_out):
@@ -90,7 +90,7 @@ def streamed(
 def one_side(
     documents: Iterable[Document], source: Source, section: DataSection, held_out: bool
 ) -> Iterator[Document]:
-    """Documents of one side of the split; packages are put together."""
+    """Yield the documents of one side of the split; the files of a package are joined."""
     sided = ((is_held_out(document, source, section.held_out), document) for document in documents)
     keyed = ((group_key(document, held, source, number), document) for number, (held, document) in enumerate(sided))
     for (held, _), group in groupby(keyed, key=lambda item: item[0]):
@@ -104,9 +104,9 @@ def nothing_to_train_on(length: int, record: dict[str, Any]) -> str:
 
 
 def joined(files: list[Document]) -> Document:
-    """The files of a package."""
+    """Join the files of a package into one document."""
     ids, mask = np.concatenate([file.ids for file in files]), None
-    if files[0].loss_mask is not None:  # then all have one: they are of one source
+    if files[0].loss_mask is not None:  # then all files have one: they are of one source
         mask = np.concatenate([file.loss_mask for file in files])
     return Document(package_of(files[0].name), ids, mask)
 
@@ -121,7 +121,7 @@ def sample_of(pieces: list[Piece], length: int) -> Sample:
 
 
 def shuffled(samples: Iterable[T], size: int, random: np.random.RandomState) -> Iterator[T]:
-    """Each sample waits among `size` others, and is given out when its place is drawn for a newer one."""
+    """Shuffle in a buffer: each sample waits among `size` others until its place is drawn for a newer one."""
     waiting: list[T] = []
     for sample in samples:
         if len(waiting) < size:

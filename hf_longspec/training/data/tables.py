@@ -1,4 +1,4 @@
-"""Rows of Parquet files and of datasets on the Hub, each with a name that finds it again.
+"""Rows of Parquet files and of datasets on the Hub, each with a name by which the row is found again.
 
 Imported only where there are such sources: machines that train on packed tokens need neither pyarrow nor datasets.
 """
@@ -18,7 +18,7 @@ from .report import SourceReport
 from .rows import BROKEN, Row, one_line
 from .section import Source
 
-FAILED = (DatasetsError, ValueError, pyarrow.ArrowException, *BROKEN)  # the network's failures are of OSError
+FAILED = (DatasetsError, ValueError, pyarrow.ArrowException, *BROKEN)  # the network's failures are `OSError`
 
 
 def parquet_rows(file: Path, name: str, source: Source, report: SourceReport) -> Iterator[Row]:
@@ -39,9 +39,9 @@ def parquet_rows(file: Path, name: str, source: Source, report: SourceReport) ->
 
 
 def hub_rows(source: Source, report: SourceReport, streaming: bool) -> Iterator[Row]:
-    """Rows of a dataset on the Hub, or of a local folder that looks like one."""
+    """Read the rows of a dataset on the Hub, or of a local folder that looks like one."""
     data = load_hub(source, streaming)
-    if data.column_names is not None:  # streams of some formats do not know theirs
+    if data.column_names is not None:  # streams of some formats do not know their columns
         require_columns(source.path, wanted_columns(source), data.column_names)
         data = data.select_columns(wanted_columns(source))
     number = -1
@@ -54,9 +54,9 @@ def hub_rows(source: Source, report: SourceReport, streaming: bool) -> Iterator[
 
 
 def load_hub(source: Source, streaming: bool) -> Any:
-    """The split of a dataset; `datasets` logs which of its files is broken.
+    """Load the split of a dataset; `datasets` logs which of its files is broken.
 
-    Raises `ValueError` for one that does not exist or cannot be reached.
+    Raises `ValueError` for a dataset that does not exist or cannot be reached.
     """
     options: dict[str, Any] = {"split": source.split, "revision": source.revision, "streaming": streaming}
     try:
@@ -78,7 +78,7 @@ def require_columns(where: str, wanted: list[str], columns: list[str]) -> None:
 
 
 def root(error: BaseException) -> BaseException:
-    """What made `datasets` fail, behind its own general messages."""
+    """Return the error that made `datasets` fail, behind its own general messages."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error

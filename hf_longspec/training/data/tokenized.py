@@ -1,4 +1,4 @@
-"""Sources tokenized into a folder: by `hf-longspec pack`, or into a cache that finds them again."""
+"""Sources tokenized into a folder by `hf-longspec pack`, or into a cache where they are found again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .split import is_held_out
 from .store import StoreWriter, TokenStore
 from .stored import open_stores, vocabulary_size
 
-FORMAT = 1  # to be raised when the same source would give other tokens
+FORMAT = 1  # raise this number when the same source would give other tokens
 
 
 def write_store(
@@ -33,7 +33,7 @@ def write_store(
     tokenizer: PreTrainedTokenizerBase,
     with_held_out: bool = True,
 ) -> TokenStore:
-    """Tokenizes a source into `folder`, which appears when it is whole, with a progress bar.
+    """Tokenize a source into `folder`, which appears when it is whole, and show a progress bar.
 
     `with_held_out=False` leaves out, and counts, what the section holds out. Raises `ValueError` if nothing is left.
     """
@@ -53,12 +53,12 @@ def write_store(
 
 
 def origin(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """What a store's summary says of its tokens, so that `open_stores` can refuse another target's."""
+    """Return what a store's summary says of its tokens, so that `open_stores` can refuse another target's tokens."""
     return {"tokenizer": tokenizer.name_or_path, "vocabulary_sha256": vocabulary_sha256(tokenizer)}
 
 
 def stores_of(source: Source, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> list[TokenStore]:
-    """The source's tokens on disk, made now if they are not there yet."""
+    """Return the source's tokens on disk; make them now if they are not there yet."""
     if source.format == "tokens":
         return open_stores(source, tokenizer)
     cache = Path(section.cache).expanduser() if section.cache else cache_folder() / "tokens"
@@ -69,7 +69,7 @@ def stores_of(source: Source, section: DataSection, tokenizer: PreTrainedTokeniz
 
 
 def fingerprint(source: Source, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of all that the tokens depend on: the source and its files, the tokenizer, the settings that matter."""
+    """Return a hash of all that the tokens depend on: source and files, tokenizer, the settings that matter."""
     fields = dataclasses.asdict(source)
     del fields["weight"]
     parts: dict[str, Any] = {"format": FORMAT, "source": fields, "max_bad_share": section.max_bad_share}
@@ -77,7 +77,7 @@ def fingerprint(source: Source, section: DataSection, tokenizer: PreTrainedToken
     parts["tokenizer"] = [tokenizer.chat_template, vocabulary_sha256(tokenizer)]
     if tokenizer.is_fast:
         parts["tokenizer"].append(tokenizer.backend_tokenizer.to_str())
-    if source.format == "text":  # their order depends on the split
+    if source.format == "text":  # the order of files depends on the split
         parts["held_out"] = [section.held_out.share, section.held_out.names]
     if source.format == "hub":
         from .tables import load_hub
@@ -89,7 +89,7 @@ def fingerprint(source: Source, section: DataSection, tokenizer: PreTrainedToken
 
 
 def file_marks(source: Source) -> list[Any]:
-    """Name, size and time of each file of a local source."""
+    """Return name, size and time of each file of a local source."""
     root = Path(source.path)
     suffixes = {"json": JSON_SUFFIXES, "parquet": (".parquet",), "text": source.suffixes}[source.format]
     return [[name_of(file, root), *mark(file)] for file in find_files(root, suffixes)]
