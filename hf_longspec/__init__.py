@@ -2,9 +2,10 @@
 
     from hf_longspec import LongSpecConfig, LongSpecForCausalLM
 
-`import hf_longspec` by itself loads neither torch nor transformers. It only leaves a note in transformers' table of
-models, so that `AutoModelForCausalLM.from_pretrained`, `pipeline(assistant_model=...)` and their like know drafts
-without remote code, whichever of the two packages is imported first (`registration.py` tells how).
+`import hf_longspec` by itself loads neither torch nor transformers. The import only leaves a stand-in for the config
+in transformers' table of models, so that `AutoModelForCausalLM.from_pretrained`, `pipeline(assistant_model=...)` and
+their like know drafts without remote code, whichever of the two packages is imported first (`registration.py` tells
+how).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `from_pretrained` raises for a folder or Hub repository that cannot be had, as one line that names it."""
+"""Errors of `from_pretrained` as one line that names the folder or Hub repository that cannot be loaded."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from .writing import MachineError, blames_machine, first_line
 
 @contextmanager
 def loading(role: str, name: str) -> Iterator[None]:
-    """Raises `OSError` with the role of what could not be loaded, its name, and the first line of the reason.
+    """Raise `OSError` with the role and name of what cannot be loaded, and the first line of the reason.
 
-    `MachineError` where the system says why and it is not the name: a full disk under the cache of downloads, say.
+    Raises `MachineError` instead where the system gives a reason and the name is not at fault: a full disk under the
+    download cache, say.
     """
     if name.startswith((".", "/")) and not Path(name).is_dir():
         raise OSError(f"{role} {name}: no such folder")
@@ -30,7 +31,7 @@ def loading(role: str, name: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, RuntimeError):  # transformers' word for weights of another shape, which it lists in a warning
+    if isinstance(error, RuntimeError):  # transformers' error for weights of another shape; a warning lists them
         return "its weights have other shapes than its config tells"
     if isinstance(error, StrictDataclassError):  # the first line names the field only
         return " ".join(str(error).split())

@@ -12,18 +12,18 @@ from shutil import which
 
 
 class PackageError(RuntimeError):
-    """A package that cannot be had here; the message says why, in one line."""
+    """The error for a package that cannot be downloaded here; the message gives the reason in one line."""
 
 
 def download_wheel(requirement: str, folder: Path) -> Path:
-    """The wheel of `NAME==VERSION` in an empty folder, without what it depends on, for any Python."""
+    """Download the wheel of `NAME==VERSION`, without its dependencies and for any Python, into an empty folder."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     _run([*command, "--ignore-requires-python", "--dest", str(folder), requirement], folder, f"pip {requirement}")
     return _only(folder, "*.whl", requirement)
 
 
 def download_debian(name: str, folder: Path) -> Path:
-    """Debian's package of that name in an empty folder, in the version that this system would install."""
+    """Download Debian's package `name`, in the version that this system would install, into an empty folder."""
     for program in ("apt-get", "dpkg-deb"):
         if which(program) is None:
             raise PackageError(f"{name} is a package of Debian, and there is no {program} on this machine")
@@ -32,7 +32,7 @@ def download_debian(name: str, folder: Path) -> Path:
 
 
 def read_members(package: Path, pattern: str) -> list[str]:
-    """The texts of a package's files whose whole name matches, in the order of their names."""
+    """Return the texts of the package's files whose full name matches `pattern`, in the order of their names."""
     wanted = re.compile(pattern)
     if package.suffix == ".whl":
         with zipfile.ZipFile(package) as archive:
@@ -40,7 +40,7 @@ def read_members(package: Path, pattern: str) -> list[str]:
             return [archive.read(name).decode("utf-8", "replace") for name in names]
     found = {}
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(package)], stdout=subprocess.PIPE) as unpacking:
-        with tarfile.open(fileobj=unpacking.stdout, mode="r|") as files:  # half a gigabyte may pass: never kept
+        with tarfile.open(fileobj=unpacking.stdout, mode="r|") as files:  # a stream, since it may hold half a gigabyte
             for member in files:
                 if member.isfile() and wanted.fullmatch(member.name):
                     content = files.extractfile(member)

@@ -1,4 +1,4 @@
-"""Where a figure comes from: the command, the machine, the versions, the commit."""
+"""The origin of a figure: the command, the machine, the versions, the commit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import transformers
 
 
 def provenance(device: torch.device) -> dict[str, str | None]:
-    """For the JSON line of a command; None stands for what is not installed, or no checkout."""
+    """Return the origin for a command's JSON line; None stands for a package or checkout that is missing."""
     command = shlex.join(["hf-longspec", *sys.argv[1:]])
     installed = {package: _installed(package) for package in ("hf-longspec", "triton")}
     return {"command": command, "device": device_name(device), "commit": commit()} | versions() | installed
@@ -30,13 +30,13 @@ def device_name(device: torch.device) -> str:
 
 
 def commit(folder: Path = Path(__file__).parents[1]) -> str | None:
-    """The git commit of `folder`, with a + behind it if files differ from it; None if it is no checkout."""
+    """Return the git commit of `folder`, with a + behind it if files differ from it; None outside a checkout."""
     if not (folder / ".git").exists() or shutil.which("git") is None:
         return None
 
     def git(*arguments: str) -> str:
-        # a checkout of another user's is answered by an error: then there is no commit to tell
-        # without locks `status` only looks; it would write the index, and leave its lock behind where it is killed
+        # git answers with an error for another user's checkout: then there is no commit to report
+        # without locks, `status` only reads; with them it writes the index, and leaves a lock behind if it is killed
         command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 

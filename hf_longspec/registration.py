@@ -1,9 +1,10 @@
-"""Makes drafts known to transformers' Auto classes, without loading transformers or torch to do so.
+"""The registration of drafts with transformers' Auto classes, without loading transformers or torch.
 
-Registering a class needs the class, which needs torch: seconds, at every `import hf_longspec` and every `--help`. So
-`announce` puts a stand-in into AutoConfig's table, and the stand-in fetches the real classes when someone asks it for
-a config. If AutoConfig is not loaded yet, a finder on `sys.meta_path` waits for that one module and then goes away.
-Nothing of ours is imported while transformers imports itself, so no order of imports can go in circles.
+Registering a class needs the class, and the class needs torch, which takes seconds: too long for every `import
+hf_longspec` and every `--help`. So `announce` puts a stand-in into AutoConfig's table, and the stand-in fetches the
+real classes when someone asks it for a config. If AutoConfig is not loaded yet, a finder on `sys.meta_path` waits for
+that one module and then goes away. Nothing of this package is imported while transformers imports itself, so no order
+of imports can go in circles.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ AUTO_CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 
 
 def announce() -> None:
-    """Leaves the stand-in in AutoConfig's table, now or as soon as there is one."""
+    """Put the stand-in into AutoConfig's table, now or as soon as the table exists."""
     module = sys.modules.get(AUTO_CONFIG_MODULE)
     if module is not None and hasattr(module, "CONFIG_MAPPING"):
         module.CONFIG_MAPPING.register(MODEL_TYPE, ConfigStandIn(), exist_ok=True)
@@ -30,9 +31,9 @@ def announce() -> None:
 def register() -> dict[str, type]:
     """Load the real classes, register them and return them by name.
 
-    The draft's class gets `push_to_hub` from here: a draft's repository carries no code that uploads.
+    The draft's class gets `push_to_hub` here, because a draft's repository carries no code that uploads.
     """
-    import transformers.pipelines  # puts another module `transformers` in the place of the first, so before the end
+    import transformers.pipelines  # replaces the module `transformers`: must precede the assignment to it
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from .hub.push_to_hub import push_to_hub
@@ -42,13 +43,13 @@ def register() -> dict[str, type]:
     LongSpecForCausalLM.push_to_hub = push_to_hub  # type: ignore[method-assign]
     AutoConfig.register(MODEL_TYPE, LongSpecConfig, exist_ok=True)
     AutoModelForCausalLM.register(LongSpecConfig, LongSpecForCausalLM, exist_ok=True)
-    # `pipeline(assistant_model="folder")` asks no Auto class: it looks the architecture up in transformers by its name
+    # `pipeline(assistant_model="folder")` asks no Auto class: it looks up the architecture's name in `transformers`
     transformers.LongSpecForCausalLM = LongSpecForCausalLM
     return {"LongSpecConfig": LongSpecConfig, "LongSpecForCausalLM": LongSpecForCausalLM}
 
 
 class ConfigStandIn:
-    """Answers for `LongSpecConfig` in AutoConfig's table until it is used, which replaces it by the real class."""
+    """The stand-in for `LongSpecConfig` in AutoConfig's table; its first use puts the real class in its place."""
 
     def __init__(self) -> None:
         self.__name__ = "LongSpecConfig"
@@ -61,7 +62,7 @@ class ConfigStandIn:
 
 
 class AutoConfigWatcher(MetaPathFinder):
-    """Finds only AutoConfig's module, only once, and has the stand-in put into its table when it has been loaded."""
+    """A finder of AutoConfig's module alone, once; after the module is loaded, `announce` fills its table."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != AUTO_CONFIG_MODULE:

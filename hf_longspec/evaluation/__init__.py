@@ -1,1 +1,1 @@
-"""Running a target with and without a draft, and judging the two texts."""
+"""Evaluation: a target runs with and without a draft, and the two texts are compared."""

@@ -1,8 +1,8 @@
-"""Which families of transformers LongSpec serves: each one is tried on a tiny random model.
+"""The families of transformers that LongSpec serves, found by trials on tiny random models.
 
-Float32, greedily and sampled under one seed, on trees and on a chain, with prompts shorter and longer than every
-window: `generate(assistant_model=draft)` has to write what plain `generate` writes, and to leave the random generator
-where it leaves it. `tiny_models` makes the targets.
+A trial runs in float32, greedily and sampled under one seed, on trees and on a chain, with prompts shorter and longer
+than every window: `generate(assistant_model=draft)` has to write the text of plain `generate`, and to leave the random
+generator in the same state. `tiny_models` makes the targets.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from hf_longspec.modeling.configuration_longspec import layer_kinds
 from .tiny_models import FAILURES, VOCAB, NotBuildable, one_line, randomized, tiny_model
 
 NEW_TOKENS = 24
-WIDE_TREE = (13, 80, 80)  # every next token, and about half of the pairs: random drafts are right seldom
-LEAST_EFFECT = 0.01  # of a token of the context on the next one: below it, a wrong attention might not show
-GREEDY: dict[str, Any] = {"do_sample": False, "no_repeat_ngram_size": 3}  # or small models repeat themselves
+WIDE_TREE = (13, 80, 80)  # every next token, and about half of the pairs, since random drafts are seldom right
+LEAST_EFFECT = 0.01  # on the next token of a token in the context: below it, wrong attention might not show
+GREEDY: dict[str, Any] = {"do_sample": False, "no_repeat_ngram_size": 3}  # else small models repeat themselves
 SAMPLED: dict[str, Any] = {"do_sample": True, "top_k": 0}
 
 
 class Setting(NamedTuple):
-    """One comparison of `generate` with and without the draft; length: of the prompt in tokens."""
+    """One comparison of `generate` with and without the draft; length: number of the prompt's tokens."""
 
     length: int
     tree: tuple[int, ...]
@@ -60,7 +60,7 @@ class Result(str, Enum):
 
 
 class Trial(NamedTuple):
-    """What became of one family; reason: empty where it is served."""
+    """The result for one family; reason: empty where the family is served."""
 
     family: str
     model: str
@@ -70,11 +70,11 @@ class Trial(NamedTuple):
 
 
 class Different(Exception):
-    """The draft changed the text, or what the random generator draws next."""
+    """The error for a draft that changed the text, or what the random generator draws next."""
 
 
 def try_families(families: Iterable[str]) -> Iterator[Trial]:
-    """One `Trial` a family, in order; what tiny models print and warn of is kept quiet."""
+    """Yield one `Trial` a family, in order; what tiny models print and warn of is kept quiet."""
     for family in families:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -83,7 +83,7 @@ def try_families(families: Iterable[str]) -> Iterator[Trial]:
 
 
 def try_family(family: str) -> Trial:
-    """Builds a tiny model of `family` and tries it with a random draft."""
+    """Build a tiny model of `family` and try it with a random draft."""
     try:
         target = tiny_model(family)
     except NotBuildable as error:
@@ -96,7 +96,7 @@ def try_family(family: str) -> Trial:
     try:
         texts = [write(target, setting) for setting in SETTINGS]
         effect = context_effect(target)
-    except FAILURES as error:  # of plain `generate`
+    except FAILURES as error:  # plain `generate` fails
         if refusal := refused_by_config(target.config):
             return Trial(family, name, attention, Result.refused, refusal)
         reason = f"plain generate: {one_line(error)}"
@@ -105,7 +105,7 @@ def try_family(family: str) -> Trial:
         compare(target, texts)
     except Different as error:
         return Trial(family, name, attention, Result.wrong, str(error))
-    except FAILURES as error:  # a refusal, or a crash
+    except FAILURES as error:  # the draft is refused, or crashes
         result = Result.refused if is_refusal(error) else Result.wrong
         return Trial(family, name, attention, result, one_line(error))
     if effect < LEAST_EFFECT:
@@ -115,9 +115,9 @@ def try_family(family: str) -> Trial:
 
 
 def compare(target: PreTrainedModel, texts: list[tuple[list[int], float]]) -> None:
-    """Raises `Different` unless the draft leaves `texts` as they are, those that `target` alone writes by `SETTINGS`.
+    """Raise `Different` unless a draft leaves unchanged the `texts` that `target` writes alone by `SETTINGS`.
 
-    Also where the comparison would prove nothing, since nothing of what the draft guessed was accepted.
+    Also raises `Different` where the comparison would prove nothing, since no guess of the draft was accepted.
     """
     config = LongSpecConfig.from_target(target.config, window=8)
     draft = randomized(lambda: LongSpecForCausalLM(config), seed=1)
@@ -138,7 +138,7 @@ def compare(target: PreTrainedModel, texts: list[tuple[list[int], float]]) -> No
 def write(
     target: PreTrainedModel, setting: Setting, draft: Any = None, accept_lengths: list[int] | None = None
 ) -> tuple[list[int], float]:
-    """The tokens `target` writes by `setting`, and what the random generator draws next."""
+    """Return the tokens that `target` writes by `setting`, and what the random generator draws next."""
     assistant = {} if draft is None else {"assistant_model": draft}
     torch.manual_seed(7)
     out = target.generate(
@@ -155,7 +155,7 @@ def write(
 
 @torch.no_grad()
 def context_effect(target: PreTrainedModel) -> float:
-    """By how much the probabilities of the next token change with a token before the last one, in 0..1."""
+    """Return how much the next token's probabilities change with a token before the last one, in 0..1."""
     ids = prompt(9)
     other = ids.clone()
     other[0, 6] = 2 + (other[0, 6] - 1) % (VOCAB - 2)
@@ -164,12 +164,12 @@ def context_effect(target: PreTrainedModel) -> float:
 
 
 def prompt(length: int) -> Tensor:
-    """(1, length) token ids, none of them special."""
+    """Return (1, length) token ids, none of them special."""
     return torch.randint(2, VOCAB, (1, length), generator=torch.Generator().manual_seed(length))
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether an error is a clear answer: our own `ValueError`, or one that `generate` raises itself."""
+    """Tell whether an error is a clear answer: our own `ValueError`, or one that `generate` raises itself."""
     if not isinstance(error, ValueError):
         return False
     origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
@@ -177,7 +177,7 @@ def is_refusal(error: Exception) -> bool:
 
 
 def refused_by_config(config: PreTrainedConfig) -> str:
-    """Why no draft can be made for a target with this config; empty if one can."""
+    """Return why no draft can be made for a target with this config; empty if a draft can be made."""
     try:
         LongSpecConfig.from_target(config)
     except ValueError as error:
@@ -186,7 +186,7 @@ def refused_by_config(config: PreTrainedConfig) -> str:
 
 
 def attention_kinds(config: PreTrainedConfig) -> str:
-    """The kinds of layers of a model in one line, first those that come first."""
+    """Return the kinds of layers of a model in one line, in the order in which they first appear."""
     text = config.get_text_config(decoder=True)
     try:
         kinds = layer_kinds(text)

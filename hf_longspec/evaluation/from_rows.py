@@ -1,4 +1,4 @@
-"""Prompts made of rows, each in the bucket of the smallest context that holds it."""
+"""Prompts made of rows, each in the bucket of the smallest context that holds the prompt."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .task import Built, Task, Wanted, encode, encode_messages, fitted
 
 
 class Buckets:
-    """Prompts by context, so many in each and no more; counts those that are too long for all of them."""
+    """Prompts by context, up to so many in each; counts the prompts that are too long for all contexts."""
 
     def __init__(self, task: Task, wanted: Wanted):
         self.task, self.contexts = task, wanted.contexts
@@ -36,7 +36,10 @@ class Buckets:
 
 
 def of_rows(task: Task, path: Path, wanted: Wanted) -> Built:
-    """A prompt longer than all contexts loses the middle of the task's long field, as in LongBench; or is left out."""
+    """Make a prompt of each row; one that is longer than all contexts loses the middle of the task's long field.
+
+    LongBench cuts its prompts in this way. A task without a long field leaves such prompts out.
+    """
     buckets = Buckets(task, wanted)
     for row in read_rows(path, task.name, task.fields):
         ids, cut = task.prompt(wanted.tokenizer, **row), 0
@@ -57,13 +60,13 @@ def without_middle(task: Task, field: str, row: Row, wanted: Wanted) -> list[int
 def rendered(
     task: Task, field: str, row: Row, tokenizer: PreTrainedTokenizerBase, long: list[int], amount: int
 ) -> list[int]:
-    """The prompt with only `amount` tokens of `long`, half of them from its beginning and half from its end."""
+    """Return the prompt with only `amount` tokens of `long`, half from its beginning and half from its end."""
     halves = long[: amount - amount // 2], long[len(long) - amount // 2 :]
     return task.prompt(tokenizer, **row | {field: "".join(tokenizer.decode(half) for half in halves)})
 
 
 def of_prompts(task: Task, path: Path, wanted: Wanted) -> Built:
-    """Prompts as they are, and conversations by the tokenizer's template."""
+    """Make prompts of texts as they are, and of conversations by the tokenizer's chat template."""
     buckets = Buckets(task, wanted)
     for row in read_prompts(path):
         if "messages" not in row:

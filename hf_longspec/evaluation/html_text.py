@@ -29,7 +29,7 @@ class _Text(HTMLParser):
             self.silent.pop()
         elif tag == "main":
             self.pieces, self.main = self.pieces[self.main :], None
-            self.silent.append("main")  # nothing behind it counts
+            self.silent.append("main")  # no text behind the main part counts
         elif tag in BLOCKS:
             self.pieces.append("\n")
 

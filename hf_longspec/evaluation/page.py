@@ -16,13 +16,13 @@ sampled texts, where rounding may move a draw, only whether they are equal is kn
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The first column is words, the others are figures."""
+    """Return a Markdown table; the first column holds words, the other columns hold figures."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def speed_table(report: Mapping[str, Any]) -> str:
-    """A row for each task and context; peaks of memory where they were measured."""
+    """Return a table with a row for each task and context, and peaks of memory where they were measured."""
     buckets = report["buckets"]
     head = ["task", "context", "prompts", "τ", "of a prompt"]
     head += ["plain, tokens/s", "with the draft", "speed-up", "= / ~ / ≠"]
@@ -43,7 +43,10 @@ def speed_table(report: Mapping[str, Any]) -> str:
 
 
 def level_table(report: Mapping[str, Any]) -> str:
-    """Of the rounds that came to a level, the share in which a guess of it was accepted; all tasks together."""
+    """Return a table of the share of accepted guesses by level of the tree, all tasks together.
+
+    The share is over the rounds that came to the level: in how many of them a guess of the level was accepted.
+    """
     widths = report["draft"]["tree"]
     rows = []
     for bucket in report["buckets"]:
@@ -63,7 +66,7 @@ def prefill_table(report: Mapping[str, Any]) -> str:
 
 
 def setting_sentence(report: Mapping[str, Any]) -> str:
-    """In one sentence: what ran where, and how."""
+    """Return one sentence that says what ran where, and how."""
     target, draft, setting, made = (report[name] for name in ("target", "draft", "setting", "provenance"))
     how = f"sampled at temperature {setting['temperature']}" if setting["temperature"] else "greedy"
     tree = " · ".join(map(str, draft["tree"])) or "none"
@@ -80,7 +83,7 @@ def made_by(report: Mapping[str, Any]) -> str:
 
 
 def load_sentence(report: Mapping[str, Any]) -> str:
-    """How busy the machine was; that says whether speeds can be trusted."""
+    """Return a sentence on how busy the machine was, which says whether speeds can be trusted."""
     machine = report["machine"]
     if machine["load_average"] is None:
         return ""
@@ -90,7 +93,7 @@ def load_sentence(report: Mapping[str, Any]) -> str:
 
 
 def page(report: Mapping[str, Any], picture: bool) -> str:
-    """The whole report. `picture`: it has one beside it."""
+    """Return the whole report as Markdown; picture: whether a picture lies beside the report."""
     draft = report["draft"]
     parts = [
         f"# {draft['name']}, evaluated",

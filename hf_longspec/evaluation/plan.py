@@ -1,4 +1,4 @@
-"""What is going to be measured: the prompts of all tasks, where they come from, and what was left out and why."""
+"""The plan of a run: the prompts of all tasks, where they come from, and what was left out and why."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ SUITES = (held_out.FOLDER,)
 
 @dataclass
 class Plan:
-    """samples: by context, then by task. sources: of each task, where its text is from. left_out: reasons by task."""
+    """The prompts of a run.
+
+    samples: prompts by context, then by task. sources: where the text of each task is from. left_out: reasons by task.
+    """
 
     samples: list[Sample] = field(default_factory=list)
     sources: list[dict[str, str]] = field(default_factory=list)
@@ -27,7 +30,10 @@ class Plan:
 
 
 def chosen(suite: str | None, specs: Sequence[str], max_new_tokens: int | None) -> list[tuple[Task, str | None]]:
-    """Tasks and where they lie; None: in the suite. Raises `ValueError` for unknown names."""
+    """Return tasks and the places where their rows or texts lie; None is the place of a task of the suite.
+
+    Raises `ValueError` for unknown names.
+    """
     if suite is not None and suite not in SUITES:
         raise ValueError(f"unknown suite {suite!r}; known are {', '.join(SUITES)}")
     tasks: list[tuple[Task, str | None]] = [(TASKS[name], None) for name in held_out.TASKS if suite is not None]
@@ -42,8 +48,9 @@ def chosen(suite: str | None, specs: Sequence[str], max_new_tokens: int | None) 
 
 
 def plan(tasks: Sequence[tuple[Task, str | None]], wanted: Wanted, cache: Path) -> Plan:
-    """All prompts. A task of the suite whose packages cannot be had here is left out, and that is told.
+    """Return the prompts of all tasks.
 
+    A task of the suite whose packages cannot be downloaded here is left out, and `Plan.left_out` gives the reason.
     Raises `ValueError` for whatever is wrong with a place or its rows, and if no prompt is left.
     """
     made = Plan()
@@ -71,7 +78,10 @@ def plan(tasks: Sequence[tuple[Task, str | None]], wanted: Wanted, cache: Path) 
 
 
 def source(task: Task, place: str, path: Path) -> dict[str, str]:
-    """Where a task's rows or text are from: the commit if from the Hub, and the checksum of a single file."""
+    """Return where the rows or text of a task come from.
+
+    Adds the commit if they come from the Hub, and the checksum of a single file.
+    """
     told = {"task": task.name, "name": place}
     if place.startswith("hf://"):
         told["version"] = path.parts[path.parts.index("snapshots") + 1]

@@ -1,4 +1,4 @@
-"""A report as one picture (PNG). Needs matplotlib, which `pip install hf-longspec[bench]` brings."""
+"""A report as one picture (PNG). The picture needs matplotlib, which `pip install hf-longspec[bench]` brings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .summary import ALL
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
-    """τ and speed-up by context, a line a task; acceptance by level of the tree, a line a context."""
+    """Draw τ and speed-up by context, a line a task, and acceptance by level of the tree, a line a context."""
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     accept, speed, levels = figure.subplots(1, 3)
     by_context(accept, report, "accept_length", "τ, tokens per forward of the target")

@@ -1,6 +1,6 @@
-"""What has been measured so far, a line a prompt, so that a run that was interrupted goes on where it stopped.
+"""The records of a run so far, a line a prompt, so that an interrupted run goes on where it stopped.
 
-The first line of the file holds the settings; with other ones the file is refused, never mixed.
+The first line of the file holds the settings; a file with other settings is refused, never mixed.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from typing import Any
 from ..writing import writing
 
 Record = dict[str, Any]
-KEYS = {True: {"settings"}, False: {"task", "context", "id"}}  # of the first line, and of all others
+KEYS = {True: {"settings"}, False: {"task", "context", "id"}}  # of the first line, and of all other lines
 
 
 class Records:
-    """The file of a run: opened with its settings, asked what is done, and given each record as it is made."""
+    """The file of a run: opened with the run's settings, asked what is done, and given each record as it is made."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]):
-        """Makes the file, or reads it. Raises `ValueError` for other settings, or a damaged file; and as `writing`."""
+        """Create the file, or read it.
+
+        Raises `ValueError` for other settings or a damaged file, and what `writing` raises.
+        """
         self.path = path
         self.done: dict[tuple[str, int, str], Record] = {}
-        settings = json.loads(json.dumps(settings))  # as they come back from the file
+        settings = json.loads(json.dumps(settings))  # the form in which settings come back from the file
         if not path.exists():
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +49,7 @@ class Records:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _whole_lines(self) -> list[str]:
-        """All lines; one that was being written when the run was stopped is taken off the file."""
+        """Return all whole lines; a last line that an interrupted run left unfinished is cut off the file."""
         text = self.path.read_bytes()
         whole = text[: text.rfind(b"\n") + 1]
         if len(whole) < len(text):
@@ -59,7 +62,7 @@ class Records:
             parsed = json.loads(line)
             if not KEYS[number == 1].issubset(parsed if isinstance(parsed, dict) else ()):
                 raise ValueError(f"expected an object with {', '.join(sorted(KEYS[number == 1]))}")
-        except ValueError as error:  # json's own is one too
+        except ValueError as error:  # a `JSONDecodeError` is one too
             raise ValueError(f"{self.path}, line {number} is damaged: {error}; choose another --output") from error
         return parsed
 
@@ -72,7 +75,7 @@ class Records:
 
 
 def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Settings within settings as `outer.inner`."""
+    """Return the settings with settings inside of others named `outer.inner`."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
         found |= flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}

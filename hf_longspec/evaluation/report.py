@@ -1,4 +1,4 @@
-"""What people see of a side-by-side run: the texts as they are written, a table, and a sentence on their equality."""
+"""The console output of a side-by-side run: texts as they are written, tables, and a sentence on their equality."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .side_by_side import Run, Verdict
 
 
 class ConsoleStreamer(TextStreamer):
-    """Writes the text to a rich console while it is generated, without the prompt."""
+    """A streamer that writes the generated text, without the prompt, to a rich console."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, console: Console, style: str):
         super().__init__(tokenizer, skip_prompt=True)
@@ -25,7 +25,7 @@ class ConsoleStreamer(TextStreamer):
 
 
 def table(plain: Run, speculative: Run, draft_bytes: int) -> Table:
-    """Both runs, a column each."""
+    """Return a table of both runs, a column each."""
     rows = Table(box=None, header_style="bold", pad_edge=False)
     rows.add_column("")
     rows.add_column("plain generate", justify="right")
@@ -45,7 +45,7 @@ def table(plain: Run, speculative: Run, draft_bytes: int) -> Table:
 
 
 def phases(speculative: Run) -> Table:
-    """Where the time of the run with the draft went."""
+    """Return a table of the time that each phase took in the run with the draft."""
     rows = Table(box=None, header_style="bold", pad_edge=False)
     rows.add_column("phase")
     rows.add_column("total, s", justify="right")
@@ -56,7 +56,7 @@ def phases(speculative: Run) -> Table:
 
 
 def sentence(verdict: Verdict, tokens: int, dtype: str) -> Text:
-    """The outcome of the comparison, for a person to read."""
+    """Return the outcome of the comparison as a sentence for a person to read."""
     if verdict.equal:
         return Text(f"The two texts are equal, token for token ({tokens} tokens, {dtype}).", "bold green")
     place = f"The two texts part at new token {verdict.position} ({dtype})"

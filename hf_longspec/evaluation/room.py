@@ -1,4 +1,4 @@
-"""How far a target's positions reach, and whether a text fits. Knows configs only."""
+"""The positions of a target, and whether a text fits them. Knows configs only."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 
 def positions_of(config: Any) -> int | None:
-    """Positions of a model with this config; None where it states none.
+    """Return the number of positions of a model with this config; None where the config states none.
 
-    Models with linear scaling, and most with YaRN, state the number before scaling.
+    Configs with linear scaling, and most with YaRN, state the number before scaling.
     """
     text = config.get_text_config(decoder=True)
     stated = getattr(text, "max_position_embeddings", None)
@@ -23,7 +23,7 @@ def positions_of(config: Any) -> int | None:
 
 
 def check_room(config: Any, context: int, new_tokens: int, what: str = "") -> None:
-    """Raises `ValueError` if a context and what is written behind it are more than a target can hold.
+    """Raise `ValueError` if a context and the new tokens behind it are more than a target can hold.
 
     what: whose text it is, in words, with a colon.
     """

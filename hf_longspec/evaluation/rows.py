@@ -1,6 +1,6 @@
 """Rows of tasks: JSON lines in a file, a folder, a zip archive or a dataset repository on the Hub.
 
-Every mistake names the file and the line. Knows no tokenizer and no model.
+Every error names the file and the line. Knows no tokenizer and no model.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from ..writing import MachineError, first_line
 from .text import text_files
 
 Row = dict[str, Any]
-# As fsspec and `datasets` write it: hf://datasets/OWNER/NAME[@REVISION]/FILE
+# The form of fsspec and `datasets`: hf://datasets/OWNER/NAME[@REVISION]/FILE
 HUB = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<file>.+)")
-TOLD = 3  # malformed lines that are told in full
+TOLD = 3  # malformed lines that a message tells in full
 
 
 def local_path(place: str) -> Path:
-    """The file or folder that `place` means, downloaded from the Hub if it is there.
+    """Return the file or folder that `place` names, downloaded first if it lies on the Hub.
 
     Raises `ValueError` if there is none, `MachineError` if the download failed.
     """
@@ -55,22 +55,22 @@ def local_path(place: str) -> Path:
         raise ValueError(f"{place}: no such dataset, or a private one: `hf auth login` if it is yours") from error
     except RevisionNotFoundError as error:
         raise ValueError(f"{place}: no such revision {match['revision']!r}") from error
-    except LocalEntryNotFoundError as error:  # before its parent: also what there is without a network
+    except LocalEntryNotFoundError as error:  # before its parent class; raised without a network too
         raise ValueError(f"{place}: not in the cache, and the Hub cannot be reached") from error
     except EntryNotFoundError as error:
         raise ValueError(f"{place}: no such file in the dataset") from error
     except (
         HTTPError,
         OSError,
-    ) as error:  # of connection and answer; a file cut off, or without space
+    ) as error:  # of the connection or the answer; a file that is cut off, a full disk
         raise MachineError(f"{place}: {first_line(error)}") from error
 
 
 def read_rows(path: Path, name: str, fields: Sequence[str]) -> list[Row]:
-    """The rows of task `name`: of `path`, of `name`.jsonl in a folder or anywhere in a zip archive.
+    """Read the rows of task `name` from the file `path`, or from `name`.jsonl in a folder or zip archive.
 
-    Each row gets an `_id` if it has none: the number of its line. Raises `ValueError` for malformed rows, and for
-    those that lack one of `fields`, all of which are texts.
+    The file may lie anywhere in an archive. A row without an `_id` gets the number of its line. Raises `ValueError`
+    for malformed rows, and for rows that lack one of `fields`, all of which are texts.
     """
     if path.is_dir():
         path = path / f"{name}.jsonl"
@@ -82,7 +82,7 @@ def read_rows(path: Path, name: str, fields: Sequence[str]) -> list[Row]:
 
 
 def read_prompts(path: Path) -> list[Row]:
-    """Prompts of one's own: rows with a `prompt` or `messages`, or text files that are a prompt each."""
+    """Read prompts of a user's own: rows with a `prompt` or `messages`, or text files, a prompt each."""
     if path.suffix in (".jsonl", ".json"):
         return parse_rows(path.read_bytes(), str(path), check_prompt)
     return [
@@ -92,7 +92,7 @@ def read_prompts(path: Path) -> list[Row]:
 
 
 def zip_member(path: Path, name: str) -> tuple[bytes, str]:
-    """The one file of that name in an archive, and where it is, in words."""
+    """Return the content of the one file `name` in an archive, and its place in words."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = [member for member in archive.namelist() if Path(member).name == name]
@@ -113,7 +113,7 @@ def parse_rows(content: bytes, place: str, check: Callable[[Any], None]) -> list
             row = json.loads(line)
             check(row)
             json.dumps(row, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair is no text
-        except ValueError as error:  # json's own is one too
+        except ValueError as error:  # a `JSONDecodeError` is one too
             faults.append(f"line {number}: {error}")
         else:
             rows.append({"_id": str(number)} | row)
@@ -127,7 +127,7 @@ def parse_rows(content: bytes, place: str, check: Callable[[Any], None]) -> list
 
 def utf8(content: bytes, place: str) -> str:
     try:
-        return content.decode("utf-8-sig")  # some editors write a mark in front
+        return content.decode("utf-8-sig")  # some editors write a byte order mark in front
     except UnicodeDecodeError as error:
         raise ValueError(f"{place} is no UTF-8 text: {error}") from error
 

@@ -1,4 +1,4 @@
-"""One prompt with both engines in one process, and what is noted of it."""
+"""The measurement of one prompt by plain `generate` and with the draft, in one process, and its record."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .task import Sample
 
 
 def options_of(sample: Sample, temperature: float) -> dict[str, Any]:
-    """Options of `generate`; without a temperature it is greedy."""
+    """Return the options of `generate`, which is greedy at temperature 0."""
     options: dict[str, Any] = {"max_new_tokens": sample.max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         options["temperature"] = temperature
@@ -35,7 +35,7 @@ def warm_up(target: PreTrainedModel, draft: Any, sample: Sample, temperature: fl
 
 
 def measure(target: PreTrainedModel, draft: Any, sample: Sample, temperature: float, seed: int) -> Record:
-    """Runs plain `generate`, then the draft, and compares. Raises what `generate` raises."""
+    """Run plain `generate`, then the draft, and compare the texts. Raises what `generate` raises."""
     inputs, options = inputs_of(sample, target.device), options_of(sample, temperature)
     plain, plain_peak = run(target, inputs, None, seed=seed, **options)
     ours, peak = run(target, inputs, draft, seed=seed, **options)
@@ -59,7 +59,7 @@ def measure(target: PreTrainedModel, draft: Any, sample: Sample, temperature: fl
 
 
 def run(target: PreTrainedModel, inputs: dict[str, Tensor], draft: Any, **options: Any) -> tuple[Run, int | None]:
-    """A run, and the most bytes that were allocated on the GPU at any time of it; None on a CPU."""
+    """Return a run, and the most bytes that were allocated on the GPU at any time of it; None on a CPU."""
     on_gpu = target.device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize(target.device)
@@ -69,7 +69,10 @@ def run(target: PreTrainedModel, inputs: dict[str, Tensor], draft: Any, **option
 
 
 def load_average() -> float | None:
-    """How many programs wanted a core in the last minute, this one included; None where the system does not tell."""
+    """Return how many programs wanted a core in the last minute, this one included.
+
+    None where the system does not tell.
+    """
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 

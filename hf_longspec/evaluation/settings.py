@@ -1,4 +1,4 @@
-"""What must not change within a run: target, draft, prompts, machine and versions."""
+"""The settings that must not change within a run: target, draft, prompts, machine and versions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .task import Sample
 def pair_settings(
     target_name: str, draft_name: str, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, draft: Any
 ) -> dict[str, Any]:
-    """What tells target and draft from others, and how they are set."""
+    """Return what tells this target and draft from others, and how the two are set."""
     config, parameters = draft.config, list(draft.parameters())
     return {
         "target": {
@@ -46,7 +46,7 @@ def run_settings(samples: Iterable[Sample], provenance: Mapping[str, Any]) -> di
 
 
 def weights_sha256(draft: torch.nn.Module) -> str:
-    """What tells this draft from the same one after more training."""
+    """Return a hash that tells this draft from the same draft after more training."""
     digest = hashlib.sha256()
     for name, weight in sorted(draft.state_dict().items()):
         digest.update(name.encode())
@@ -55,5 +55,5 @@ def weights_sha256(draft: torch.nn.Module) -> str:
 
 
 def samples_sha256(samples: Iterable[Sample]) -> str:
-    """What tells these prompts, and how long their texts may become, from any others."""
+    """Return a hash that tells these prompts, and how long their texts may become, from any others."""
     return hashlib.sha256(repr([tuple(sample) for sample in samples]).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""One target with and without its draft on the same prompt: how long each takes, and whether the texts are the same.
+"""One target with and without its draft on one prompt: the time of each run, and whether the texts are the same.
 
 Knows `generate` and what a draft adds to its output; does not load models and prints nothing.
 """
@@ -15,15 +15,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-# Tokens before the place where two texts part, over which the target's rounding noise is measured.
+# The target's rounding noise is measured over so many tokens before the place where two texts part.
 NOISE_TOKENS = 64
-# A CPU needs no more prompt than this to be warm.
+# A CPU is warm after so many tokens of a prompt.
 WARM_UP_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Run:
-    """One call of `generate`, batch 1. Seconds are wall-clock; prefill ends and decoding begins at the first token."""
+    """One call of `generate`, batch 1.
+
+    Seconds are wall-clock; prefill ends and decoding begins at the first token.
+    """
 
     tokens: list[int]
     prefill_seconds: float
@@ -33,7 +36,7 @@ class Run:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of decoding: the first token belongs to prefill. 0 if there was nothing to decode."""
+        """The speed of decoding: the first token belongs to prefill. 0 if there was nothing to decode."""
         return (len(self.tokens) - 1) / self.decode_seconds if len(self.tokens) > 1 else 0.0
 
     @property
@@ -44,10 +47,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether two texts are the same, and if not, what the target's logits say about the place where they part.
+    """The comparison of two texts, with the target's logits at the place where the texts part.
 
-    gap: between the target's logits of the two tokens chosen there. noise: how far such gaps move when the target
-    alone reads the same text in one piece and in two; None where it was not measured (see `judge`).
+    position: the first new token that differs; None where the texts are equal. gap: the difference of the target's
+    logits of the two tokens chosen there. noise: how far such gaps move when the target alone reads the same text in
+    one piece and in two; None where the noise was not measured (see `judge`).
     """
 
     position: int | None = None
@@ -60,12 +64,12 @@ class Verdict:
 
     @property
     def tie(self) -> bool:
-        """Both texts are read with that noise, so a gap within twice the noise has no sure sign."""
+        """Whether the gap is within twice the noise: with noise in both texts, the gap has no sure sign."""
         return self.noise is not None and self.gap <= 2 * self.noise
 
 
 class Stopwatch(BaseStreamer):
-    """Notes when each token arrives; hands everything on to `inner`."""
+    """A streamer that notes when each token arrives and hands everything on to `inner`."""
 
     def __init__(self, inner: BaseStreamer | None = None):
         self.inner = inner
@@ -93,9 +97,9 @@ def run(
     streamer: BaseStreamer | None = None,
     **options: Any,
 ) -> Run:
-    """Calls `target.generate(**inputs, **options)`, with the draft if there is one, and times it.
+    """Call `target.generate(**inputs, **options)`, with the draft if there is one, and time the call.
 
-    inputs: `input_ids` (1, L) and what else the tokenizer gives. `seed` is set before the call, so that two runs that
+    inputs: `input_ids` (1, L) and the other tensors of the tokenizer. seed: set before the call, so that two runs that
     sample draw the same numbers. Raises whatever `generate` raises.
     """
     watch = Stopwatch(streamer)
@@ -113,7 +117,10 @@ def run(
 
 
 def warm_up(target: PreTrainedModel, inputs: dict[str, Tensor], draft: Any, **options: Any) -> None:
-    """A few tokens with and without the draft; on an accelerator at full length, since kernels are chosen by shape."""
+    """Write a few tokens with and without the draft.
+
+    An accelerator reads the prompt at full length, since kernels are chosen by shape.
+    """
     if target.device.type == "cpu":
         inputs = {name: value[:, -WARM_UP_TOKENS:] for name, value in inputs.items()}
     for assistant in (None, draft):
@@ -129,15 +136,15 @@ def judge(
     sampled: bool = False,
     plain_logits: Tensor | None = None,
 ) -> Verdict:
-    """Compares two continuations of the prompt and, where they part, weighs the two tokens.
+    """Compare two continuations of the prompt and, where they part, weigh the two tokens.
 
     In float32 any difference is an error, and a sampled text may part at a draw that logits alone do not explain; so
-    noise is measured only for greedy text in a shorter format: over the last `NOISE_TOKENS` places before the parting,
-    the largest change of the gap between the two best tokens; and no less than a rounding unit of the best logit, as
-    logits come rounded to the format.
+    noise is measured only for greedy text in a shorter format. The noise is the largest change of the gap between the
+    two best tokens over the last `NOISE_TOKENS` places before the parting; and no less than a rounding unit of the
+    best logit, as logits are rounded to the format.
 
     plain_logits: (new tokens, vocab) of plain `generate` itself, where it read the prompt in another way than alone,
-    as a row of a padded batch: then what that changes is noise too.
+    as a row of a padded batch: then the change by this reading is noise too.
     """
     if plain == speculative:
         return Verdict()
@@ -147,7 +154,7 @@ def judge(
         return Verdict(position)
     prompt = inputs["input_ids"]
     text = torch.cat([prompt, prompt.new_tensor([plain[:position]])], dim=1)
-    if text.shape[1] == 1:  # no second way to read a single token
+    if text.shape[1] == 1:  # there is no second way to read a single token
         return Verdict(position)
     whole, pieces = logits_in_one_piece(target, text), logits_in_two_pieces(target, text)
     best = whole.topk(2).indices
@@ -161,21 +168,30 @@ def judge(
 
 
 def gaps(logits: Tensor, pairs: Tensor) -> Tensor:
-    """logits (K, vocab), pairs (K, 2) of tokens -> (K,): how far the first token is above the second."""
+    """Return how far the logit of each pair's first token is above the logit of the second.
+
+    logits (K, vocab), pairs (K, 2) of tokens -> (K,).
+    """
     first, second = logits.gather(1, pairs).unbind(1)
     return first - second
 
 
 @torch.no_grad()
 def logits_in_one_piece(target: PreTrainedModel, text: Tensor) -> Tensor:
-    """Logits (K, vocab) in float32 after each of the last K = min(NOISE_TOKENS, L - 1) tokens of text (1, L)."""
+    """Return the logits after each of the last tokens of text (1, L), read in one forward.
+
+    The logits are (K, vocab) in float32 for the last K = min(NOISE_TOKENS, L - 1) tokens.
+    """
     keep = min(NOISE_TOKENS, text.shape[1] - 1)
     return target(input_ids=text, logits_to_keep=keep).logits[0].float()
 
 
 @torch.no_grad()
 def logits_in_two_pieces(target: PreTrainedModel, text: Tensor) -> Tensor:
-    """The same logits, read with everything before them in the cache, as decoding and verification read it."""
+    """Return the same logits, read with all earlier tokens in the cache.
+
+    Decoding and verification read the text in this way.
+    """
     keep = min(NOISE_TOKENS, text.shape[1] - 1)
     past = target(input_ids=text[:, :-keep], use_cache=True, logits_to_keep=1).past_key_values
     return target(input_ids=text[:, -keep:], past_key_values=past, use_cache=True).logits[0].float()

@@ -1,4 +1,4 @@
-"""Records as figures, by task and length of context: what reports, cards and pictures show."""
+"""Figures of records, by task and length of context, for reports, cards and pictures."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Bucket:
-    """The prompts of one task and context.
+    """The figures of one task and context.
 
-    accept_length: τ, tokens per round over all prompts; lowest, highest: of a single one. acceptance_by_level: of the
-    rounds that came to a level of the tree, the share in which one of its guesses was accepted; None where no round
-    came. tokens_per_second: of decoding, all tokens over all time, and speed_up is the ratio of the two; None where
-    every text ended at its first token. prefill_seconds: means. peak_bytes: the largest; None on a CPU.
+    accept_length: τ, tokens per round over all prompts; lowest, highest: τ of a single prompt. acceptance_by_level:
+    the share of the rounds that came to a level of the tree in which a guess of the level was accepted; None where no
+    round came. tokens_per_second: the speed of decoding, all tokens over all time; speed_up: the ratio of the two
+    speeds; both are None where every text ended at its first token. prefill_seconds: means. peak_bytes: the
+    largest peak; None on a CPU.
     """
 
     task: str
@@ -46,7 +47,10 @@ class Bucket:
 
 
 def buckets(records: Sequence[Record], levels: int) -> list[dict[str, Any]]:
-    """A bucket for each task and context, then one for all tasks of each context; trees have so many levels."""
+    """Return a bucket for each task and context, then one for all tasks of each context.
+
+    levels: the number of levels of the trees.
+    """
     tasks = list(dict.fromkeys(record["task"] for record in records))
     contexts = sorted({record["context"] for record in records})
     found = []
@@ -87,7 +91,10 @@ def bucket(task: str, context: int, records: Sequence[Record], levels: int) -> B
 
 
 def acceptance_by_level(rounds: Sequence[Sequence[int]], levels: int) -> list[float | None]:
-    """The last round of a text may be cut short by its end, which says nothing of guesses: it is left out."""
+    """Return, for each level, the share of the rounds that came to it in which a guess was accepted.
+
+    The last round of a text may be cut short by the text's end, which says nothing of guesses: it is left out.
+    """
     lengths = [length for text in rounds for length in text[:-1]]
     shares: list[float | None] = []
     for level in range(1, levels + 1):
@@ -97,7 +104,7 @@ def acceptance_by_level(rounds: Sequence[Sequence[int]], levels: int) -> list[fl
 
 
 def speed(records: Sequence[Record], engine: str) -> float | None:
-    """Tokens per second of decoding; the first token of a text belongs to its prefill."""
+    """Return the tokens per second of decoding; the first token of a text belongs to its prefill."""
     tokens = sum(record[engine]["new_tokens"] - 1 for record in records)
     seconds = sum(record[engine]["decode_seconds"] for record in records)
     return tokens / seconds if seconds else None
@@ -111,9 +118,11 @@ def peak(records: Sequence[Record], engine: str) -> int | None:
 def report(
     records: Sequence[Record], settings: dict[str, Any], provenance: dict[str, Any], **more: Any
 ) -> dict[str, Any]:
-    """What `report.json` holds. settings: those of the records, with `target`, `draft` and `setting`.
+    """Return what `report.json` holds.
 
-    machine: its cores, and how many programs wanted one while it was measured; above the cores, speeds are disturbed.
+    settings: the settings of the records, with `target`, `draft` and `setting`. The report's `machine` holds the
+    number of cores, and how many programs wanted one during the measurement; above the number of cores, speeds are
+    disturbed.
     """
     told = {name: settings[name] for name in ("target", "draft", "setting")}
     state = max(record["draft_state_bytes"] for record in records)

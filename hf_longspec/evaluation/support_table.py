@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..provenance import versions
 from .families import Result, Trial
 
-WIDEST = 150  # characters of a reason
+WIDEST = 150  # characters of a reason that the table shows
 MEANING = {
     Result.wrong: "The text differs, or the call ends in something that is no clear refusal: a defect.",
     Result.served: "`generate(assistant_model=draft)` wrote what plain `generate` writes, in every setting tried.",
@@ -31,7 +31,7 @@ with {versions}.
 
 
 def support_table(trials: Sequence[Trial], command: str) -> str:
-    """The whole page; command: what it was made by."""
+    """Return the whole page; command: the command that made it."""
     counted = Counter(trial.result for trial in trials)
     counts = ", ".join(f"{counted[result]} {result.value}" for result in MEANING if counted[result])
     named = ", ".join(f"{name} {version}" for name, version in versions().items())
@@ -43,7 +43,7 @@ def support_table(trials: Sequence[Trial], command: str) -> str:
 
 
 def read_results(page: str) -> dict[str, Result]:
-    """The result of each family by a page that `support_table` made."""
+    """Return the result of each family from a page of `support_table`."""
     rows = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
     return {row[1].strip(" `"): Result(row[4].strip()) for row in rows}
 

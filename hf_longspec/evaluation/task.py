@@ -1,4 +1,4 @@
-"""A task, the prompts that it is measured on, and how a prompt is made to fit a context.
+"""A task, the prompts that the task is measured on, and how a prompt is made to fit a context.
 
 Knows tokenizers and their chat templates; loads nothing.
 """
@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 class Sample(NamedTuple):
     """One prompt.
 
-    context: the bucket that it is reported in. stops: whether the text ends where the target ends it, or only at
-    `max_new_tokens`. cut: tokens that were taken out of its middle.
+    context: the bucket of the prompt in reports. stops: whether the text ends where the target ends it, or only at
+    `max_new_tokens`. cut: number of tokens that were taken out of the prompt's middle.
     """
 
     task: str
@@ -35,7 +35,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is wanted of every task: contexts in rising order, and so many prompts for each."""
+    """The prompts wanted of every task: contexts in rising order, and so many prompts for each."""
 
     tokenizer: PreTrainedTokenizerBase
     contexts: tuple[int, ...]
@@ -43,7 +43,7 @@ class Wanted:
 
 
 class Built(NamedTuple):
-    """The prompts of a task, and what was left out of it, in words; empty if nothing was."""
+    """The prompts of a task, and what was left out of the task, in words; empty if nothing was left out."""
 
     samples: list[Sample]
     left_out: str = ""
@@ -53,9 +53,9 @@ class Built(NamedTuple):
 class Task:
     """One task.
 
-    instructions: of a row, its fields in braces. fields: those that a row must have; `long` is the one of which the
-    middle may be cut out. chat: the prompt is a message, where the tokenizer has a template. stops: see `Sample`.
-    place: where its rows lie if nothing else is said.
+    instructions: a template with fields of a row in braces. fields: the fields that a row must have. long: the field
+    whose middle may be cut out. chat: whether the prompt is a user's message, where the tokenizer has a template.
+    stops: see `Sample`. place: where the rows lie if nothing else is said.
     """
 
     name: str
@@ -72,28 +72,31 @@ class Task:
         return Sample(self.name, str(name), context, ids, self.max_new_tokens, self.stops, cut)
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase, **fields: str) -> list[int]:
-        """Token ids of the instructions with these fields."""
+        """Return the token ids of the instructions with these fields."""
         return encode(tokenizer, self.instructions.format(**fields), self.chat)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> list[int]:
-    """Token ids of a prompt, as a user's message where `chat` is asked for and the tokenizer has a template."""
+    """Return the token ids of a prompt, as a user's message if `chat` holds and the tokenizer has a template."""
     if chat and tokenizer.chat_template:
         return encode_messages(tokenizer, [{"role": "user", "content": text}])
     return tokenizer(text, verbose=False)["input_ids"]
 
 
 def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation that the assistant goes on with; the template writes all special tokens."""
+    """Return the token ids of a conversation that the assistant goes on with.
+
+    The template writes all special tokens.
+    """
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def fitted(render: Callable[[int], list[int]], amount: int, limit: int, name: str) -> list[int]:
-    """`render(amount)`, with as much less of it as is needed to keep within `limit` tokens.
+    """Return `render(amount)`, with `amount` lowered as far as is needed to keep within `limit` tokens.
 
-    amount: tokens of what may be shortened; text that is cut and read again may come out a little longer. Raises
-    `ValueError` if nothing of it can be left.
+    amount: number of tokens of the part that may be shortened; text that is cut and read again may come out a little
+    longer. Raises `ValueError` if nothing of that part can be left.
     """
     while len(ids := render(amount)) > limit:
         amount -= len(ids) - limit

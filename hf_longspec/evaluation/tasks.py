@@ -1,6 +1,7 @@
-"""The tasks that are known, as data. Quality of answers is not measured: the text is the target's own either way.
+"""The known tasks, as data.
 
-The five of LongBench are read in its shape, with `context`, `input` and more fields; the wording is ours.
+Quality of answers is not measured: with and without a draft, the text is the target's own. The five tasks of LongBench
+are read in LongBench's format, with `context`, `input` and more fields; the wording is ours.
 """
 
 from __future__ import annotations
@@ -66,7 +67,10 @@ TASKS = {task.name: task for task in KNOWN}
 
 
 def parse_task(spec: str) -> tuple[Task, str]:
-    """`NAME` or `NAME=PLACE` as task and place. Raises `ValueError` for an unknown task, and for a missing place."""
+    """Return the task and the place of `NAME` or `NAME=PLACE`.
+
+    Raises `ValueError` for an unknown task, and for a missing place.
+    """
     name, _, place = spec.partition("=")
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}; known are {', '.join(TASKS)}")

@@ -16,7 +16,7 @@ SUFFIXES = (".py", ".txt", ".md", ".rst")
 
 
 def text_files(paths: Sequence[Path]) -> list[Path]:
-    """Files as they are named, and the text files below folders, in the order of their paths.
+    """Return files as they are named, and the text files below folders, in the order of their paths.
 
     Raises `ValueError` if there are none.
     """
@@ -28,7 +28,10 @@ def text_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_tokens(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Tokens (N,) of all of them, one after the other. Raises `ValueError` if nothing is found."""
+    """Return the tokens (N,) of all text files of `paths`, one file after the other.
+
+    Raises `ValueError` if nothing is found.
+    """
     tokens: list[int] = []
     for file in text_files(paths):
         tokens += tokenizer(file.read_text(encoding="utf-8", errors="replace"), verbose=False)["input_ids"]
@@ -38,7 +41,10 @@ def read_tokens(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> Te
 
 
 def places(tokens: Tensor, longest: int, count: int) -> list[int]:
-    """`count` places in tokens (N,) with at least `longest` tokens before them; `ValueError` if N < longest."""
+    """Return `count` places in tokens (N,) with at least `longest` tokens before each.
+
+    Raises `ValueError` if N < longest.
+    """
     if len(tokens) < longest:
         raise ValueError(f"expected a text of at least {longest} tokens, got {len(tokens)}")
     return torch.linspace(longest, len(tokens), count, dtype=torch.float64).long().tolist()

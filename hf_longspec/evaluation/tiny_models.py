@@ -1,7 +1,7 @@
-"""A tiny random model of any family of transformers, made from the defaults of its config.
+"""A tiny random model of any family of transformers, made from the defaults of the family's config.
 
-Every size of a config, and of the configs inside of it, is cut by its field's name, in such a way that what is
-peculiar to the family stays: kinds of layers mixed, windows shorter than a prompt, a few experts. Knows no draft.
+Every size of a config, and of the configs inside of it, is cut by its field's name, in such a way that the family
+keeps its peculiarities: kinds of layers mixed, windows shorter than a prompt, a few experts. Knows no draft.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from transformers.models.auto.modeling_auto import (
 from .tiny_overrides import OVERRIDES
 
 VOCAB, HIDDEN, LAYERS, HEADS, WINDOW = 13, 32, 4, 4, 6
-LARGEST_MODEL = 100_000_000  # parameters; one that stays larger was not cut where it had to be
-# The first pattern that matches a field's name tells its value; other whole numbers are cut to `HIDDEN`.
+LARGEST_MODEL = 100_000_000  # parameters; a model that stays larger was not cut where it had to be
+# The first pattern that matches a field's name gives the value; other whole numbers are cut to `HIDDEN`.
 SIZES: tuple[tuple[str, int], ...] = (
     (r"vocab_size", VOCAB),
     (
@@ -62,11 +62,11 @@ ABSENT = {
     "num_experts_per_tok": 2,
     "sliding_window": WINDOW,
     "n_routed_experts": 4,
-}  # what some defaults leave open
+}  # fields that some defaults leave open
 KEPT = ("chunk_size_feed_forward", "transformers_version", "rms_norm_eps")
 
 
-# How the code of a family fails on a model that it does not fit. Anything else is a fault of the machine, or of ours.
+# The errors of a family's code on a model that it does not fit. Any other error is the machine's fault, or our own.
 FAILURES = (
     ArithmeticError,
     AssertionError,
@@ -82,34 +82,34 @@ FAILURES = (
 
 
 class NotBuildable(Exception):
-    """No tiny model of a family could be made; the message says why."""
+    """The error for a family of which no tiny model could be made; the message says why."""
 
 
 def families() -> list[str]:
-    """Every `model_type` that `AutoModelForCausalLM` or `AutoModelForImageTextToText` loads."""
+    """Return every `model_type` that `AutoModelForCausalLM` or `AutoModelForImageTextToText` loads."""
     return list(dict.fromkeys([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES]))
 
 
 def auto_class(family: str) -> Any:
-    """The Auto class that loads a family: that for causal language models where it can."""
+    """Return the Auto class that loads a family: `AutoModelForCausalLM` where it can."""
     return AutoModelForCausalLM if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
 
 
 def tiny_config(family: str) -> PreTrainedConfig:
-    """The config of a family (`model_type`), everything in it tiny."""
+    """Return the config of a family (`model_type`), everything in it tiny."""
     config_class = CONFIG_MAPPING[family]
     overrides = OVERRIDES.get(family, {})
     try:
         defaults = config_class()
-    except StrictDataclassError:  # defaults that their own class refuses
+    except StrictDataclassError:  # the class refuses its own defaults
         defaults = config_class(**overrides)
     return config_class(**_merged(tiny_fields(defaults), overrides))
 
 
 def tiny_fields(defaults: PreTrainedConfig, inner: bool = False) -> dict[str, Any]:
-    """The fields of a config like `defaults`, cut to size, as its class takes them.
+    """Return the fields of a config like `defaults`, cut to size, as the config's class takes them.
 
-    inner: a config inside of another, whose defaults may be other than those of its class.
+    inner: whether the config lies inside of another, whose defaults may differ from the defaults of its class.
     """
     fields: dict[str, Any] = {}
     depth = getattr(defaults, "num_hidden_layers", None) or 0
@@ -121,7 +121,7 @@ def tiny_fields(defaults: PreTrainedConfig, inner: bool = False) -> dict[str, An
         elif name in SPECIAL_TOKENS:
             fields[name] = SPECIAL_TOKENS[name]
         elif re.search(MEDIA_TOKEN, name):
-            # no text may hold a picture by accident: its tokens lie behind the vocabulary
+            # no text may hold a picture by accident: a picture's tokens lie behind the vocabulary
             fields[name] = VOCAB + len(fields)
         elif re.search(r"token_id$|token_index$", name):
             fields[name] = None if "forced" in name else 2
@@ -140,9 +140,7 @@ def tiny_fields(defaults: PreTrainedConfig, inner: bool = False) -> dict[str, An
         elif isinstance(value, dict) and "mrope_section" in value:
             fields[name] = value | {"mrope_section": [2, 3, 3]}
     if fields.get("sliding_window") and set(fields.get("layer_types", ())) == {"full_attention"}:
-        fields["layer_types"] = ["sliding_attention", "full_attention"] * (
-            LAYERS // 2
-        )  # a window that is off by default
+        fields["layer_types"] = ["sliding_attention", "full_attention"] * (LAYERS // 2)  # the window is off by default
     if "kv_lora_rank" in fields:  # latent attention expands to one K/V head a query head
         fields["num_key_value_heads"] = HEADS
     return fields
@@ -156,7 +154,10 @@ def tiny_size(name: str, value: int) -> int:
 
 
 def tiny_list(name: str, values: list, depth: int) -> list | None:
-    """A list of something per layer, or of layers, for `LAYERS` layers; None: it has nothing to do with layers."""
+    """Return a list of values per layer, or of layers, cut to `LAYERS` layers.
+
+    None if the list has nothing to do with layers.
+    """
     if not isinstance(values[0], (str, int, float)) or depth <= LAYERS:
         return None
     if len(values) == depth:
@@ -166,15 +167,18 @@ def tiny_list(name: str, values: list, depth: int) -> list | None:
         if isinstance(values[0], int) and not isinstance(values[0], bool):
             kinds = [tiny_size(name, kind) for kind in kinds]
         if name == "layer_types":
-            return [kinds[index % len(kinds)] for index in range(LAYERS)]  # alternating
-        return [kinds[index * len(kinds) // LAYERS % len(kinds)] for index in range(LAYERS)]  # one after the other
+            return [kinds[index % len(kinds)] for index in range(LAYERS)]  # kinds alternate
+        return [kinds[index * len(kinds) // LAYERS % len(kinds)] for index in range(LAYERS)]  # kinds in runs
     if re.search(r"layers|idx|indexes|indices|_ids$", name) and all(isinstance(value, int) for value in values):
         return [value for value in values if value < LAYERS] or [1]
     return None
 
 
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A float32 model of a family in eval mode whose text depends on its context. Raises `NotBuildable`."""
+    """Return a float32 model of a family in eval mode whose text depends on its context.
+
+    Raises `NotBuildable`.
+    """
     try:
         auto, config = auto_class(family), tiny_config(family)
         with torch.device("meta"):
@@ -193,7 +197,7 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
 
 
 def randomized(build: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
-    """What `build` makes, in eval mode, with weights large enough that no text settles on one token."""
+    """Return the model of `build` in eval mode, with weights so large that no text settles on one token."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build()
@@ -204,7 +208,7 @@ def randomized(build: Callable[[], PreTrainedModel], seed: int) -> PreTrainedMod
 
 
 def one_line(error: Exception) -> str:
-    """An error as one line: the first, or the last where that names the error inside."""
+    """Return an error as one line: the first of its message, or the last where that names the error inside."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     line = lines[-1] if re.match(r"\w+Error: ", lines[-1]) else lines[0]
     return line if line.startswith("LongSpec") else f"{type(error).__name__}: {line}".removesuffix(": ")

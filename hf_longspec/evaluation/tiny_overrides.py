@@ -1,4 +1,4 @@
-"""Fields that the common rules of `tiny_models` do not get right, by family."""
+"""Fields by family that the common rules of `tiny_models` do not get right."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def _mrope(*section: int, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": section, **more}}
 
 
-_QWEN_VL = {"text_config": _mrope(1, 1, 2)}  # its heads are hidden_size / heads = 8 wide
+_QWEN_VL = {"text_config": _mrope(1, 1, 2)}  # heads are hidden_size / heads = 8 wide
 _GLM_V = {"text_config": {"head_dim": 16, "hidden_size": 64, **_mrope(1, 1, 2, partial_rotary_factor=0.5)}}
 
 _COMPASS = {
@@ -43,7 +43,7 @@ _DOTS3 = {
     "swa_qk_rope_head_dim": 16,
     "swa_v_head_dim": 16,
 }
-_GEMMA4 = {"global_head_dim": 32}  # its full layers have wider heads
+_GEMMA4 = {"global_head_dim": 32}  # full layers have wider heads
 _FOUR = [32, 32, 32, 32]
 _NO_PER_LAYER_INPUT = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 
@@ -51,7 +51,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "blenderbot": {"encoder_layers": 4},
     "chameleon": {"vocabulary_map": {"<image>": 12}},
-    "cohere": {"logit_scale": 1.0},  # at a sixteenth, all tokens are about equally likely
+    "cohere": {"logit_scale": 1.0},  # at the default of a sixteenth, all tokens are about equally likely
     "cohere2": {"logit_scale": 1.0},
     "cohere2_moe": {"logit_scale": 1.0},
     "cohere_compass": {"text_config": _COMPASS},

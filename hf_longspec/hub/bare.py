@@ -1,4 +1,4 @@
-"""A report as it may be published: of absolute paths only their last parts, which tell nothing of a machine."""
+"""A report as it may be published: only the last part of an absolute path stays, which tells nothing of a machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def without_folders(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The same report; in its command, and in the names of target and draft, folders are left out."""
+    """Return the report without folders in its command and in the names of target and draft."""
     made = report["provenance"]
     command = shlex.join(_bare(word) for word in shlex.split(made["command"]))
     named = {role: report[role] | {"name": _bare(report[role]["name"])} for role in ("target", "draft")}
@@ -17,6 +17,6 @@ def without_folders(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _bare(word: str) -> str:
-    """/a/b -> b, text=/a/b -> text=b; anything else as it is."""
+    """Return a word without the folders of an absolute path: /a/b -> b, text=/a/b -> text=b."""
     before, equals, path = word.rpartition("=")
     return before + equals + PurePath(path).name if path.startswith(("/", "~")) else word

@@ -1,7 +1,7 @@
-"""The model card of a draft, built from its config, `card.json` and the reports that `hf-longspec evaluate` writes.
+"""The model card of a draft, built from its config, `card.json` and the reports of `hf-longspec evaluate`.
 
-Every number of a card comes from those; nothing of it is typed by hand. The text is the template `card.md.jinja`
-beside this file. Knows no model and no network.
+Every number of a card comes from these sources; none is typed by hand. The text is the template `card.md.jinja` beside
+this file. Knows no model and no network.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from ..evaluation.summary import ALL, FORMAT, VERSION
 from .bare import without_folders
 
 TAGS = ("longspec", "speculative-decoding", "draft-model", "long-context")
-# What the Hub knows as `base_model_relation`. A draft is none of these: its weights do not come from its target's, and
-# it writes no text of its own. So the field is left out, and the card says in words what the relation is.
+# The values of `base_model_relation` on the Hub. None of them fits a draft: a draft's weights do not come from the
+# target's weights, and a draft writes no text of its own. So the card leaves the field out and names the relation in
+# words.
 RELATIONS = ("adapter", "finetune", "merge", "quantized")
 SECTIONS = ("Use", "Targets", "How fast", "Training", "Limits", "Citation")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a converted draft was published."""
+    """The place where a converted draft was published."""
 
     repo_id: str
     format: str
@@ -38,11 +39,12 @@ class Source:
 
 @dataclass(frozen=True)
 class About:
-    """What `card.json` tells of a draft, and an evaluation cannot know.
+    """The facts of a draft that `card.json` holds and an evaluation cannot know.
 
-    base_model: Hub id of the target. base_model_revision: the commit it was trained for. vocabulary_sha256: of the
-    target's tokenizer, see `vocabulary.py`; None where nobody could read it yet. license: the Hub's identifier;
-    "other" needs license_name and license_link. datasets: Hub ids. training: a few sentences.
+    base_model: Hub id of the target. base_model_revision: the target's commit that the draft was trained for.
+    vocabulary_sha256: the hash of the target's vocabulary (see `vocabulary.py`), None where nobody could read it yet.
+    license: the Hub's identifier; "other" needs license_name and license_link. datasets: Hub ids. training: a few
+    sentences.
     """
 
     title: str
@@ -61,7 +63,10 @@ class About:
 
     @classmethod
     def load(cls, path: Path) -> About:
-        """Reads `card.json`. Raises `ValueError` with one line that names unknown and missing keys, or wrong types."""
+        """Read `card.json`.
+
+        Raises `ValueError` with one line that names unknown and missing keys, or wrong types.
+        """
         data = _object(path, path.read_text(encoding="utf-8"))
         _check_keys(data, cls, str(path))
         if data["source"] is not None:
@@ -107,11 +112,11 @@ def draft_card(
     recipe: Mapping[str, Any] | None = None,
     repo_id: str | None = None,
 ) -> ModelCard:
-    """The card of a draft with this `LongSpecConfig`.
+    """Return the model card of a draft with this `LongSpecConfig`.
 
-    results: reports as `hf-longspec evaluate` writes them (`report.json`). recipe: how the draft was trained, shown as
-    it is. repo_id: where the draft will lie, for the lines of use. Raises `ValueError` for reports of another format,
-    and for those that were made with another vocabulary.
+    results: reports of `hf-longspec evaluate` (`report.json`). recipe: how the draft was trained, shown as it is.
+    repo_id: where the draft will lie, for the lines of use. Raises `ValueError` for reports of another format, and for
+    reports that were made with another vocabulary.
     """
     for report in results:
         if (report.get("format"), report.get("version")) != (FORMAT, VERSION):
@@ -157,7 +162,7 @@ def draft_card(
 
 
 def _vocabulary(about: About, results: Sequence[Mapping[str, Any]]) -> str | None:
-    """The one vocabulary that `card.json` and all reports agree on."""
+    """Return the one vocabulary hash that `card.json` and all reports agree on, None if none of them has one."""
     told = {about.vocabulary_sha256, *(report["target"]["vocabulary_sha256"] for report in results)} - {None}
     if len(told) > 1:
         raise ValueError(f"expected reports and card.json to tell one vocabulary, got {', '.join(sorted(told))}")
@@ -165,7 +170,7 @@ def _vocabulary(about: About, results: Sequence[Mapping[str, Any]]) -> str | Non
 
 
 def _eval_results(report: Mapping[str, Any]) -> list[EvalResult]:
-    """For the Hub's `model-index`: of each task and context, τ and the speed-up."""
+    """Return τ and the speed-up of each task and context, for the Hub's `model-index`."""
     found = []
     for bucket in report["buckets"]:
         if bucket["task"] == ALL:
@@ -185,7 +190,7 @@ def _eval_results(report: Mapping[str, Any]) -> list[EvalResult]:
 
 
 def card_faults(card: ModelCard) -> list[str]:
-    """What a draft's card lacks, a line each; empty if it is complete."""
+    """Return what a draft's card lacks, a line each; the list is empty if the card is complete."""
     data = card.data.to_dict()
     faults = []
     expected = {"library_name": "transformers", "pipeline_tag": "text-generation"}
@@ -219,6 +224,6 @@ def _text_faults(text: str) -> list[str]:
 
 
 def _sections(text: str) -> dict[str, str]:
-    """Text below each heading of level two."""
+    """Return the text below each heading of level two."""
     parts = ("\n" + text).split("\n## ")[1:]
     return {title.strip(): body.strip() for title, _, body in (part.partition("\n") for part in parts)}

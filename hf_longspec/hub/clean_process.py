@@ -1,8 +1,9 @@
-"""Loads a draft's folder as a stranger would: as remote code, in a process that cannot import this package.
+"""A script that loads a draft's folder as a stranger would: as remote code, where this package cannot be imported.
 
-A script, never imported. Its one argument is JSON: the calling process' path of imports, the draft's folder, the
-target or null, and whether to write with it. To standard output it tells what is wrong and the hash of the vocabulary,
-as JSON. What it cannot load at all ends in an exception, whose last line tells why.
+The script is never imported. Its one argument is JSON: the calling process' import path, the draft's folder, the
+target or null, and whether to write with the target. The script prints the faults and the hash of the vocabulary to
+standard output, as JSON. A folder that cannot be loaded at all ends the script in an exception, whose last line gives
+the reason.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 
 class Hidden(importlib.abc.MetaPathFinder):
-    """There is no such package."""
+    """A finder that hides this package: its import raises `ModuleNotFoundError`."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name.partition(".")[0] in ("hf_longspec", "modeling"):
@@ -25,7 +26,7 @@ class Hidden(importlib.abc.MetaPathFinder):
 
 
 def load(folder: str) -> tuple[Any, Any, list[str]]:
-    """The draft, its tokenizer and what is wrong with them."""
+    """Return the draft, its tokenizer and the faults of both."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,7 +48,7 @@ def load(folder: str) -> tuple[Any, Any, list[str]]:
 
 
 def fit(draft: Any, name: str) -> list[str]:
-    """Whether the draft fits the target `name`, of which only the config is read."""
+    """Return a fault if the draft does not fit the target `name`, of which only the config is read."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -60,7 +61,10 @@ def fit(draft: Any, name: str) -> list[str]:
 
 
 def write(draft: Any, tokenizer: Any, name: str) -> list[str]:
-    """A few tokens by the target `name`, whose weights lie in a folder, without and with the draft."""
+    """Write a few tokens by the target `name`, whose weights lie in a folder, without and with the draft.
+
+    Returns a fault if the two texts differ in float32.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -70,7 +74,7 @@ def write(draft: Any, tokenizer: Any, name: str) -> list[str]:
     options = {"max_new_tokens": 8, "do_sample": False}
     plain = target.generate(**inputs, **options)
     text = target.generate(**inputs, assistant_model=draft, **options)
-    # in 16 bits the two may part where the target's best tokens tie
+    # in 16 bits the two texts may part where the target's best tokens tie
     if target.dtype == torch.float32 and text.tolist() != plain.tolist():
         return [f"target {name}: with the draft it writes {text.tolist()}, alone {plain.tolist()}"]
     return []
@@ -81,7 +85,7 @@ def has_weights(name: str) -> bool:
 
 
 def main() -> None:
-    answer, sys.stdout = sys.stdout, sys.stderr  # whatever others print
+    answer, sys.stdout = sys.stdout, sys.stderr  # for whatever other code prints
     sys.meta_path.insert(0, Hidden())
     asked = json.loads(sys.argv[1])
     sys.path[:] = asked["path"]  # -I leaves out what PYTHONPATH brought to the calling process

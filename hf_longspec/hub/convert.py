@@ -1,4 +1,4 @@
-"""Published LongSpec drafts made into ours: read, checked against their target, written.
+"""The conversion of a published LongSpec draft to this project's format: read, checked against its target, written.
 
 All is checked before anything is written, and the folder appears under its name only when it is complete.
 `published.py` knows the format, `weight_files.py` the files.
@@ -32,10 +32,11 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was converted, as `conversion.json` in the folder tells it.
+    """The record of a conversion, as `conversion.json` in the folder holds it.
 
-    source, target: as they were named, with their commits where they are on the Hub. files: SHA-256 of each file read.
-    dtype: of the written weights; source_dtypes: of the read ones. unused: names that were left out.
+    source, target: the names as given, with the commits of those on the Hub. files: SHA-256 of each file read. dtype:
+    the format of the written weights; source_dtypes: the formats of the weights read. unused: names that were left
+    out.
     """
 
     source: str
@@ -51,11 +52,11 @@ class Conversion:
 
 
 def convert(source: str, target: str, out: Path, dtype: str = "float16") -> Conversion:
-    """Writes the published draft `source` as ours to the new folder `out`, for `target`; both are folders or Hub ids.
+    """Convert the published draft `source`, for `target`, to our format in the new folder `out`.
 
-    Raises `ValueError` for a checkpoint that is damaged, could run code, or is no draft for this target, with each
-    mismatch listed; `OSError` for what cannot be read or written, `MachineError` where disk or network fail.
-    Either way `out` is left as it was.
+    source, target: folders or Hub ids. Raises `ValueError` for a checkpoint that is damaged, could run code, or is no
+    draft for this target, with each mismatch listed; `OSError` for what cannot be read or written, `MachineError`
+    where disk or network fail. An error leaves `out` as it was.
     """
     check_new(out)
     ours = config_for("target", target, read_config("target", target))
@@ -83,7 +84,7 @@ def convert(source: str, target: str, out: Path, dtype: str = "float16") -> Conv
 
 
 def read_config(role: str, name: str) -> Any:
-    """The config of a folder or Hub id. Raises `ValueError` that says in one line why there is none."""
+    """Return the config of a folder or Hub id; raise `ValueError` in one line that says why there is none."""
     folder = Path(name)
     if folder.is_file():
         raise ValueError(f"{role} {name} is a file; expected its folder")
@@ -97,13 +98,16 @@ def read_config(role: str, name: str) -> Any:
 
 
 def one_line(error: Exception) -> str:
-    """The first two lines of a message: transformers tells in the second what is wrong with a field, or what to do."""
+    """Return the first two lines of an error's message as one line.
+
+    transformers says in the second line what is wrong with a field, or what to do.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2])
 
 
 def config_for(role: str, name: str, config: Any) -> LongSpecConfig:
-    """`draft_config`, whose error then names the folder or Hub id."""
+    """Return `draft_config(config)`; the message of its `ValueError` then names the folder or Hub id."""
     try:
         return draft_config(config)
     except ValueError as error:
@@ -111,7 +115,7 @@ def config_for(role: str, name: str, config: Any) -> LongSpecConfig:
 
 
 def check_config(source: str, target: str, ours: LongSpecConfig) -> None:
-    """Raises `ValueError` where the config beside the checkpoint is not this target's."""
+    """Raise `ValueError` where the config beside the checkpoint does not fit this target."""
     published = read_config("draft", source)
     if published.model_type == "longspec":
         raise ValueError(f"draft {source} is in our format already, there is nothing to convert")
@@ -121,13 +125,16 @@ def check_config(source: str, target: str, ours: LongSpecConfig) -> None:
 
 
 def revision(name: str) -> str | None:
-    """The commit that the config of a Hub id was read from; None for a folder."""
+    """Return the commit that the config of a Hub id was read from; None for a folder."""
     cached = None if Path(name).is_dir() else try_to_load_from_cache(name, "config.json")
     return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def local_folder(source: str) -> Path:
-    """The folder of a source: itself, or the Hub's, downloaded. Of two formats there only safetensors are fetched."""
+    """Return the folder of a source: the source itself, or its download from the Hub.
+
+    Where the Hub has two formats of weights, only safetensors are downloaded.
+    """
     if Path(source).is_dir():
         return Path(source)
     commit = revision(source)
@@ -144,10 +151,10 @@ def local_folder(source: str) -> Path:
 def build(
     config: LongSpecConfig, weights: Mapping[str, Tensor], dtype: torch.dtype, refusal: str
 ) -> LongSpecForCausalLM:
-    """The draft with these weights, in `dtype`.
+    """Return a draft of this config with these weights, in `dtype`.
 
-    Raises `ValueError` that starts with `refusal`: for weights of another layer, with each mismatch, for packed ones,
-    and for numbers that `dtype` cannot hold.
+    Raises `ValueError` that starts with `refusal`: for weights of another layer, with each mismatch listed, for packed
+    weights, and for numbers that `dtype` cannot hold.
     """
     with torch.device("meta"):
         draft = LongSpecForCausalLM(config)
@@ -158,7 +165,7 @@ def build(
     formats = {str(weights[name].dtype) for name in expected if weights[name].dtype not in DTYPES.values()}
     if formats:
         raise ValueError(f"{refusal}: expected weights in {', '.join(DTYPES)}, got {', '.join(sorted(formats))}")
-    # copies: tensors of a pickle may share memory
+    # copied, since tensors of a pickle may share memory
     cast = {name: weights[name].to(dtype, copy=True).contiguous() for name in expected}
     if broken := [name for name, tensor in cast.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{refusal}: numbers that are not finite in {dtype}, in {', '.join(broken)}")

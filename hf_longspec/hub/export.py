@@ -1,6 +1,6 @@
 """A draft as a folder that is ready for the Hub: weights, config, code, the target's tokenizer, card and license.
 
-The folder appears whole or not at all. Whether it is fit to be pushed is `faults.py`'s to say.
+The folder appears whole or not at all. `faults.py` tells whether the folder is fit to be pushed.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from ..vocabulary import vocabulary_sha256
 from .card import About, draft_card
 from .whole_folder import check_new, whole_folder
 
-CODE_LICENSE = "apache-2.0"  # of the code files that go along
+CODE_LICENSE = "apache-2.0"  # the license of the code files in the folder
 _LICENSE_TEXT = Path(__file__).with_name("LICENSE")
 
 
 def load_draft(name: str) -> LongSpecForCausalLM:
-    """The draft of a folder or Hub repository, as it was saved.
+    """Load the draft of a folder or Hub repository in the format that it was saved in.
 
-    Raises `ValueError` if that is none, or its weights are not those of its config; `OSError` if it cannot be had.
+    Raises `ValueError` if `name` is no draft, or its weights do not match its config; `OSError` if it cannot be
+    loaded.
     """
     with loading("draft", name):
         kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
@@ -55,11 +56,12 @@ def export(
     recipe: Mapping[str, Any] | None = None,
     repo_id: str | None = None,
 ) -> list[Path]:
-    """Writes `draft` for the Hub and returns the files, in order.
+    """Write `draft` for the Hub and return the files, in order.
 
-    target_folder_or_id: for its config, which the draft must fit, and its tokenizer. about, results, recipe, repo_id:
-    for the card, see `draft_card`. Raises `ValueError` if the draft does not fit, if `about` tells another vocabulary,
-    or if `folder` is there and not empty; `OSError` if the target cannot be had, `MachineError` if the disk is full.
+    target_folder_or_id: the target, whose config the draft must fit and whose tokenizer goes along. about, results,
+    recipe, repo_id: for the card, see `draft_card`. Raises `ValueError` if the draft does not fit, if `about` gives
+    another vocabulary, or if `folder` exists and is not empty; `OSError` if the target cannot be loaded,
+    `MachineError` if the disk is full.
     """
     if repo_id is not None:
         validate_repo_id(repo_id)
@@ -79,13 +81,16 @@ def export(
 
 
 def target_shape(name: str) -> Any:
-    """A target on the meta device: its shape, without its weights."""
+    """Return the target on the meta device: its shape, without its weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
 
 
 def with_vocabulary(about: About, tokenizer: PreTrainedTokenizerBase, target: str) -> About:
-    """`about` with the hash of this tokenizer's vocabulary. Raises `ValueError` if it tells another."""
+    """Return `about` with the hash of this tokenizer's vocabulary.
+
+    Raises `ValueError` if `about` gives another hash.
+    """
     found = vocabulary_sha256(tokenizer)
     if about.vocabulary_sha256 not in (None, found):
         raise ValueError(
@@ -95,5 +100,5 @@ def with_vocabulary(about: About, tokenizer: PreTrainedTokenizerBase, target: st
 
 
 def license_name(of_weights: str) -> str:
-    """The file of the code's license: of all that is in the folder, where the weights have the same."""
+    """Name the code's license file: `LICENSE` if the weights have the same license, else `LICENSE.code`."""
     return "LICENSE" if of_weights == CODE_LICENSE else "LICENSE.code"

@@ -1,4 +1,4 @@
-"""What keeps a folder from being pushed: files missing or strange, a card with gaps, code that does not load."""
+"""Faults that keep a folder from being pushed: missing or strange files, gaps in the card, code that does not load."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SCRIPT = Path(__file__).with_name("clean_process.py")
 _CODE = "modeling_longspec.py"
 _NEEDED = ("README.md", "config.json", "model.safetensors", "tokenizer_config.json", _CODE)
 _LICENSES = ("LICENSE", "LICENSE.code")
-# whatever a tokenizer of transformers writes; which of them there are is the tokenizer's affair
+# all files that a tokenizer of transformers may write; each tokenizer writes some of them
 _TOKENIZER = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -37,10 +37,11 @@ _NO_REPOSITORY = "path/of/this/repository"
 
 
 def hub_faults(folder: str | Path, *, target: str | None = None, generate: bool = True) -> list[str]:
-    """What is wrong with a draft's folder, a line each; empty if it may go to the Hub.
+    """Return what is wrong with a draft's folder, a line each; the list is empty if it may go to the Hub.
 
-    target: Hub id or folder of the target, which the draft must fit. generate: write a few tokens with it too, if it
-    is a folder with weights; they are loaded whole. Raises `ValueError` if there is no such folder.
+    target: Hub id or folder of the target, which the draft must fit. generate: whether to write a few tokens with the
+    target too, if it is a folder with weights; the weights are loaded whole. Raises `ValueError` if there is no such
+    folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -61,9 +62,9 @@ def hub_faults(folder: str | Path, *, target: str | None = None, generate: bool 
 
 
 def file_faults(folder: Path, text: str) -> list[str]:
-    """Code files that the draft's imports ask for and that are missing, and files that nobody asks for.
+    """Return a fault for each missing code file that the draft's code imports, and for each file of no use.
 
-    text: of the card; a picture is asked for by being shown there.
+    text: the card's text; a picture that the card shows is of use.
     """
     code = imported(folder)
     known = {*_NEEDED, *_LICENSES, *_TOKENIZER, *code, ".gitattributes"}
@@ -77,7 +78,7 @@ def file_faults(folder: Path, text: str) -> list[str]:
 
 
 def imported(folder: Path) -> set[str]:
-    """Names of the code files that the draft needs, there or not."""
+    """Return the names of the code files that the draft needs, whether they exist or not."""
     needed = {_CODE, "configuration_longspec.py"}
     waiting = set(needed)
     while waiting:
@@ -90,7 +91,7 @@ def imported(folder: Path) -> set[str]:
 
 
 def load_faults(folder: Path, text: str, target: str | None, generate: bool) -> list[str]:
-    """What `clean_process.py` finds in a process of its own; text: of the card."""
+    """Return the faults that `clean_process.py` finds in a process of its own; text: the card's text."""
     asked = {"path": sys.path, "folder": str(folder.resolve()), "target": target, "generate": generate}
     with tempfile.TemporaryDirectory() as modules:
         done = subprocess.run(

@@ -1,6 +1,6 @@
-"""The files of a draft's folder, or of its repository: all by name, code and configs where they can be read.
+"""The files of a draft's folder or repository: the names of all, and a folder where code and configs can be read.
 
-Of a repository only those are downloaded. Nothing is imported from them.
+Of a repository, only code and configs are downloaded. Nothing is imported from them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from ..writing import MachineError, first_line
 
 
 class Listing(NamedTuple):
-    """source: as it was named. revision: the commit of a repository. folder: where code and configs can be read.
+    """The files of a draft's folder or repository.
 
-    names: of all files, with the folders they are in. linked_out: of those, links that lead out of the folder.
+    source: the name as given. revision: the commit of a repository. folder: where code and configs can be read. names:
+    all files, with the folders that they are in. linked_out: the files that are links out of the folder.
     linked_folders: links to folders, which are not followed.
     """
 
@@ -42,13 +43,16 @@ def is_code(name: str) -> bool:
 
 
 def is_config(name: str) -> bool:
-    """Whether transformers may look for classes in it: config.json, tokenizer_config.json, config.5.0.0.json, ..."""
+    """Tell whether transformers may look for classes in the file.
+
+    Examples: config.json, tokenizer_config.json, config.5.0.0.json.
+    """
     base = PurePosixPath(name).name.lower()
     return base.endswith(".json") and "config" in base
 
 
 def list_files(source: str, revision: str | None = None) -> Listing:
-    """List a folder, or a repository of the Hub at a branch, tag or commit.
+    """List the files of a folder, or of a Hub repository at a branch, tag or commit.
 
     Raises `ValueError` in one line if there is none, `MachineError` if the Hub cannot be reached.
     """
@@ -75,7 +79,7 @@ def _name(folder: Path, path: Path) -> str:
 
 
 def _leads_out(folder: Path, path: Path) -> bool:
-    """Whether a file is a link that leaves its folder; a download's snapshot may use the blobs beside it."""
+    """Tell whether a file is a link out of its folder; a download's snapshot may use the blobs beside it."""
     if not path.is_symlink():
         return False
     whole, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
@@ -92,7 +96,7 @@ def _of_repository(source: str, revision: str | None) -> Listing:
         told = HfApi().model_info(source, revision=revision)
         names = tuple(sorted(file.rfilename for file in told.siblings or ()))
         wanted = [glob.escape(name) for name in names if is_code(name) or is_config(name)]
-        # of the commit whose names were told, whatever the branch does meanwhile
+        # the commit whose names were listed, even if the branch has moved since
         folder = snapshot_download(source, revision=told.sha, allow_patterns=wanted) if wanted else ""
     except OfflineModeIsEnabled as error:
         raise ValueError(f"{source}: no such folder, and offline mode is on; unset HF_HUB_OFFLINE") from error

@@ -1,4 +1,4 @@
-"""The published LongSpec drafts: which there are, and how their checkpoints look (github.com/sail-sg/LongSpec).
+"""The published LongSpec drafts and the format of their checkpoints (github.com/sail-sg/LongSpec).
 
 A checkpoint is one decoder layer with the names of our own parameters, saved under the config of its *target*. Knows
 names, shapes and configs; reads no file.
@@ -15,7 +15,7 @@ Shape = tuple[int, ...]
 
 
 class PublishedDraft(NamedTuple):
-    """repo_id, target: Hub ids; folder: of its entry in `hub_configs/`."""
+    """A published draft; repo_id, target: Hub ids; folder: name of the draft's folder in `hub_configs/`."""
 
     repo_id: str
     target: str
@@ -33,15 +33,16 @@ PUBLISHED = tuple(
         ("Qwen", "QwQ-32B-Preview"),
     )
 )
-# The families that the format was written for.
+# The model types that the format was written for.
 FAMILIES = ("llama", "qwen2")
-# The reference gives its cross-attention the projections of a self-attention, but feeds it the target's keys and
-# values. Older releases of transformers also save the constants of a rotary embedding.
+# The reference's cross-attention has the projections of a self-attention, but takes the target's keys and values.
+# Older releases of transformers also save the constants of a rotary embedding.
 UNUSED = frozenset(
     [f"cross_attn.{name}_proj.{kind}" for name in ("k", "v") for kind in ("weight", "bias")]
     + [f"{attention}.rotary_emb.inv_freq" for attention in ("self_attn", "cross_attn")]
 )
-# What the config beside a checkpoint must share with its target's: all that the layer's shape and equations depend on.
+# The fields in which the config beside a checkpoint must equal the target's config: all that the layer's shape and
+# equations depend on.
 SHARED = (
     "target_model_type",
     "vocab_size",
@@ -56,19 +57,19 @@ SHARED = (
     "rope_parameters",
     "target_num_hidden_layers",
 )
-_LISTED = 24  # an ordinary model's checkpoint has hundreds of names that a draft does not know
+_LISTED = 24  # lines; an ordinary model's checkpoint has hundreds of names that a draft does not know
 
 
 def published_draft(repo_id: str) -> PublishedDraft | None:
-    """The published draft of this Hub id, if it is one of the six."""
+    """Return the published draft with this Hub id; None if it is none of the six."""
     return next((draft for draft in PUBLISHED if draft.repo_id == repo_id), None)
 
 
 def draft_config(target_config: Any) -> LongSpecConfig:
-    """The config of a published draft for a target with this config.
+    """Return the config of a published draft for a target with this config.
 
     The reference reads the target's last layer, attends to its own last 512 tokens, has no final norm and guesses a
-    tree of 4 · 16 · 16 · 16 · 16. Raises `ValueError` for families that there is no such draft for.
+    tree of 4 · 16 · 16 · 16 · 16. Raises `ValueError` for model types without a published draft.
     """
     text = target_config.get_text_config(decoder=True)
     if text.model_type not in FAMILIES:
@@ -85,13 +86,16 @@ def draft_config(target_config: Any) -> LongSpecConfig:
 
 
 def config_mismatches(published: LongSpecConfig, ours: LongSpecConfig) -> list[str]:
-    """Where the config beside a checkpoint and the target's differ, a line each; both as `draft_config` has them."""
+    """Return where the config beside a checkpoint differs from the target's, a line each.
+
+    published, ours: the two configs as `draft_config` makes them.
+    """
     pairs = [(name, _comparable(published, name), _comparable(ours, name)) for name in SHARED]
     return [f"{name}: draft has {theirs}, target has {own}" for name, theirs, own in pairs if theirs != own]
 
 
 def weight_mismatches(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list[str]:
-    """What a checkpoint with these names and shapes lacks, or has that our layer has not, a line each.
+    """Return what a checkpoint with these names and shapes lacks, or has beyond our layer, a line each.
 
     A name that is neither ours nor known to be unused would change what the layer computes, so it counts.
     """

@@ -1,4 +1,4 @@
-"""A folder to the Hub in one commit, and what the Hub or the network say against it in one line.
+"""The upload of a folder to the Hub in one commit, and the errors of Hub and network in one line.
 
 Retrying is always right: the commit comes last, and large files that have arrived are not sent again.
 """
@@ -21,7 +21,7 @@ from ..writing import first_line
 
 
 class HubError(Exception):
-    """The Hub could not be used as asked; the message is one line for the user."""
+    """The error for a Hub that cannot be used as asked; the message is one line for the user."""
 
 
 def push(
@@ -33,10 +33,10 @@ def push(
     message: str = "Upload LongSpec draft",
     api: HfApi | None = None,
 ) -> CommitInfo:
-    """All files of `folder`, unchecked (see `hub_faults`), into `repo_id`, which is made if there is none.
+    """Upload all files of `folder`, unchecked (see `hub_faults`), to `repo_id`, created if there is none.
 
-    revision: a branch, made if there is none. private: of a new repository. Raises `HubError`, after which the
-    repository holds what it held before.
+    revision: a branch, created if there is none. private: whether a new repository is private. Raises `HubError`,
+    after which the repository holds what it held before.
     """
     api = api or HfApi()
     if not (api.token or get_token()):
@@ -60,9 +60,9 @@ def commit_folder(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> CommitInfo:
-    """Put all files of `folder` into a repository that exists, by one commit: it has all of them then, or none.
+    """Put all files of `folder` into a repository that exists, by one commit: it gets all of them, or none.
 
-    A branch `revision` is made if there is none. `upload_folder` might split a folder into several commits.
+    The branch `revision` is created if there is none. `upload_folder` might split a folder into several commits.
     """
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -78,7 +78,10 @@ def commit_folder(
 
 
 def told(error: BaseException, repo_id: str, endpoint: str) -> str:
-    """One line of what went wrong. Raises `error` again if it is none of the Hub's, the network's or the disk's."""
+    """Return one line that says what went wrong.
+
+    Raises `error` again if it is no error of the Hub, the network or the disk.
+    """
     if isinstance(error, RuntimeError):
         if not isinstance(error.__cause__, (HTTPError, OSError)):
             raise error

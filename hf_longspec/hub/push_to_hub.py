@@ -1,7 +1,7 @@
-"""`draft.push_to_hub`: a draft that is in memory, to the Hub, for work in progress.
+"""`draft.push_to_hub`: the upload of a draft in memory to the Hub, for work in progress.
 
-Knows a draft by its `save_pretrained` only. The card written here tells what a draft is and how it is used; one with
-measured numbers is made by `hf-longspec export`.
+Knows a draft by its `save_pretrained` only. The card written here tells what a draft is and how it is used;
+`hf-longspec export` makes a card with measured numbers.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def push_to_hub(
     """Send weights, config and code of this draft, its target's tokenizer (for `pipeline`) and a card, in one commit.
 
     target: Hub id or folder of the target, for tokenizer and card. A repository that has a card keeps it, so later
-    pushes can do without `target`; the first raises `ValueError`. The rest is as in `PreTrainedModel.push_to_hub`.
+    pushes can do without `target`; the first push raises `ValueError` without one. The other arguments are as in
+    `PreTrainedModel.push_to_hub`.
     """
     api = HfApi(token=token)
     if target is None and not api.file_exists(repo_id, "README.md"):

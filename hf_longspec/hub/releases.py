@@ -1,7 +1,7 @@
-"""The code files of every release of this package, by hash: what `hf-longspec verify` compares a draft's code with.
+"""The code files of every release of this package, by hash: `hf-longspec verify` compares a draft's code with them.
 
-They lie in `releases.json`. `python -m hf_longspec.hub.releases` writes the present version's, from the files that
-this installation has; `make style` runs it. An entry whose `released` holds a date is never written again.
+The hashes lie in `releases.json`. `python -m hf_longspec.hub.releases` writes the present version's entry, from the
+files that this installation has; `make style` runs it. An entry whose `released` holds a date is never written again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ _MODELING = Path(__file__).parents[1] / "modeling"
 
 
 class Release(NamedTuple):
-    """released: its date, or None while its files may still change. files: SHA-256 by name."""
+    """The code files of one release.
+
+    released: the release's date, or None while its files may still change. files: SHA-256 by name.
+    """
 
     released: str | None
     files: Mapping[str, str]
@@ -36,14 +39,14 @@ def sha256(path: Path) -> str:
 
 
 def present_files() -> dict[str, str]:
-    """Hash the code files that this installation puts into a draft's folder."""
+    """Return the hashes of the code files that this installation puts into a draft's folder, by name."""
     return {path.name: sha256(path) for path in sorted(_MODELING.glob("*_longspec.py"))}
 
 
 def write() -> list[str]:
-    """Give the present version's entry the present files; return the names that differed.
+    """Write the present files' hashes into the present version's entry; return the names that differed.
 
-    Raises `ValueError` if they differ from those of a version that is out.
+    Raises `ValueError` if files differ from a version that is out.
     """
     releases, files = known(), present_files()
     before = releases.pop(__version__, Release(None, {}))

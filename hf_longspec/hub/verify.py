@@ -1,6 +1,6 @@
-"""Whether the code in a draft's folder is that of a release of this package, byte for byte; nothing of it is run.
+"""The comparison of the code in a draft's folder with this package's releases, byte for byte; no code is run.
 
-Knows names, bytes and JSON; `listing.py` finds them, in a folder or on the Hub.
+Knows names, bytes and JSON; `listing.py` finds the files, in a folder or on the Hub.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from .releases import Release, sha256
 
 PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 PROGRAMS = (".dll", ".dylib", ".exe", ".ipynb", ".pyc", ".pyd", ".pyz", ".sh", ".so", ".whl")
-# Keys, anywhere in a config, that make transformers run code: in the values of the first two a class is named
-# "module.Class" or "owner/repo--module.Class"; those of the rest may name a repository of compiled kernels.
+# Keys, anywhere in a config, that make transformers run code: values of `CLASSES` name a class as "module.Class" or
+# "owner/repo--module.Class"; values of `KERNELS` may name a repository of compiled kernels.
 CLASSES = ("auto_map", "custom_pipelines")
 KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 
@@ -32,7 +32,10 @@ class Verdict(str, Enum):
 
 
 class CodeFile(NamedTuple):
-    """releases: the versions that have these bytes under this name, oldest first; empty but for `Verdict.released`."""
+    """A code file and the verdict on it.
+
+    releases: the versions that have these bytes under this name, oldest first; empty but for `Verdict.released`.
+    """
 
     name: str
     verdict: Verdict
@@ -40,10 +43,11 @@ class CodeFile(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """release: the version that most of the files are of, the newest of several; None if none is of any.
+    """The result of `verify`.
 
-    mixed: whether each file is of some release, but no release has all of them. elsewhere: code that the folder's
-    configs name and that is not among the files, a line each. notes: what else could run if somebody opened it.
+    release: the version that has most of the files, the newest of several; None if no version has any. mixed: whether
+    each file is of some release, but no release has all of them. elsewhere: code that the folder's configs name and
+    that is not among the files, a line each. notes: what else could run if somebody opened it.
     """
 
     release: str | None
@@ -54,13 +58,16 @@ class Verified(NamedTuple):
 
     @property
     def good(self) -> bool:
-        """Whether all code that loading the draft can run is that of one release."""
+        """Whether all code that loading the draft can run belongs to one release."""
         of_release = all(file.verdict is Verdict.released for file in self.files)
         return bool(self.files) and of_release and not self.mixed and not self.elsewhere
 
 
 def verify(listing: Listing, releases: Mapping[str, Release]) -> Verified:
-    """Compare the code of a draft's folder with `releases`. Raises `ValueError` if no code is in it or named by it."""
+    """Compare the code of a draft's folder with `releases`.
+
+    Raises `ValueError` if the folder neither holds nor names any code.
+    """
     found = tuple(_code_file(listing, name, releases) for name in listing.names if is_code(name))
     elsewhere = tuple(_elsewhere(listing))
     if not found and not elsewhere:
@@ -87,7 +94,7 @@ def _code_file(listing: Listing, name: str, releases: Mapping[str, Release]) -> 
 
 
 def _closest(found: tuple[CodeFile, ...], releases: Mapping[str, Release]) -> str | None:
-    """Return the version that has most of the files, the newest of several."""
+    """Return the version that has most of the files, the newest of several; None if no version has any."""
     counts = {version: sum(version in file.releases for file in found) for version in releases}
     most = max(counts.values(), default=0)
     return [version for version, count in counts.items() if count == most][-1] if most else None
@@ -98,7 +105,7 @@ def _is_mixed(found: tuple[CodeFile, ...], release: str | None) -> bool:
 
 
 def _elsewhere(listing: Listing) -> Iterator[str]:
-    """Tell the code that configs name and that is not among the folder's files, and configs that cannot be read."""
+    """Yield a line for code that configs name outside of the folder's files, and for unreadable configs."""
     for name in (name for name in listing.names if is_config(name)):
         try:
             config = json.loads((listing.folder / name).read_text(encoding="utf-8"))
@@ -118,7 +125,7 @@ def _elsewhere(listing: Listing) -> Iterator[str]:
 
 
 def _classes(listing: Listing, place: str, value: Any) -> Iterator[str]:
-    """Tell the classes under `value` that are of another repository, or of a file that is not there."""
+    """Yield a line for each class under `value` of another repository, or of a file that does not exist."""
     for text in _texts(value):
         if "--" in text:
             yield f"{place}: {text}: code of another repository"
@@ -127,7 +134,7 @@ def _classes(listing: Listing, place: str, value: Any) -> Iterator[str]:
 
 
 def _entries(value: Any) -> Iterator[tuple[str, Any]]:
-    """Keys and values of all objects in a JSON value, at any depth."""
+    """Yield keys and values of all objects in a JSON value, at any depth."""
     if isinstance(value, dict):
         yield from value.items()
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
@@ -135,7 +142,7 @@ def _entries(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Texts in a JSON value, at any depth."""
+    """Yield the texts in a JSON value, at any depth."""
     if isinstance(value, str):
         yield value
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():

@@ -1,6 +1,6 @@
 """The weights of a checkpoint's folder: safetensors or PyTorch's `.bin`, whole or in shards.
 
-A `.bin` is a pickle, which could run code. It is read weights-only: one that holds more than tensors is refused.
+A `.bin` is a pickle, which could run code. It is read weights-only: a pickle that holds more than tensors is refused.
 Knows files and tensors, nothing of drafts.
 """
 
@@ -20,7 +20,8 @@ from torch import Tensor
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-# What torch.load raises for a damaged file, by thousands of cuts and flipped bits; it checks little of what it reads.
+# The errors of torch.load for a damaged file, found by thousands of cuts and flipped bits: torch.load checks little of
+# what it reads.
 DAMAGE = (
     pickle.UnpicklingError,
     struct.error,
@@ -36,9 +37,9 @@ DAMAGE = (
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a folder in reading order, safetensors before `.bin`.
+    """Return the weight files of a folder in reading order, safetensors before `.bin`.
 
-    Raises `ValueError` where there are none, or an index names a file that is not there.
+    Raises `ValueError` if there are none, or if an index names a file that does not exist.
     """
     for name in (*SAFETENSORS, *PICKLES):
         path = folder / name
@@ -48,7 +49,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def shards(index: Path) -> list[Path]:
-    """The files that an index of shards names."""
+    """Return the files that an index of shards names; raise `ValueError` for a damaged index or missing files."""
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
@@ -62,7 +63,10 @@ def shards(index: Path) -> list[Path]:
 
 
 def read_weights(files: list[Path]) -> dict[str, Tensor]:
-    """All tensors of these files, on the CPU. Raises `ValueError` for a file that is damaged or could run code."""
+    """Read all tensors of these files, on the CPU.
+
+    Raises `ValueError` for a file that is damaged or could run code.
+    """
     weights: dict[str, Tensor] = {}
     for path in files:
         part = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)

@@ -12,7 +12,7 @@ from ..writing import writing
 
 
 def check_new(folder: Path) -> None:
-    """Raises `ValueError` where no new folder can go."""
+    """Raise `ValueError` unless `folder` is empty or can be made."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"expected a new or empty folder to write to, got {folder}")
     if not (above := nearest(folder)).is_dir():
@@ -21,19 +21,19 @@ def check_new(folder: Path) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `folder` in the end, with the folders above it. After an error nothing is left.
+    """Yield a folder to fill, which becomes `folder` at the end, with the folders above it.
 
-    Raises what `writing` does; other errors pass.
+    After an error nothing is left. Raises what `writing` raises; other errors pass.
     """
-    whole = Path(os.path.realpath(folder))  # of a link, where it leads; `resolve` has no line for one to itself
+    whole = Path(os.path.realpath(folder))  # a link's target; `resolve` has no one-line error for a link to itself
     with writing(folder), tempfile.TemporaryDirectory(prefix=f".{whole.name}.", dir=nearest(whole)) as place:
         unfinished = Path(place) / whole.name
         unfinished.mkdir()
         yield unfinished
         whole.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.rename(whole)  # one that is there is empty, and gives way
+        unfinished.rename(whole)  # replaces an empty folder of this name
 
 
 def nearest(folder: Path) -> Path:
-    """The folder above that is there, on the disk that `folder` will be on."""
+    """Return the nearest folder above `folder` that exists, on the disk that `folder` will be on."""
     return next(above for above in folder.absolute().parents if above.exists())
