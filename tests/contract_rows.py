@@ -1,4 +1,4 @@
-"""The rows of the contract: those that change scores here, the others from `contract_rows_calls.py` and
+"""The rows of the contract: the rows that change scores stand here, the others in `contract_rows_calls.py` and
 `contract_rows_inputs.py`.
 """
 
