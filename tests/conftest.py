@@ -33,7 +33,7 @@ def draft(llama):
 
 @pytest.fixture
 def captures(monkeypatch):
-    """Capture CUDA graphs without CUDA: the outcomes of all attempts to capture a phase."""
+    """Replace CUDA graphs by tapes, and return the outcomes of all attempts to capture a phase."""
     return tapes.install(monkeypatch)
 
 

@@ -48,7 +48,7 @@ def second_device() -> Iterator[None]:
 
 
 class _Literals(TorchFunctionMode):
-    """The literals, `torch.tensor` and lists as indices: a dispatch sees no operation that makes these tensors."""
+    """A mode for `torch.tensor` and lists as indices: a dispatch mode sees no operation that makes these tensors."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

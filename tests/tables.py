@@ -183,7 +183,7 @@ class EveryOutcome:
 
 
 class Recorder:
-    """A streamer and a stopping criterion that notes what it is shown."""
+    """A streamer that is a stopping criterion too, and notes what it is shown."""
 
     def __init__(self):
         self.streamed, self.texts = [], []

@@ -10,7 +10,7 @@ def prompt_of(length, seed=0):
 
 
 def texts(target, lengths=(5, 19), **options):
-    """Write greedy and sampled texts, a pair for each prompt length."""
+    """Return a greedy and a sampled text for each prompt length."""
     found = []
     for length in lengths:
         for do_sample in (False, True):

@@ -29,7 +29,7 @@ def case(batch, heads, kv_heads, nodes, slots, dim, value_dim, dtype, device=CPU
 
 
 def assert_is_dense(out, query, key, value, fresh_key, fresh_value, tree, spans, mask, scaling, **options):
-    """Assert, row by row, attention over the prefix tokens that a row may see and the whole tree behind them."""
+    """Assert that `out` attends, row by row, to the prefix tokens that the row may see and to the whole tree."""
     for row, (start, end) in enumerate(spans):
         one = slice(row, row + 1)
         keys = torch.cat([key[one, :, start:end], fresh_key[one]], dim=2)

@@ -141,7 +141,7 @@ def with_draft(step: Step) -> Seen:
 
 
 def simplest(step: Step) -> Step:
-    """Reset to its default every field of a step that leaves the step failing."""
+    """Return the step with each field at its default that can be reset while the step still fails."""
     for field in fields(step):
         if field.name == "seed" or getattr(step, field.name) == field.default:
             continue
