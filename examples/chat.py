@@ -16,7 +16,7 @@ from transformers import DynamicCache, TextStreamer
 
 
 def said(given: list[str] | None) -> Iterator[str]:
-    """What the user says, from the command line or from the keyboard."""
+    """Yield what the user says, from the command line or from the keyboard."""
     if given is not None:
         for text in given:
             print(f"you> {text}")
@@ -27,7 +27,7 @@ def said(given: list[str] | None) -> Iterator[str]:
 
 
 def shared(a: list[int], b: list[int]) -> int:
-    """How many first tokens two texts have in common."""
+    """Count the first tokens that two texts have in common."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     target, tokenizer, draft = load(given)
 
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    cache, cached = DynamicCache(config=target.config), []  # cached: the tokens whose keys and values it holds
+    cache, cached = DynamicCache(config=target.config), []  # cached: the tokens whose keys and values the cache holds
     messages: list[dict[str, str]] = []
     for text in said(given.say):
         messages.append({"role": "user", "content": text})
@@ -49,7 +49,7 @@ def main() -> None:
         ids = prompt["input_ids"][0].tolist()
         kept = shared(cached, ids)
         if kept < len(cached):
-            cache.crop(kept - len(cached))  # negative: so many off its end
+            cache.crop(kept - len(cached))  # a negative length: so many tokens off the cache's end
         out = target.generate(
             **prompt,
             assistant_model=draft,

@@ -1,7 +1,7 @@
-"""What the other examples share: the options --target and --draft, and the pair of models that they name.
+"""Shared by the other examples: the options --target and --draft, and the pair of models that they name.
 
-Left out, they are SmolLM2-135M-Instruct, built from a package index (no Hub, no GPU needed), and the draft for it in
-hub_configs/.
+Without them the target is SmolLM2-135M-Instruct, built from a package index (no Hub, no GPU needed), and the draft is
+the one for it in hub_configs/.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Any]:
-    """Target, tokenizer and draft, on the GPU if there is one."""
+    """Load target, tokenizer and draft, on the GPU if there is one."""
     if (options.target is None) != (options.draft is None):
         raise SystemExit("expected --target and --draft together: a draft fits one target only")
     target_name = options.target or smollm2_folder()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target = AutoModelForCausalLM.from_pretrained(target_name, dtype=options.dtype).to(device)
     tokenizer = AutoTokenizer.from_pretrained(target_name, padding_side="left")
-    draft = AutoModelForCausalLM.from_pretrained(options.draft or DRAFT)  # goes where the target is by itself
+    draft = AutoModelForCausalLM.from_pretrained(options.draft or DRAFT)  # moves to the target's device by itself
     if options.tree is not None:
         draft.config.tree_shape = tuple(options.tree)
-    elif device == "cpu":  # where many guesses cost more than they win
+    elif device == "cpu":  # there, many guesses cost more than they win
         draft.config.tree_shape = (2, 2, 2, 2)
     return target, tokenizer, draft
 
 
 def mean(accept_lengths: list[int]) -> float:
-    """τ, tokens a forward of the target."""
+    """Return τ, the tokens that one forward of the target brings."""
     return sum(accept_lengths) / max(len(accept_lengths), 1)

@@ -45,7 +45,7 @@ def main() -> None:
         return out.sequences[0, length:].tolist(), time.perf_counter() - start, out
 
     plain, plain_seconds, _ = write()
-    ours, seconds, out = write(assistant_model=draft)  # this is all there is to it
+    ours, seconds, out = write(assistant_model=draft)  # the draft is all that changes
 
     print(tokenizer.decode(ours))
     print(f"\nplain generate {plain_seconds:.1f} s, with the draft {seconds:.1f} s, reading the prompt included")

@@ -30,9 +30,9 @@ class Person(BaseModel):
 
 
 def allowed_tokens(tokenizer: Any, schema: dict[str, Any]) -> Callable[[int, Tensor], list[int]]:
-    """What may come next, for `prefix_allowed_tokens_fn`: given a row's number and its text so far, token ids.
+    """Return a `prefix_allowed_tokens_fn`: from a row's number and its text so far to the token ids that may follow.
 
-    lm-format-enforcer 0.11 has this too, in a file that transformers 5 can no longer import.
+    lm-format-enforcer 0.11 has such a function too, in a file that transformers 5 can no longer import.
     """
     special, zero = set(tokenizer.all_special_ids), tokenizer.encode("0", add_special_tokens=False)[-1]
     ids = [token for token in range(len(tokenizer)) if token not in special]

@@ -1,6 +1,6 @@
-"""A target so small that a draft for it is trained on a CPU: a Llama of 0.4M weights, taught some Python in a minute.
+"""A target so small that a CPU trains a draft for it: a Llama of 0.4M weights that learns some Python in a minute.
 
-What it writes makes no sense, but it looks like code, and a draft can learn that look.
+Its text makes no sense but looks like code, and a draft can learn that look.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ END = "<|end|>"
 
 
 def make_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """Byte pairs, learned from `text`."""
+    """Train a byte-pair tokenizer on `text`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -30,7 +30,7 @@ def make_tokenizer(text: str) -> PreTrainedTokenizerFast:
 
 
 def make_target(folder: Path, text: str, seconds: float) -> None:
-    """Teaches a new model to go on with `text` for so many seconds, and saves it with its tokenizer."""
+    """Train a new model to go on with `text` for `seconds` seconds, and save it with its tokenizer."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer(text)
     tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]

@@ -25,12 +25,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_longspec import LongSpecConfig, LongSpecForCausalLM
 
-PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "unittest")  # of the standard library
+PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "unittest")  # packages of the standard library
 PROMPT = "def read(self, size=-1):\n    "
 
 
 def recipe_for(target: str, texts: list[Path], out: Path, steps: int, batch: int) -> dict[str, Any]:
-    """What a YAML file of `hf-longspec train` holds."""
+    """Return the recipe of a run, as a YAML file for `hf-longspec train` holds it."""
     return {
         "target": {"name": target},
         "draft": {"config": {"window": 64, "tree_shape": [4, 4, 4, 4]}},
@@ -88,7 +88,7 @@ def main() -> None:
     inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False).to(device)
 
     def write(**assistant: Any) -> Any:
-        torch.manual_seed(0)  # greedy, so small a model repeats itself
+        torch.manual_seed(0)  # sampled, since so small a model repeats itself under greedy decoding
         limits = {"max_new_tokens": 128, "do_sample": True, "temperature": 0.7, "return_dict_in_generate": True}
         return target.generate(**inputs, **assistant, **limits)
 

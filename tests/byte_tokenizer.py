@@ -14,14 +14,14 @@ MARKED = (
     "{{ m['content'] }}<end>{% endgeneration %}{% else %}{{ m['content'] }}<end>{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<turn>a:{% endif %}"
 )
-# writes earlier answers without what they hold in front of a `|`, as templates of reasoning models do
+# drops what an earlier answer holds in front of a `|`, as templates of reasoning models do
 FORGETFUL = TEMPLATE.replace(
     "{{ m['content'] }}", "{{ m['content'].split('|')[-1] if not loop.last else m['content'] }}"
 )
 
 
 def byte_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
-    """Ids 0..255 are bytes, 256 is `<end>` (the EOS), 257 `<turn>`."""
+    """Make a tokenizer: ids 0..255 are bytes, 256 is `<end>` (the EOS), 257 is `<turn>`."""
     symbols = [chr(byte) if chr(byte) in "".join(pre_tokenizers.ByteLevel.alphabet()) else None for byte in range(256)]
     spare = iter(sorted(set(pre_tokenizers.ByteLevel.alphabet()) - {symbol for symbol in symbols if symbol}))
     vocabulary = {symbol or next(spare): byte for byte, symbol in enumerate(symbols)}
@@ -32,7 +32,7 @@ def byte_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
 
 
 def ids(text: str) -> list[int]:
-    """What the tokenizer gives, said a second way."""
+    """Return the token ids of a text, derived apart from the tokenizer."""
     found = []
     while text:
         for special, number in (("<end>", END), ("<turn>", TURN)):

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 import tapes  # noqa: E402
 from helpers import tiny_draft, tiny_target  # noqa: E402
 
-# these compare for the tests, which show both sides of what fails
+# these modules hold asserts for the tests: a failure shows both sides
 pytest.register_assert_rewrite("conversions", "pairs", "serials", "tables", "texts")
 torch.set_num_threads(1)
 
@@ -33,7 +33,7 @@ def draft(llama):
 
 @pytest.fixture
 def captures(monkeypatch):
-    """CUDA graphs without CUDA: the outcome of every attempt to capture a phase."""
+    """Replace CUDA graphs by tapes, and return the outcomes of all attempts to capture a phase."""
     return tapes.install(monkeypatch)
 
 

@@ -1,6 +1,6 @@
 """The contract as a table: `python tests/contract.py` computes docs/CONTRACT.md, and from it a part of docs/LIMITS.md.
 
-`contract_rows.py` has the rows. Every package a row needs must be installed: the table is whole or not written.
+`contract_rows.py` has the rows. Every package that a row needs must be installed: the table is whole or not written.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ range of transformers.
 
 
 class Line(NamedTuple):
-    """A row of the table: verdicts of LongSpec at batch 1 and 4, and of stock assisted decoding at batch 1."""
+    """A row of the table: verdicts on LongSpec at batch 1 and 4, and on stock assisted decoding at batch 1."""
 
     group: str
     name: str
@@ -57,7 +57,7 @@ COLUMNS = Line("", "`generate`", "LongSpec, batch 1", "batch 4", "another LM as 
 
 
 def lines(rows: list[Row]) -> Iterator[Line]:
-    """The table, row by row as it is computed."""
+    """Compute the table, and yield each row as soon as it is known."""
     for row in rows:
         cell = run(row, 1, stock=True)
         stock = verdict(cell.plain, cell.stock, row.draws)
@@ -77,7 +77,7 @@ def table(made: list[Line]) -> str:
 
 
 def read_table(page: str) -> list[Line]:
-    """The rows of a page that has a `table`."""
+    """Read the rows of a page that holds a `table`."""
     found: list[Line] = []
     for text in [text for text in page.splitlines() if text.startswith("| ")][1:]:
         line = Line(*(cell.strip() for cell in text.strip("|").split(" | ")))
@@ -86,9 +86,10 @@ def read_table(page: str) -> list[Line]:
 
 
 def summary(made: list[Line]) -> str:
-    """A line a group: counts, and by name what stock assisted decoding does neither as plain `generate` nor at all.
+    """Summarize each group in a line: counts, and the names of options that stock assisted decoding gets wrong.
 
-    Other random draws are counted only: they are rightly distributed, and many.
+    Wrong: neither refused nor as plain `generate` has it. Other random draws are counted only: they are rightly
+    distributed, and many.
     """
     text = "| options | LongSpec, batch 1 and 4 | another LM, batch 1 | which of them |\n|---|---|---|---|\n"
     for group in dict.fromkeys(line.group for line in made):
@@ -114,7 +115,7 @@ def _row(cells: tuple[str, ...]) -> str:
 
 
 def _counts(verdicts: list[str]) -> str:
-    """As in "9 equal, 2 refused, 3 other"."""
+    """Count verdicts, as in "9 equal, 2 refused, 3 other"."""
     short = ("fail like plain" if said.endswith("like plain") else said.split()[0] for said in verdicts)
     return ", ".join(f"{count} {said}" for said, count in Counter(short).most_common())
 

@@ -1,6 +1,6 @@
-"""One cell of the contract: a row, an option of `generate`, run plainly, with a LongSpec draft and with another LM.
+"""One cell of the contract: an option of `generate`, tried plainly, with a LongSpec draft and with another LM.
 
-`contract_rows.py` has the rows, `contract.py` prints the table, `test_contract.py` holds us to it.
+`contract_rows.py` has the rows, `contract.py` prints the table, `test_contract.py` holds LongSpec to the table.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from packaging import version
 from torch import Tensor
 from transformers import PreTrainedModel
 
-# Before 5.21 a chunked prefill reads the prompt again behind what the cache holds.
+# Before 5.21 a chunked prefill reads a prompt again although the cache holds its first tokens.
 OLD = version.parse(transformers.__version__) < version.parse("5.21")
 LONGROPE = {
     "head_dim": 8,
@@ -32,16 +32,16 @@ LONGROPE = {
         "long_factor": [1.0, 2.0, 5.0, 9.0],
     },
 }
-# By the size of the batch. Both hold every next token, and most or half of the pairs: long paths are accepted from a
-# random draft. Rows that must go together advance by the shortest of their paths, for which a smaller tree is enough.
+# By batch size. Both trees hold every next token, and most or half of the pairs, so long paths are accepted from a
+# random draft. Rows that must go together advance by the shortest of their paths: a smaller tree is enough for them.
 TREES = {1: (13, 120, 40), 4: (13, 70)}
-LENGTHS = (9, 4, 7, 2)  # of the prompts in a batch; the first one is also the one of a single sequence
+LENGTHS = (9, 4, 7, 2)  # tokens of each prompt in a batch; a single sequence has the first one
 NEW_TOKENS = 24
-PAD, EOS = 0, [3, 11]  # in a batch, rows come to one of these at different times
+PAD, EOS = 0, [3, 11]  # rows of a batch write one of these at different times
 
 
 class Case(NamedTuple):
-    """What a row has at hand in one run: ids (B, L), padded on the left, mask (B, L) or None, and the log."""
+    """What a row works with in one run: ids (B, L), padded on the left, mask (B, L) or None, and the log."""
 
     target: PreTrainedModel
     ids: Tensor
@@ -49,7 +49,7 @@ class Case(NamedTuple):
     log: list
 
     def defaults(self) -> dict[str, Any]:
-        """Options of every call; rows finish at different times in a batch."""
+        """Return the options of every call; rows finish at different times in a batch."""
         batch = {"attention_mask": self.mask, "eos_token_id": EOS} if len(self.ids) > 1 else {}
         return {"input_ids": self.ids, **batch, "max_new_tokens": NEW_TOKENS, "pad_token_id": PAD} | {
             "return_dict_in_generate": True
@@ -57,10 +57,11 @@ class Case(NamedTuple):
 
 
 class Row(NamedTuple):
-    """play: makes the calls; batches: the columns that apply; refused: what we say if we refuse it by decision.
+    """An option of `generate`, or several options together, as a row of the contract.
 
-    module: a package it needs; draws: whether tokens are drawn at random; long_paths: whether several tokens must be
-    accepted at once somewhere, or the row proves little.
+    play: makes the calls; batches: the columns that apply; refused: words of LongSpec's message if it refuses the row
+    by decision; module: a package that the row needs; draws: whether tokens are drawn at random; long_paths: whether
+    several tokens must be accepted at once somewhere, or the row proves little.
     """
 
     group: str
@@ -78,7 +79,7 @@ Options = dict[str, Any] | Callable[[Case], dict[str, Any]]
 
 
 def once(options: Options) -> Play:
-    """A row that is one call: the defaults and these options, made anew for each run. None takes a default out."""
+    """Make a play of one call with the defaults and these options, made anew for each run; None removes a default."""
 
     def play(generate: Callable, case: Case) -> None:
         own = options(case) if callable(options) else copy.deepcopy(options)
@@ -88,7 +89,7 @@ def once(options: Options) -> Play:
 
 
 def group(name: str, options: dict[str, Options], **fields: Any) -> list[Row]:
-    """Rows that are one call each."""
+    """Make rows of one call each."""
     return [Row(name, row, once(own), **fields) for row, own in options.items()]
 
 
@@ -103,14 +104,14 @@ def prompts(batch: int) -> tuple[Tensor, Tensor | None]:
 
 @cache
 def target_of(family: str) -> PreTrainedModel:
-    """A tiny target; "phi3 with longrope" changes its frequencies and drops its cache at 16 tokens."""
+    """Make a tiny target; "phi3 with longrope" changes its frequencies and drops its cache at 16 tokens."""
     name, *longrope = family.split(" with ")
     return tiny_target(name, **(LONGROPE if longrope else {}))
 
 
 @cache
 def models(family: str, batch: int = 1) -> tuple[PreTrainedModel, Any, PreTrainedModel]:
-    """Target, draft, and the LM that stock decoding gets: one that agrees with the target about most tokens."""
+    """Return target, draft, and an LM for stock assisted decoding that agrees with the target about most tokens."""
     target = target_of(family)
     small = copy.deepcopy(target)
     with torch.random.fork_rng():
@@ -121,7 +122,7 @@ def models(family: str, batch: int = 1) -> tuple[PreTrainedModel, Any, PreTraine
 
 
 class Cell(NamedTuple):
-    """One row and column: what plain `generate` showed, what we and stock assisted decoding did."""
+    """One row and column: what was seen of plain `generate`, of LongSpec and of stock assisted decoding."""
 
     plain: Seen
     ours: Seen
@@ -143,7 +144,7 @@ def run(row: Row, batch: int, *, stock: bool = False) -> Cell:
 
 
 def verdict(plain: Seen, other: Seen | None, draws: bool = False) -> str:
-    """A cell of the table in a few words; draws: whether the row draws tokens at random."""
+    """Return a cell of the table in a few words; draws: whether the row draws tokens at random."""
     if other is None:
         return "–"
     if other.error is not None:

@@ -1,5 +1,6 @@
-"""The rows of the contract: those that change scores here, the others from `contract_rows_calls.py` and
-`contract_rows_inputs.py`.
+"""The rows of the contract, of which the rows that change scores stand here.
+
+The others stand in `contract_rows_calls.py` and `contract_rows_inputs.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows of the contract beside those that change scores: stops, streamers, outputs, refusals."""
+"""Rows of the contract that change no scores: stops, streamers, outputs, refusals."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def stops() -> list[Row]:
         *group("stops", {"max_new_tokens=1": {"max_new_tokens": 1}}, long_paths=False),
         *group("stops", options),
         *group("stops", {"every reason at once, sampled": all_reasons}, draws=True),
-        Row("stops", "max_time", max_time, batches=(1,)),  # rows of a batch look at the clock at their own times
+        Row("stops", "max_time", max_time, batches=(1,)),  # each row of a batch looks at the clock at its own time
     ]
 
 

@@ -1,4 +1,4 @@
-"""Rows of the contract about what a caller hands over to be read: caches and inputs."""
+"""Rows of the contract about what a caller passes in for the target to read: caches and inputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def caches() -> list[Row]:
         return {"past_key_values": DynamicCache(config=case.target.config)}
 
     def one_prefix(generate: Callable, case: Case) -> None:
-        """Several answers over one prefilled prefix."""
+        """Write several answers over one prefilled prefix."""
         prefix = prefilled(case, 1)
         for token in (3, 5, 7):
             ids = torch.cat([case.ids, torch.full_like(case.ids[:, :1], token)], dim=1)
@@ -54,7 +54,7 @@ def caches() -> list[Row]:
         "a prefilled prefix, only the new tokens passed": only_new_tokens,
     }
     chunked = "prefill_chunk_size and a prefilled prefix"
-    twice = "prefill_chunk_size" if OLD else None  # there, stock reads the prompt twice
+    twice = "prefill_chunk_size" if OLD else None  # in those versions stock reads the prompt twice
     rows = [
         *group("caches", shared),
         *group("caches", {f"{name}, sliding windows": own for name, own in shared.items()}, family="gemma3_text"),
@@ -79,7 +79,7 @@ def caches() -> list[Row]:
 
 
 def prefilled(case: Case, short_of: int) -> DynamicCache:
-    """A cache with all but the last tokens of the prompts."""
+    """Return a cache that holds the prompts without their last `short_of` tokens."""
     past = DynamicCache(config=case.target.config)
     held = case.ids.shape[1] - short_of
     mask = case.mask if case.mask is None else case.mask[:, :held]
@@ -98,7 +98,7 @@ def chat(generate: Callable, case: Case) -> None:
         question = torch.tensor([[2 + turn, 11 - turn, 5]]).expand(len(ids), -1)
         written = torch.cat([out.sequences[:, ids.shape[1] :], question], dim=1)
         ids = torch.cat([ids, written], dim=1)
-        if mask is not None:  # what followed the end of a row stays hidden
+        if mask is not None:  # tokens behind the end of a row stay hidden
             mask = torch.cat([mask, (written != PAD).long()], dim=1)
 
 

@@ -1,4 +1,4 @@
-"""A tiny target and a published draft for it as folders, and what tests do with them."""
+"""A tiny target and a published draft for it as folders, and the conversions that tests run on them."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ CONFIG = tiny(TARGETS[NAME])
 
 
 def published_folders(folder: Path, *, pickled: bool = False) -> Path:
-    """`target` and, in float16, `published`."""
+    """Write the folders `target` and `published`, the latter in float16."""
     write_config(folder / "target", CONFIG)
     write_checkpoint(folder / "published", CONFIG, random_weights(CONFIG), pickled=pickled)
     return folder
@@ -30,7 +30,7 @@ def command(folder: Path, *options: str, source="published", target="target", ou
 
 
 def assert_refused(folder: Path, match: str, **names: str) -> None:
-    """In one clear error, and nothing is left behind."""
+    """Assert that a conversion fails with one clear error and leaves nothing behind."""
     before = sorted(folder.rglob("*"))
     with pytest.raises((ValueError, OSError), match=match):
         convert(folder, **names)

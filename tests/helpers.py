@@ -30,7 +30,7 @@ SHAPE = {
     "pad_token_id": 0,
     "bos_token_id": 1,
 }
-# What a family needs beside the common shape to show its peculiarities at this size.
+# Fields that a family needs beside the common shape to show its peculiarities at this size.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
@@ -72,7 +72,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def tiny_target(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A float32 model of a family (`model_type`) in eval mode; `overrides` are fields of its config.
+    """Make a float32 model of a family (`model_type`) in eval mode; `overrides` are fields of its config.
 
     Weights are large enough that the text depends on the context instead of settling on one token.
     """
@@ -81,24 +81,24 @@ def tiny_target(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMo
 
 
 def tiny_draft(target: PreTrainedModel, *, seed: int = 1, **fields: Any) -> LongSpecForCausalLM:
-    """A float32 draft in eval mode for `target`; `fields` are those of `LongSpecConfig`."""
+    """Make a float32 draft in eval mode for `target`; `fields` are fields of its `LongSpecConfig`."""
     config = LongSpecConfig.from_target(target.config, **({"window": 8, "tree_shape": (4, 8, 8)} | fields))
     return randomized(lambda: LongSpecForCausalLM(config), seed)
 
 
 def quick_or_slow(values: Iterable[Any], quick: Container[Any]) -> list[Any]:
-    """Parameters of a test: each of `values`, those that are not among `quick` marked `slow`."""
+    """Return a test's parameters: `values`, of which all that are not in `quick` are marked `slow`."""
     return [pytest.param(value, marks=() if value in quick else pytest.mark.slow) for value in values]
 
 
 def commit(cache: SpeculativeCache, path: torch.Tensor, counts: torch.Tensor, emitted: list[int]) -> None:
-    """What a round does in the end: the device's part and the host's; `emitted` says `counts` on the host."""
+    """Commit accepted paths on the device and the host, as a round does in the end; emitted: `counts` on the host."""
     cache.commit(path, counts)
     cache.end_round(emitted)
 
 
 def interprets_triton() -> bool:
-    """Whether kernels can be tried on the CPU: older interpreters fail with numpy 2.4, and a GPU runs the kernels."""
+    """Return whether to try kernels on the CPU: older interpreters fail with numpy 2.4, and a GPU runs the kernels."""
     if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return False
     return Version(importlib.metadata.version("triton")) >= Version("3.9")
@@ -108,6 +108,6 @@ interpreted = pytest.mark.skipif(not interprets_triton(), reason="needs Triton 3
 
 
 def is_one_line(stderr: str) -> bool:
-    """Whether a command itself said just one line; packages such as torchao may add lines at their first import."""
+    """Return whether a command wrote just one line; packages such as torchao may add lines at their first import."""
     ours = [line for line in stderr.splitlines() if line.startswith("hf-longspec: ")]
     return len(ours) == 1 and stderr.endswith(ours[0] + "\n") and "Traceback" not in stderr

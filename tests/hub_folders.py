@@ -1,4 +1,4 @@
-"""A tiny pair and the draft's folder for the Hub, and a client that knows no Hub but the tests' own."""
+"""A tiny pair and the draft's folder for the Hub, and a client that knows only the tests' own Hub."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ ABOUT = {
 
 
 def hub_folders(folder: Path) -> Path:
-    """As `tiny_folders`, and `hub`: the draft, exported; `card.json` and `report.json`, which its card is made of."""
+    """Write `tiny_folders`, `hub` with the exported draft, and its card's sources `card.json` and `report.json`."""
     tiny_folders(folder)
     told = report()
     told["target"]["vocabulary_sha256"] = vocabulary_sha256(AutoTokenizer.from_pretrained(folder / "target"))
@@ -56,7 +56,7 @@ def client(hub: HubServer, token: str | None = TOKEN) -> HfApi:
 
 
 def connect(patch: pytest.MonkeyPatch, url: str, home: Path) -> None:
-    """This process takes the server at `url` for the Hub, as the environment of `environment` tells a new one."""
+    """Let this process take the server at `url` for the Hub, as `environment` does for a new process."""
     patch.setattr(constants, "ENDPOINT", url)
     patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     patch.setattr(constants, "HF_HUB_CACHE", str(home))
@@ -66,6 +66,6 @@ def connect(patch: pytest.MonkeyPatch, url: str, home: Path) -> None:
 
 
 def environment(url: str, home: Path, **changes: str) -> dict[str, str]:
-    """Variables by which a new process takes the server at `url` for the Hub, with nothing cached."""
+    """Return variables by which a new process takes the server at `url` for the Hub, with nothing cached."""
     told = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
     return told | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"} | changes

@@ -1,4 +1,4 @@
-"""What the test Hub answers to each request: a function a route, over the repositories of hub_store.py."""
+"""The answers of the test Hub: a function for each route, over the repositories of hub_store.py."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
         hub.fault("POST", "/commit/", Status(500, "try later"))   # the next such request fails, the one after does not
 
 Another process asks for a fault by `POST /faults` with `["GET", "/cdn/", "Status", 500, "try later"]`.
-Repositories are those of hub_store.py, answers those of hub_routes.py. Large files go by git-LFS: clients must be told
+The repositories are in hub_store.py, the answers in hub_routes.py. Large files go by git-LFS: clients must be told
 `HF_HUB_DISABLE_XET=1`, since they do not ask the server whether it speaks Xet.
 """
 
@@ -21,7 +21,7 @@ from hub_store import Refused, Store
 
 
 class Status(NamedTuple):
-    """The answer is this error instead, and nothing is done."""
+    """Answer with this error instead, and do nothing."""
 
     status: int
     message: str
@@ -29,23 +29,23 @@ class Status(NamedTuple):
 
 
 class Drop(NamedTuple):
-    """The connection ends before an answer, and nothing is done."""
+    """End the connection before an answer, and do nothing."""
 
 
 class Lose(NamedTuple):
-    """The request is done, and the connection ends before the answer."""
+    """Do what the request asks for, and end the connection before the answer."""
 
 
 class Cut(NamedTuple):
-    """The connection ends after half of the answer's body."""
+    """End the connection after half of the answer's body."""
 
 
 class Shorten(NamedTuple):
-    """The answer's body is whole by its own length, but half of the file."""
+    """Answer with half of the file as a body that is whole by its own length."""
 
 
 class Damage(NamedTuple):
-    """One byte is another: of the body that is sent, or of the one that comes where there is one."""
+    """Change one byte: of the request's body, or, where it has none, of the answer's body."""
 
     position: int = 0
 
@@ -83,7 +83,7 @@ class HubServer:
         self.http.server_close()
 
     def fault(self, method: str, part: str, fault: Fault) -> None:
-        """What goes wrong with the next request by `method` whose path holds `part`."""
+        """Let `fault` happen to the next request by `method` whose path holds `part`."""
         with self.lock:
             self.faults.append((method, part, fault))
 
@@ -101,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: `HubServer.requests` has them."""
+        """Log nothing: `HubServer.requests` has all requests."""
 
     def serve(self, hub: HubServer) -> None:
         path = urlsplit(self.path).path

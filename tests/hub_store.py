@@ -1,6 +1,7 @@
 """Repositories as the Hub keeps them, in memory: commits, branches, tags, large files by their SHA-256.
 
-Knows no HTTP. What a client may not do, or asks for in vain, raises `Refused`, which names the Hub's status and code.
+Knows no HTTP. A request that a client may not make, or makes in vain, raises `Refused`, which names the Hub's status
+and code.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-LARGE = (".safetensors", ".bin")  # kept by LFS whatever their size
+LARGE = (".safetensors", ".bin")  # LFS keeps these, whatever their size
 LARGE_SIZE = 5_000_000
 
 
 class Refused(Exception):
-    """An answer that is an error: HTTP status, the Hub's error code if it has one, a message."""
+    """An error as answer: HTTP status, the Hub's error code if it has one, a message."""
 
     def __init__(self, status: int, code: str | None, message: str):
         super().__init__(message)
@@ -27,7 +28,7 @@ class Blob(NamedTuple):
 
     @property
     def oid(self) -> str:
-        """SHA-256 of a large file, git's SHA-1 of another: what the Hub gives as ETag."""
+        """Return the Hub's ETag: the SHA-256 of a large file, git's SHA-1 of another."""
         if self.large:
             return hashlib.sha256(self.data).hexdigest()
         return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()
@@ -58,7 +59,7 @@ class Repo:
         self.commit("main", "initial commit", {".gitattributes": attributes})
 
     def commit(self, branch: str, message: str, files: dict[str, Blob]) -> Commit:
-        """Moves `branch` to a new commit that holds exactly `files`."""
+        """Move `branch` to a new commit that holds exactly `files`."""
         parent = self.branches.get(branch)
         told = repr((parent, message, sorted((path, blob.oid) for path, blob in files.items()), len(self.commits)))
         new = Commit(hashlib.sha1(told.encode()).hexdigest(), parent, message, files)
@@ -67,14 +68,14 @@ class Repo:
         return new
 
     def at(self, revision: str) -> Commit:
-        """The commit of a branch, a tag or a commit's own name."""
+        """Return the commit named by a branch, a tag or its own name. Raises `Refused` for any other name."""
         oid = self.branches.get(revision) or self.tags.get(revision) or revision
         if oid not in self.commits:
             raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return self.commits[oid]
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
-        """Contents by path, without the file that the Hub itself puts there."""
+        """Return contents by path, without the file that the Hub itself adds."""
         found = {path: blob.data for path, blob in self.at(revision).files.items()}
         found.pop(".gitattributes")
         return found
@@ -89,7 +90,7 @@ class Store:
     large: dict[str, bytes] = field(default_factory=dict)
 
     def user(self, token: str | None) -> str | None:
-        """Whose token this is; None without one."""
+        """Return the user with this token, None without a token. Raises `Refused` for an unknown token."""
         if token is not None and token not in self.users:
             raise Refused(401, None, "Invalid credentials in Authorization header")
         return None if token is None else self.users[token]
@@ -105,7 +106,7 @@ class Store:
         return self.repos[repo_id]
 
     def readable(self, repo_id: str, user: str | None, *, files: bool = False) -> Repo:
-        """A repository that this user may see; with `files`, one whose files they may get."""
+        """Return a repository that this user may see, and with `files` download. Raises `Refused` for others."""
         repo = self.repos.get(repo_id)
         if repo is None or (repo.private and user not in repo.members):
             raise Refused(401 if user is None else 404, "RepoNotFound", "Repository not found")
@@ -124,7 +125,7 @@ class Store:
         return repo
 
     def receive(self, oid: str, data: bytes) -> None:
-        """A large file, kept under its own SHA-256 only: under another name it is not there."""
+        """Keep a large file, unless it comes under another name than its own SHA-256."""
         if hashlib.sha256(data).hexdigest() == oid:
             self.large[oid] = data
 
@@ -133,7 +134,7 @@ class Store:
             raise Refused(422, None, f"the SHA-256 or the size of the uploaded file is not {oid}, {size} bytes")
 
     def apply(self, repo: Repo, branch: str, lines: list[dict]) -> Commit:
-        """A commit as the client sends it: a header, then an operation a line. All of it or nothing."""
+        """Apply a commit as the client sends it, whole or not at all: a header, then one operation a line."""
         head = repo.at(branch)
         if branch not in repo.branches:
             raise Refused(400, None, f"{branch} is no branch")

@@ -1,4 +1,4 @@
-"""The best children of a level and moves of accepted nodes: what torch's operations and the kernels are checked by."""
+"""Checks of a level's best children and of moves of accepted nodes, for torch's operations and for the kernels."""
 
 import math
 
@@ -9,7 +9,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def check(children, nodes, vocab, width, dtype, device="cpu"):
-    """`children`, as `best_children`, chooses a level of the best scores, which are exact to a few float32 units."""
+    """Check that `children`, as `best_children`, chooses a level of the best scores, exact to a few float32 units."""
     logits = (3 * torch.randn(2, nodes, vocab, device=device)).to(dtype)
     scores = -3 * torch.rand(2, nodes, device=device)
     tokens, parents, chosen = (part.cpu() for part in children(logits, scores, width))
@@ -26,7 +26,7 @@ def check(children, nodes, vocab, width, dtype, device="cpu"):
 
 
 def check_impossible_tokens(children):
-    """Tokens of probability zero come last."""
+    """Check that tokens of probability zero come last."""
     logits = torch.full((1, 2, 4), -math.inf)
     logits[0, 0, 2] = logits[0, 1, 1] = 0.0
     tokens, parents, scores = children(logits, torch.tensor([[-2.0, -1.0]]), 3)
@@ -35,7 +35,7 @@ def check_impossible_tokens(children):
 
 
 def check_rounding(children):
-    """No child outranks its parent, however sure the draft is: pruning relies on it."""
+    """Check that no child outranks its parent, however sure the draft is: pruning relies on it."""
     logits = 3 * torch.randn(3, 4, 50)
     logits[..., 7] += 40
     scores = -20 * torch.rand(3, 4)
@@ -44,16 +44,16 @@ def check_rounding(children):
 
 
 def check_draft_vocabulary(children):
-    """Tokens are those of the target's vocabulary."""
+    """Check that tokens are ids of the target's vocabulary."""
     logits = torch.tensor([[[0.0, 3.0, 1.0], [2.0, 0.0, 5.0]]])
     tokens, parents, _ = children(logits, torch.zeros(1, 2), 2, torch.tensor([7, 30, 90]))
     assert tokens.tolist() == [[90, 30]] and parents.tolist() == [[1, 0]]
 
 
 def check_moves(move, dim, value_dim):
-    """Steps go where other nodes of the path were; the reference is one element after another."""
+    """Check moves into slots that other nodes of the path leave, against moves of one element after another."""
     torch.manual_seed(0)
-    # as a cache of larger memory has them: rows and heads are further apart than they are long
+    # as in a cache with spare memory: rows and heads are further apart than they are long
     keys, values = torch.randn(2, 3, 20, dim)[:, :, :12], torch.randn(2, 3, 15, value_dim)[:, :, :12]
     source, target = torch.tensor([[4, 5, 9], [6, 7, 8]]), torch.tensor([[3, 4, 5], [5, 6, 7]])
     expected = []

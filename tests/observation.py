@@ -1,6 +1,6 @@
-"""What can be seen of calls of `generate` from outside, and in what two such sights differ.
+"""What an outsider can see of calls of `generate`, and how two such sights differ.
 
-Knows no options: `play` makes the calls, with or without an assistant it does not see.
+Knows no options: `play` makes the calls, with or without an assistant, which it does not see.
 """
 
 from __future__ import annotations
@@ -12,26 +12,29 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-OF_OUR_OUTPUT = ("accept_lengths", "phase_seconds")  # fields plain `generate` does not have
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}  # of float32 values that were added up in another order
+OF_OUR_OUTPUT = ("accept_lengths", "phase_seconds")  # fields that plain `generate` does not have
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}  # for float32 values that were added up in another order
 
 
 class Seen(NamedTuple):
-    """calls: for each call of `generate`, its output and the cache the caller had passed in, as plain containers;
-    log: what streamers, processors and criteria were told, in order; random: the generator's state afterwards."""
+    """What was seen of the calls of one play.
+
+    calls: for each call of `generate`, its output and the cache that the caller passed in, as plain containers;
+    log: what streamers, processors and criteria were told, in order; random: the generator's state afterwards.
+    """
 
     calls: list[Any]
     log: list[Any]
     random: Tensor
     error: Exception | None
-    accept_lengths: list[list[int]]  # of every row of every call
+    accept_lengths: list[list[int]]  # for every row of every call
 
 
 Play = Callable[[Callable[..., Any], Any], Any]
 
 
 def observe(target: PreTrainedModel, play: Play, case: Any, seed: int = 11, **assistant: Any) -> Seen:
-    """Let `play(generate, case)` call `generate`; `case.log` is seen too."""
+    """Let `play(generate, case)` call `generate`, and note what can be seen, `case.log` included."""
     calls: list[Any] = []
     accepted: list[list[int]] = []
     error = None
@@ -48,13 +51,13 @@ def observe(target: PreTrainedModel, play: Play, case: Any, seed: int = 11, **as
     torch.manual_seed(seed)
     try:
         play(generate, case)
-    except Exception as raised:  # whatever it is, it is compared or named in the table
+    except Exception as raised:  # any error is compared, or named in the table
         error = raised
     return Seen(calls, contents(case.log), torch.get_rng_state(), error, accepted)
 
 
 def contents(value: Any) -> Any:
-    """A copy in plain containers; of a cache, what each layer holds."""
+    """Copy a value into plain containers; a cache becomes the contents of its layers."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, Cache):
@@ -74,7 +77,7 @@ def layer_contents(layer: Any) -> dict[str, Any]:
 
 
 def differences(plain: Seen, other: Seen) -> list[str]:
-    """One line for each thing in which `other` is not as `plain`, the text first; empty if they are equal."""
+    """List, a line each, how `other` differs from `plain`, differences of the text first; empty if they are equal."""
     if plain.error is not None or other.error is not None:
         errors = [None if seen.error is None else type(seen.error).__name__ for seen in (plain, other)]
         if errors[0] != errors[1]:
@@ -82,7 +85,7 @@ def differences(plain: Seen, other: Seen) -> list[str]:
     found = list(_differences("call", plain.calls, other.calls))
     log = other.log
     if any(call["output"] is None for call in other.calls) and log[len(plain.log) :] == [["end"]]:
-        log = log[:-1]  # ours tells a streamer the end when a call raises, too
+        log = log[:-1]  # LongSpec tells a streamer the end when a call raises, too
     found += _differences("log", plain.log, log)
     if not torch.equal(plain.random, other.random):
         found.append("random generator: left in another state")

@@ -1,10 +1,10 @@
-"""A call of `generate` without and with a draft: everything that comes out must be the same."""
+"""A call of `generate` without and with a draft: all that comes out must be the same."""
 
 import torch
 
 
 def pair(target, draft, ids, seed=7, **options):
-    """Sequences of plain and assisted `generate` under one seed, and what the generator draws next after each."""
+    """Return sequences of plain and assisted `generate` under one seed, and the generator's next number after each."""
     options = {"max_new_tokens": 24, "pad_token_id": 0, **options}
     torch.manual_seed(seed)
     plain, after_plain = target.generate(ids, **options), torch.rand(1)

@@ -1,4 +1,4 @@
-"""What users hand to `generate`: streamers, processors and criteria that note what they are told, and a tokenizer."""
+"""What users pass to `generate`: streamers, processors and criteria that note what they are told, and a tokenizer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MERGES = [("a", "b"), ("b", "c"), ("d", "e"), ("b", "a")]
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Thirteen tokens of one and two characters, so that a text has several spellings."""
+    """Make a tokenizer of thirteen tokens of one and two characters, so that a text has several spellings."""
     assert len(PIECES) == VOCAB
     tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(PIECES)}, merges=MERGES))
     tokenizer.decoder = decoders.Fuse()
@@ -30,7 +30,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class Streamed(BaseStreamer):
-    """Notes what is put, and the end."""
+    """A streamer that notes the tokens it is given, and the end."""
 
     def __init__(self, log: list):
         self.log = log
@@ -43,7 +43,7 @@ class Streamed(BaseStreamer):
 
 
 class Stops(BaseStreamer):
-    """Raises at its `at`-th token."""
+    """A streamer that raises at its `at`-th token."""
 
     def __init__(self, at: int):
         self.at = at
@@ -69,7 +69,7 @@ class Written(TextStreamer):
 
 
 class Counting(LogitsProcessor):
-    """Has state: what it does depends on how often it was called, and on the text."""
+    """A processor with state: scores depend on how often it was called, and on the text."""
 
     def __init__(self, log: list):
         self.log, self.calls = log, 0
@@ -97,14 +97,14 @@ class Machine(LogitsProcessor):
 
 
 class Noisy(LogitsProcessor):
-    """Draws from the random generator, as some samplers do."""
+    """A processor that draws from the random generator, as some samplers do."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return scores + torch.rand(scores.shape)
 
 
 class AfterTokens(StoppingCriteria):
-    """Stops each row at its own time: when it holds `count` tokens that are not below `least`, behind `start`."""
+    """A criterion that stops each row at its own time: at `count` tokens of at least `least`, counted from `start`."""
 
     def __init__(self, log: list, start: int, least: int = 7, count: int = 7):
         self.log, self.start, self.least, self.count = log, start, least, count
@@ -116,7 +116,7 @@ class AfterTokens(StoppingCriteria):
 
 
 class WhenSure(StoppingCriteria):
-    """Stops a row when its newest token had a high score; needs `output_scores`."""
+    """A criterion that stops a row whose newest token had a high score; needs `output_scores`."""
 
     def __init__(self, log: list, least: float):
         self.log, self.least = log, least
@@ -128,7 +128,7 @@ class WhenSure(StoppingCriteria):
 
 
 class Interrupting(StoppingCriteria):
-    """The user presses a key when the text has so many tokens."""
+    """A user who presses a key when the text has `length` tokens."""
 
     def __init__(self, length: int):
         self.length = length
@@ -141,7 +141,7 @@ class Interrupting(StoppingCriteria):
 
 @contextmanager
 def ticking() -> Iterator[None]:
-    """Within it, every look of `max_time` at the clock takes a second."""
+    """Let `max_time` see the clock a second later at every look, within the context."""
     seconds = iter(range(10_000))
     with mock.patch.object(stopping_criteria, "time", SimpleNamespace(time=lambda: next(seconds))):
         yield
@@ -149,7 +149,7 @@ def ticking() -> Iterator[None]:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """A job of one process, as `synced_gpus` asks for."""
+    """Run a job of one process, as `synced_gpus` needs it, within the context."""
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         yield

@@ -1,7 +1,7 @@
-"""The published LongSpec checkpoints and their targets, written down apart from our classes, to hold these against.
+"""The published LongSpec checkpoints and their targets, written down apart from our classes to check the classes.
 
-`TARGETS` are the `config.json` of the targets, as far as a draft depends on them, in the words of the Hub's files.
-Where the numbers come from stands beside each.
+`TARGETS` are the `config.json` files of the targets, as far as a draft depends on them, in the words of the Hub's
+files. The source of the numbers stands beside each.
 """
 
 import json
@@ -32,7 +32,7 @@ LLAMA_13B = LLAMA_7B | {
     "num_attention_heads": 40,
     "num_key_value_heads": 40,
 }
-# Qwen2.5 as litgpt's config.py has it, which cites the files on the Hub.
+# Qwen2.5 from litgpt's config.py, which cites the files on the Hub.
 QWEN2 = {
     "model_type": "qwen2",
     "hidden_act": "silu",
@@ -48,7 +48,7 @@ def linear(factor: float) -> dict:
 
 
 TARGETS = {
-    # The config.json of the folder that `hf_longspec.demo.weights` builds.
+    # the config.json of the folder that `hf_longspec.demo.weights` builds
     "smollm2-135m-instruct": {
         "model_type": "llama",
         "vocab_size": 49152,
@@ -87,17 +87,17 @@ TARGETS = {
         "num_key_value_heads": 2,
         "rms_norm_eps": 1e-06,
     },
-    # The whole file is quoted in HKUDS/UrbanGPT; litgpt agrees (condensed by 4).
+    # the whole file as HKUDS/UrbanGPT quotes it; litgpt agrees (condensed by 4)
     "vicuna-7b-v1.5-16k": LLAMA_7B
     | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "pad_token_id": 0, **linear(4.0)},
     # litgpt, condensed by 4 to 16,384
     "vicuna-13b-v1.5-16k": LLAMA_13B | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-05, **linear(4.0)},
-    # Llama 2 7B, 32,768 = 8 × 4,096 tokens by linear scaling. No copy of the file was at hand.
+    # Llama 2 7B, 32,768 = 8 × 4,096 tokens by linear scaling; no copy of the file was at hand
     "longchat-7b-v1.5-32k": LLAMA_7B | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-05, **linear(8.0)},
-    # LLaMA (1): litgpt for the numbers; vLLM's test_rope_customization for the scaling, and 2,048: with another factor
-    # of 2 it finds 4,096 tokens.
+    # LLaMA (1): the numbers from litgpt; the scaling, and 2,048, from vLLM's test_rope_customization: under another
+    # factor of 2 the test finds 4,096 tokens
     "longchat-13b-16k": LLAMA_13B | {"max_position_embeddings": 2048, "rms_norm_eps": 1e-06, **linear(8.0)},
-    # The whole file is quoted in a test of scaleapi/llm-engine.
+    # the whole file as a test of scaleapi/llm-engine quotes it
     "llama-3-8b-instruct-262k": LLAMA_7B
     | {
         "vocab_size": 128256,
@@ -109,7 +109,7 @@ TARGETS = {
         "bos_token_id": 128000,
         "eos_token_id": 128001,
     },
-    # litgpt, and tinygrad's example of it
+    # litgpt, and tinygrad's example of this model
     "qwq-32b-preview": QWEN2
     | {
         "vocab_size": 152064,
@@ -139,7 +139,7 @@ UNUSED = {f"cross_attn.{name}_proj.{kind}" for name in "kv" for kind in ("weight
 
 
 def published_shapes(target: dict) -> dict[str, tuple[int, ...]]:
-    """Name and shape of all that a published checkpoint for this target holds; rows of a matrix are its outputs."""
+    """Return names and shapes of a published checkpoint for this target; the rows of a matrix are its outputs."""
     hidden, inner, heads = target["hidden_size"], target["intermediate_size"], target["num_attention_heads"]
     keys = hidden // heads * target["num_key_value_heads"]  # head dimension × key/value heads
     shapes: dict[str, tuple[int, ...]] = {}
@@ -157,7 +157,7 @@ def published_shapes(target: dict) -> dict[str, tuple[int, ...]]:
 
 
 def tiny(target: dict) -> dict:
-    """The same target with one 64th of its width, two layers and 101 tokens; groups of heads and RoPE as they are."""
+    """Shrink a target to one 64th of its width, two layers and 101 tokens; groups of heads and RoPE stay."""
     group = target["num_attention_heads"] // target["num_key_value_heads"]
     heads = 2 * group if group > 1 else 4
     small = {
@@ -174,7 +174,7 @@ def tiny(target: dict) -> dict:
 
 
 def random_weights(target: dict, dtype: torch.dtype = torch.float16, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A checkpoint of random numbers; norms are around one, biases are not zero."""
+    """Make a checkpoint of random numbers; norms are around one, biases are not zero."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in published_shapes(target).items():
@@ -192,7 +192,7 @@ def write_config(folder: Path, config: dict) -> Path:
 def write_checkpoint(
     folder: Path, config: dict, weights: dict[str, torch.Tensor], *, pickled: bool = False, shards: int = 1
 ) -> Path:
-    """A folder as `PreTrainedModel.save_pretrained` of the reference leaves it."""
+    """Write a folder as the reference's `PreTrainedModel.save_pretrained` leaves it."""
     write_config(folder, config)
     stem, suffix = ("pytorch_model", "bin") if pickled else ("model", "safetensors")
     save = torch.save if pickled else save_file

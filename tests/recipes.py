@@ -1,4 +1,4 @@
-"""A tiny target, a text with a pattern, and a recipe of a few steps on them, as files; and processes to run it."""
+"""A tiny target, a text with a pattern and a recipe of a few steps as files, and processes that run the recipe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_longspec.training.learning_curve import read_log
 
 
 def tiny_recipe(folder: Path, **settings: Any) -> Path:
-    """A recipe file in `folder`; `settings` are its keys with two underscores for a dot: signal__length=32."""
+    """Write a recipe file into `folder`; `settings` are its keys, two underscores for a dot: signal__length=32."""
     if not (folder / "target").exists():
         tiny_folders(folder)
         write_text(folder / "text")
@@ -55,7 +55,7 @@ def tiny_recipe(folder: Path, **settings: Any) -> Path:
 
 
 def write_text(folder: Path, files: int = 60) -> None:
-    """Files that each repeat a short string of their own."""
+    """Write files, each of which repeats a short string of its own."""
     folder.mkdir()
     letters = random.Random(0)
     for number in range(files):
@@ -64,12 +64,12 @@ def write_text(folder: Path, files: int = 60) -> None:
 
 
 def losses(run: Path) -> dict[int, float]:
-    """By step, up to the last whole checkpoint of a run."""
+    """Return the losses of a run by step, up to its last whole checkpoint."""
     return {record["step"]: record["loss"] for record in read_log(last_complete(run)) if "loss" in record}
 
 
 def on_processes(count: int, *command: str) -> subprocess.CompletedProcess[str]:
-    """torchrun with a script, or with -m and a module, and its arguments."""
+    """Run torchrun with a script, or with -m and a module, and its arguments."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     return subprocess.run([*launch, *command], capture_output=True, text=True, timeout=300, env=environment)

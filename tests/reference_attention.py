@@ -1,4 +1,4 @@
-"""Attention straight from its definition in float64, and how far from it a result in low precision may be."""
+"""Attention straight from its definition in float64, and a bound on the error of a low-precision result."""
 
 import itertools
 
@@ -10,9 +10,9 @@ INF = float("inf")
 
 
 def dense(query, key, value, scaling, mask=None, softcap=None, sinks=None):
-    """Attention and log-sum-exp in float64, one query row at a time, straight from the definition.
+    """Compute attention and log-sum-exp in float64, one query row at a time, straight from the definition.
 
-    mask: (B, T, S); sinks: (H,), one more key a head with that score and value zero.
+    mask: (B, T, S); sinks: (H,), scores of one more key a head, whose value is zero.
     """
     query, key, value = query.double(), key.double(), value.double()
     batch, heads, length, dim = query.shape
@@ -34,7 +34,7 @@ def dense(query, key, value, scaling, mask=None, softcap=None, sinks=None):
 
 
 def plain(query, key, value, scaling, mask=None, softcap=None, sinks=None):
-    """What a model would compute in the inputs' own precision: each step rounded to the dtype, NaN in empty rows."""
+    """Compute attention as a model would in the inputs' own precision: each step rounded, NaN in empty rows."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scores = query @ key.transpose(-1, -2) * scaling
@@ -48,7 +48,7 @@ def plain(query, key, value, scaling, mask=None, softcap=None, sinks=None):
 
 
 def assert_as_good_as_plain(results, query, key, *inputs, stages=1, **options):
-    """Each stage behind `results` (out, lse) errs at most twice as much as plain arithmetic, or twice the floor.
+    """Assert that each stage behind `results` (out, lse) errs at most twice as much as plain arithmetic or the floor.
 
     One plain run may be exact by luck, so the floor is what any arithmetic may err: one rounding to the dtype, or the
     sums over all keys in float32, unit · √keys.
@@ -67,6 +67,6 @@ def assert_as_good_as_plain(results, query, key, *inputs, stages=1, **options):
 
 
 def spans_of(host, device="cpu"):
-    """`Spans` of (start, end) pairs, one for each row of a batch."""
+    """Make `Spans` of (start, end) pairs, one for each row of a batch."""
     starts, ends = torch.tensor(host, device=device).unbind(dim=1)
     return Spans(starts, ends, tuple(Span(*pair) for pair in host), Memo())

@@ -1,4 +1,4 @@
-"""A report as `hf-longspec evaluate` writes it, small."""
+"""A small report, as `hf-longspec evaluate` writes it."""
 
 from typing import Any
 

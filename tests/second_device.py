@@ -1,6 +1,6 @@
-"""A second device without one: tensors that say they are on `meta`, hold their values, and meet no CPU tensor.
+"""A second device without one: tensors that report the device `meta`, hold their values, and meet no CPU tensor.
 
-As on a GPU, an operation on tensors of two devices raises, unless it copies or one of them is a single number.
+As on a GPU, an operation on tensors of two devices raises, unless it copies or one of the tensors is a single number.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class Remote(Tensor):
 
 @contextmanager
 def second_device() -> Iterator[None]:
-    """Within it, tensors made on `meta` or moved there are `Remote`."""
+    """Make tensors `Remote` that are created on `meta` or moved there within the context."""
     with _Operations(), _Literals():
         yield
 
 
 class _Literals(TorchFunctionMode):
-    """`torch.tensor`, and lists as indices, make tensors without any operation that could be seen below."""
+    """A mode for `torch.tensor` and lists as indices: a dispatch mode sees no operation that makes these tensors."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -80,7 +80,7 @@ def run(func: Any, args: Any, kwargs: dict) -> Any:
         kwargs = kwargs | {"device": torch.device("cpu")}
     out = func(*tree_map(held, args), **tree_map(held, kwargs))
     if name.endswith("_") and not name.startswith("_"):
-        return args[0]  # written in place
+        return args[0]  # an operation in place
     return tree_map(lambda leaf: Remote(leaf) if isinstance(leaf, Tensor) else leaf, out) if remote else out
 
 

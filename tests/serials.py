@@ -1,4 +1,4 @@
-"""Tokens by serial number: keys and values are made of it, so that a cache's contents can be read back."""
+"""Tokens by serial number, from which keys and values are made, so that a cache's contents can be read back."""
 
 import random
 
@@ -15,7 +15,7 @@ WINDOWS = [1, 2, 3, 5, 40]
 
 
 def states(serials: list[int], layer: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values (1, K, T, D) of the tokens with these serial numbers in a layer."""
+    """Return keys and values (1, K, T, D) of the tokens with these serial numbers in a layer."""
     token = torch.tensor(serials, dtype=torch.float32).reshape(1, 1, -1, 1)
     head = torch.arange(HEADS).reshape(1, -1, 1, 1) / 8
     dim = torch.arange(DIM) / 64
@@ -29,7 +29,7 @@ def states_of_rows(rows: list[list[int]], layer: int = 0) -> tuple[torch.Tensor,
 
 
 def serials_in(keys: torch.Tensor, values: torch.Tensor, layer: int = 0) -> list[int]:
-    """Whose keys and values (1, K, T, D) these are; fails if they are nobody's."""
+    """Return the serial numbers of tokens from their keys and values (1, K, T, D); fail if these are no token's."""
     serials = (keys[0, 0, :, 0] - 10_000 * (layer + 1)).long().tolist()
     expected = states(serials, layer)
     assert torch.equal(keys, expected[0]) and torch.equal(values, expected[1])
@@ -41,7 +41,7 @@ def config_of(window: int):
 
 
 def dynamic_cache(window: int, keeps_all: bool) -> DynamicCache:
-    """As `generate` makes it, or as a user does who gives no config: then sliding layers keep the whole text."""
+    """Make a cache as `generate` does, or without a config, as a user may: then sliding layers keep the whole text."""
     return DynamicCache() if keeps_all else DynamicCache(config=config_of(window))
 
 
@@ -60,7 +60,7 @@ def append_rows(cache, serials: list[list[int]]) -> list[tuple[torch.Tensor, tor
 
 
 def add(cache, states: tuple[torch.Tensor, torch.Tensor], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Text outside of a round; in a round a tree, put where it belongs as the attention over it does."""
+    """Add text to the cache, or in a round a tree, stored where the attention over it stores it."""
     keys, values = cache.update(*states, layer)
     at = getattr(cache, "placement", None)
     if at is not None:
@@ -70,7 +70,7 @@ def add(cache, states: tuple[torch.Tensor, torch.Tensor], layer: int) -> tuple[t
 
 
 def random_tree(rng: random.Random, nodes: int) -> tuple[list[int], list[int]]:
-    """Parents of a random tree, and a random path from its root."""
+    """Return parents of a random tree, and a random path from its root."""
     parents = [0] + [rng.randrange(node) for node in range(1, nodes)]
     path = [rng.randrange(nodes)]
     while path[0] != 0:
@@ -87,7 +87,7 @@ def padded(path: list[int], steps: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def seen_by_nodes(cache: SpeculativeCache, layer: int, row: int = 0) -> list[list[int]]:
-    """For each node of the tree just placed in a row, the serial numbers of the prefix tokens it may look at."""
+    """Return, for each node of the tree just placed in a row, the serial numbers of the prefix tokens that it sees."""
     prefix = cache.layers[layer].prefix_of(cache.placement)
     batch, nodes = cache.placement.depths.shape
     assert list(zip(prefix.spans.starts.tolist(), prefix.spans.ends.tolist(), strict=True)) == list(prefix.spans.host)
@@ -105,14 +105,14 @@ def seen_by_nodes(cache: SpeculativeCache, layer: int, row: int = 0) -> list[lis
 
 
 def run_round(cache: SpeculativeCache, text: list[int], serials: list[int], parents: list[int], window: int) -> None:
-    """Place a tree and check all that its nodes are shown; `text` is what the cache holds, padding as None."""
+    """Place a tree and check all that its nodes see; `text` is what the cache holds, padding as None."""
     run_rounds(cache, [text], [serials], [parents], window)
 
 
 def run_rounds(
     cache: SpeculativeCache, texts: list[list], serials: list[list[int]], parents: list[list[int]], window: int
 ) -> None:
-    """The same with a text, a tree and its parents for each row of a batch."""
+    """Place trees and check all that their nodes see: a text, a tree and its parents for each row of a batch."""
     depths = torch.cat([depths_of(row) for row in parents])
     cache.begin_round(depths)
     for layer in (SLIDING, FULL):

@@ -1,6 +1,6 @@
-"""`hf-longspec train` where accelerate takes CPUs that speak gloo for GPUs: it shards nothing over CPUs otherwise.
+"""`hf-longspec train` where accelerate takes CPUs that speak gloo for GPUs: otherwise it shards nothing over CPUs.
 
-Started by torchrun, see test_training_sharded.py. All else is real: FSDP2, DeepSpeed, Trainer, our command.
+test_training_sharded.py starts this file by torchrun. All else is real: FSDP2, DeepSpeed, Trainer, our command.
 """
 
 import os
@@ -20,7 +20,7 @@ training_args.is_torch_bf16_gpu_available = lambda: True
 if __name__ == "__main__":
     try:
         main()
-    except SystemExit as end:  # typer's
+    except SystemExit as end:  # typer's own
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(end.code or 0)  # torch's caches keep FSDP2's group alive: gloo's threads would abort Python's own end

@@ -1,7 +1,7 @@
-"""`python tests/structure.py`: how large the code is and who imports whom, as a table and one JSON line.
+"""The size of the code and its import arrows: `python tests/structure.py` prints a table and one JSON line.
 
-Reads the files of modeling/ and hf_longspec/ without importing them. Imports inside functions count like those at the
-top of a file; imports for type checkers only do not count.
+Reads the files of modeling/ and hf_longspec/ without importing them. Imports inside functions count like imports at
+the top of a file; imports for type checkers only do not count.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-FAST = "modeling/fast_"  # of the fast engine; the other files of modeling/ are the core
+FAST = "modeling/fast_"  # the fast engine; the other files of modeling/ are the core
 SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 
 class Docstring(NamedTuple):
-    first: int  # its first line in the file, from 1
+    first: int  # the docstring's first line in the file, from 1
     last: int
 
 
@@ -31,8 +31,8 @@ class Size(NamedTuple):
     files: int
     lines: int
     code: int  # lines without blanks, comments and docstrings
-    arrows: int  # imports of one file by another, both in this part
-    floors: int  # files on the longest chain of imports below a file, that file included
+    arrows: int  # imports between two files of this part
+    floors: int  # files on the longest chain of imports below a file, itself included
     classes: int
     functions: int
     median: float  # lines of a function, from `def` to its end
@@ -131,7 +131,7 @@ class Structure:
 
     @property
     def core(self) -> list[str]:
-        """The files of a draft but those of the fast engine; `__init__.py` is a docstring, and no draft carries it."""
+        """List the files of a draft but the fast engine's; `__init__.py` is a docstring, and no draft carries it."""
         return [path for path in self.part("modeling/", without=FAST) if not path.endswith("/__init__.py")]
 
     @property
@@ -192,7 +192,7 @@ def floors(arrows: Mapping[str, set[str]]) -> dict[str, int]:
 
 
 def structure(root: Path = ROOT) -> Structure:
-    """Read the files of modeling/ and hf_longspec/, those behind links left out."""
+    """Read the files of modeling/ and hf_longspec/, files behind links left out."""
     paths = [*(root / "modeling").glob("*.py"), *(root / "hf_longspec").rglob("*.py")]
     links = [path for path in (root / "hf_longspec").iterdir() if path.is_symlink()]
     own = sorted(path for path in paths if not any(link in path.parents for link in links))

@@ -1,4 +1,4 @@
-"""A "target" that is a table over five tokens, any trees over it, and its texts written with and without them."""
+"""A "target" that is a table over five tokens, random trees over it, and its texts written with and without trees."""
 
 import itertools
 import random
@@ -27,19 +27,19 @@ TABLE = 2.0 * torch.randn(VOCAB, VOCAB, VOCAB, generator=torch.Generator().manua
 
 
 def walk_row(tree, logits, text):
-    """The nodes `accept` goes through."""
+    """Return the nodes that `accept` goes through in the first row."""
     return walk_rows(tree, logits, text)[0]
 
 
 def walk_rows(tree, logits, text, hidden_states=None):
-    """The same for each row of a batch, as the decoding loop asks for it: a row without room rests."""
+    """Return the nodes that `accept` goes through in each row, as in the decoding loop: a row without room rests."""
     paths = [[0] if room else [] for room in text.room()]
     extend(tree, logits, text, paths, hidden_states)
     return paths
 
 
 def extend(tree, logits, text, paths, hidden_states=None):
-    """What a round does once the target has seen the tree."""
+    """Extend the text as a round does once the target has seen the tree."""
     ancestors = ancestor_mask(tree.parents, tree.levels)
     verified = Verified(ancestors, node_depths(ancestors), logits, hidden_states)
     sampler = text.sampler
@@ -58,7 +58,7 @@ def extend(tree, logits, text, paths, hidden_states=None):
 def begin_text(
     ids: torch.Tensor, processors, criteria, config, streamer=None, *, nodes, vocab, keeps_cache=True, together=False
 ) -> Text:
-    """A text as the decoding loop begins it, and beside it, as `text.sampler`, what picks its tokens."""
+    """Begin a text as the decoding loop does; `text.sampler` picks its tokens."""
     do_sample = config.do_sample
     plan = Plan.of(processors, criteria, do_sample, ids, nodes * vocab, together or streamer is not None)
     text = Text(ids, criteria, config, streamer, plan, nodes=nodes, keeps_cache=keeps_cache)
@@ -67,19 +67,19 @@ def begin_text(
 
 
 def emit_to(text: Text, rows: list[int], logits: torch.Tensor) -> list[int]:
-    """One step of some rows, behind which the sampler forgets what no row needs, as it does behind a round."""
+    """Write one step of some rows; then the sampler forgets what no row needs, as it does after a round."""
     tokens = emit(text, text.sampler, rows, logits)
     text.sampler.forget(text.slowest)
     return tokens
 
 
 def table_logits(tokens: list[int], table: torch.Tensor = TABLE) -> torch.Tensor:
-    """The target's logits (vocab,) for what follows `tokens`."""
+    """Return the target's logits (vocab,) for the token behind `tokens`."""
     return table[tokens[-2], tokens[-1]]
 
 
 def node_logits(tree: TokenTree, ids: list[int], table: torch.Tensor = TABLE) -> torch.Tensor:
-    """The target's logits (1, T, vocab) at every node of a tree whose root is the last of `ids`."""
+    """Return the target's logits (1, T, vocab) at every node of a tree whose root is the last of `ids`."""
     tokens, parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
     paths = [ids]
     for node in range(1, len(tokens)):
@@ -92,7 +92,7 @@ def make_tree(tokens: list[int], parents: list[int]) -> TokenTree:
 
 
 def random_tree(root: int, rng: random.Random) -> TokenTree:
-    """Any tree at all: siblings may carry the same token, and most nodes are bad guesses."""
+    """Make any tree at all: siblings may carry the same token, and most nodes are bad guesses."""
     nodes = rng.choice([1, 2, 4, 9, 20])
     return make_tree(
         [root] + [rng.randrange(VOCAB) for _ in range(nodes - 1)], [0] + [rng.randrange(n) for n in range(1, nodes)]
@@ -118,7 +118,7 @@ def make_text(
 
 
 def write(text: Text, seed: int, table: torch.Tensor = TABLE) -> list[int]:
-    """Rounds over random trees until the text is finished. Returns the new tokens."""
+    """Run rounds over random trees until the text is finished, and return the new tokens."""
     rng = random.Random(seed)
     while not text.finished:
         ids = text.sequences[0].tolist()
@@ -135,7 +135,7 @@ def write(text: Text, seed: int, table: torch.Tensor = TABLE) -> list[int]:
 def write_plainly(
     new_tokens: int, processors: list = (), do_sample: bool = False, table: torch.Tensor = TABLE
 ) -> list[int]:
-    """What one token at a time gives."""
+    """Return the new tokens of decoding by one token at a time."""
     ids = list(PROMPT)
     for _ in range(new_tokens):
         scores = LogitsProcessorList(processors)(torch.tensor([ids]), table_logits(ids, table)[None].clone())
@@ -151,17 +151,17 @@ PROCESSORS = {
 
 
 def logits_that_pick(*choices: int) -> torch.Tensor:
-    """Logits (1, T, vocab) whose argmax at node i is `choices[i]`."""
+    """Return logits (1, T, vocab) whose argmax at node i is `choices[i]`."""
     return torch.nn.functional.one_hot(torch.tensor([choices]), VOCAB).float()
 
 
 class EveryOutcome:
-    """Stands in for `torch.multinomial`: run after run it takes the sampler through every sequence of outcomes."""
+    """A stand-in for `torch.multinomial` that takes the sampler through every sequence of outcomes, run after run."""
 
     def __init__(self):
         self.script: list[int] = []
         self.taken: list[int] = []
-        self.weight = 1.0  # probability of what was taken in this run
+        self.weight = 1.0  # probability of the outcomes of this run
 
     def __call__(self, probabilities, num_samples):
         assert probabilities.shape == (1, VOCAB) and num_samples == 1
@@ -172,7 +172,7 @@ class EveryOutcome:
         return torch.tensor([[choice]])
 
     def next_run(self) -> bool:
-        """Moves on to the next sequence, as an odometer does. Returns whether there is one."""
+        """Move on to the next sequence, as an odometer does, and return whether there is one."""
         script = self.taken
         while script and script[-1] == VOCAB - 1:
             script.pop()
@@ -183,7 +183,7 @@ class EveryOutcome:
 
 
 class Recorder:
-    """A streamer and a stopping criterion that note what they are shown."""
+    """A streamer that is a stopping criterion too, and notes what it is shown."""
 
     def __init__(self):
         self.streamed, self.texts = [], []

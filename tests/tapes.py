@@ -1,7 +1,8 @@
 """CUDA graphs without CUDA: a tape of the tensor operations of a phase, replayed over the tensors they worked on.
 
-As strict as a capture: what asks the host for a value, or takes one from it, is refused. So texts on the CPU show what
-a graph that is kept too long would write. Unlike a graph, a tape keeps all tensors alive that it saw.
+A tape is as strict as a capture: it refuses an operation that asks the host for a value or takes one from the host. So
+texts on the CPU show what a graph that is kept too long would write. Unlike a graph, a tape keeps all tensors alive
+that it saw.
 """
 
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ ASKS_THE_HOST = {"_local_scalar_dense", "lift_fresh", "nonzero", "masked_select"
 
 
 class Tape(TorchDispatchMode):
-    """Stands in for `torch.cuda.CUDAGraph`. A capture runs its operations, so its first replay has nothing to do."""
+    """A stand-in for `torch.cuda.CUDAGraph`. A capture runs its operations, so its first replay has nothing to do."""
 
     def __init__(self):
         super().__init__()
@@ -30,7 +31,7 @@ class Tape(TorchDispatchMode):
         result = func(*args, **kwargs)
         given = {leaf.untyped_storage()._cdata for leaf in tensors((args, kwargs))}
         made = [leaf.untyped_storage()._cdata not in given for leaf in tensors(result)]
-        if any(made) or not made or func._schema.is_mutable:  # all but views, which stay what they are
+        if any(made) or not made or func._schema.is_mutable:  # all but views, which stay as they are
             self.operations.append((func, args, kwargs, result, made))
         return result
 
@@ -46,7 +47,7 @@ class Tape(TorchDispatchMode):
 
 
 def tensors(value):
-    """Those in `value`; the common case first, for a tape plays thousands of operations."""
+    """Return the tensors in `value`; the common case first, for a tape plays thousands of operations."""
     if isinstance(value, torch.Tensor):
         return [value]
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
@@ -59,7 +60,7 @@ def recording(tape):
 
 
 def install(monkeypatch):
-    """Phases are captured on the CPU; returns the outcomes of all attempts to come."""
+    """Capture phases on the CPU, and return the list of outcomes of all attempts to come."""
     outcomes = []
     capture = fast_graphs_longspec.Graphs._capture
 

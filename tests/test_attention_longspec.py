@@ -1,13 +1,26 @@
-"""`attend`, `merge` and the backends against a float64 softmax written out over expanded heads."""
+"""`attend`, `merge` and the backends against a float64 softmax written out over expanded heads.
+
+Which token lies in which slot is checked against plain Python.
+"""
 
 import math
 
 import pytest
 import torch
+from level_cases import check_moves
 from reference_attention import INF, assert_as_good_as_plain, spans_of
 
 from hf_longspec.modeling import torch_attention_longspec
-from hf_longspec.modeling.attention_longspec import Memo, Nodes, Prefix, apply_sinks, attend, merge
+from hf_longspec.modeling.attention_longspec import (
+    Memo,
+    Nodes,
+    Prefix,
+    apply_sinks,
+    attend,
+    merge,
+    move_slots,
+    ring_contents,
+)
 from hf_longspec.modeling.engine_longspec import Backend, Demand
 from hf_longspec.modeling.fast_choose_longspec import by_size, load_backend, resolve_backend
 
@@ -406,3 +419,21 @@ def test_the_number_of_queries_chooses_between_two_backends():
         assert both.attention(query, prefix, None, 0.5, None, None) == (name, 6)
         assert both.prefix_attention(query, prefix, 0.5, None) == (name, 4)
     assert both.name == "small and large"
+
+
+# --- slots -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ring", [1, 2, 3, 7])
+def test_ring_contents_by_filling_a_ring(ring):
+    slots = [-1] * ring
+    for token in range(25):
+        held = ring_contents(torch.tensor([token, 24]), ring)
+        assert [max(position, -1) for position in held[0].tolist()] == slots
+        assert sorted(held[1].tolist()) == list(range(24 - ring, 24))
+        slots[token % ring] = token
+
+
+@pytest.mark.parametrize("dim, value_dim", [(4, 4), (6, 5)])
+def test_moves_read_before_they_write(dim, value_dim):
+    check_moves(move_slots, dim, value_dim)

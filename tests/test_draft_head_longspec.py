@@ -1,4 +1,7 @@
-"""A draft that guesses among some tokens only: the same text, trees of these tokens, rows of the target's own head."""
+"""target_longspec's draft head: rows of the target's own head, for a draft that guesses among some tokens only.
+
+The text stays the same, and trees hold no other tokens.
+"""
 
 import copy
 import gc

@@ -1,7 +1,7 @@
-"""Drafts that read the target's last hidden state: the text stays, and each round is given the right vector.
+"""target_longspec's hidden state: for a draft that reads it the text stays, and each round is given the right vector.
 
-Wrong vectors would change no text, only how much is accepted; so what `grow` is given is compared with what a plain
-forward of the target over the text makes of the token before each root.
+Wrong vectors would change no text, only how much is accepted; so the vectors that `grow` is given are compared with
+the hidden states that a plain forward of the target over the text has at the token before each root.
 """
 
 import json

@@ -1,11 +1,23 @@
-"""TokenTree against hand-drawn trees and against a derivation of everything from the parents in plain Python."""
+"""TokenTree against hand-drawn trees and against a derivation of everything from the parents in plain Python.
+
+The best children of a level, by torch's operations, are checked against sorting everything.
+"""
 
 import random
 
 import pytest
 import torch
+from level_cases import DTYPES, LEVELS, check, check_draft_vocabulary, check_impossible_tokens, check_rounding
 
-from hf_longspec.modeling.tree_longspec import Level, TokenTree, ancestor_mask, children, levels_above, node_depths
+from hf_longspec.modeling.tree_longspec import (
+    Level,
+    TokenTree,
+    ancestor_mask,
+    best_children,
+    children,
+    levels_above,
+    node_depths,
+)
 
 #       0 ─┬─ 1 ─┬─ 3 ─── 6
 #          │     └─ 4
@@ -223,3 +235,24 @@ def test_random_trees_against_plain_python(seed):
         for index, token in enumerate(kept):
             seen = [kept[other] for other in pruned_mask[row, index].nonzero().flatten().tolist()]
             assert seen == sorted(100 * row + node for node in lineage(parents[row], token - 100 * row))
+
+
+# --- the best children of a level ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nodes, vocab, width", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_best_children_against_sorting_everything(nodes, vocab, width, dtype):
+    check(best_children, nodes, vocab, width, dtype)
+
+
+def test_impossible_tokens_come_last():
+    check_impossible_tokens(best_children)
+
+
+def test_rounding_never_lifts_a_child_above_its_parent():
+    check_rounding(best_children)
+
+
+def test_tokens_of_a_draft_vocabulary():
+    check_draft_vocabulary(best_children)

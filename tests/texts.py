@@ -10,7 +10,7 @@ def prompt_of(length, seed=0):
 
 
 def texts(target, lengths=(5, 19), **options):
-    """Greedy and sampled texts."""
+    """Return a greedy and a sampled text for each prompt length."""
     found = []
     for length in lengths:
         for do_sample in (False, True):
@@ -20,7 +20,7 @@ def texts(target, lengths=(5, 19), **options):
 
 
 def assert_same(target, draft, **options):
-    """Plain and assisted texts are the same; returns them."""
+    """Assert that plain and assisted texts are the same, and return them."""
     plain = texts(target, **options)
     assert texts(target, assistant_model=draft, **options) == plain
     return plain

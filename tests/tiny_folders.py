@@ -10,7 +10,7 @@ ALPHABET = pre_tokenizers.ByteLevel.alphabet()
 
 
 def tiny_folders(folder: Path) -> Path:
-    """A byte-level llama, a draft for it and one for another target, and a prompt of 40 characters."""
+    """Write a byte-level llama, a draft for it, a draft for another target, and a prompt of 40 characters."""
     tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(sorted(ALPHABET))}, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     target = tiny_target("llama", vocab_size=len(ALPHABET))

@@ -1,4 +1,4 @@
-"""Attention over a prefix and a tree behind it: random cases, and the float64 reference they are checked against."""
+"""Attention over a prefix and a tree behind it: random cases, and their check against the float64 reference."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from hf_longspec.modeling.attention_longspec import Nodes, Prefix
 from hf_longspec.modeling.tree_longspec import ancestor_mask
 
 CPU = torch.device("cpu")
-STAGES = 3  # parts of the prefix, the tree, their merge
+STAGES = 3  # the parts of the prefix, the tree, their merge
 
 
 def random_tree(batch, nodes, seed=0):
@@ -18,7 +18,7 @@ def random_tree(batch, nodes, seed=0):
 
 
 def case(batch, heads, kv_heads, nodes, slots, dim, value_dim, dtype, device=CPU):
-    """Queries, stores and a tree as a target gives them: queries and fresh keys are views, heads behind tokens."""
+    """Make queries, stores and a tree as a target does: queries and fresh keys are views, heads behind tokens."""
     torch.manual_seed(0)
     query = torch.randn(batch, nodes, heads, dim, dtype=dtype, device=device).transpose(1, 2)
     key = torch.randn(batch, kv_heads, slots, dim, dtype=dtype, device=device)
@@ -29,7 +29,7 @@ def case(batch, heads, kv_heads, nodes, slots, dim, value_dim, dtype, device=CPU
 
 
 def assert_is_dense(out, query, key, value, fresh_key, fresh_value, tree, spans, mask, scaling, **options):
-    """Row by row, over what the row may see of the prefix and the whole tree behind it."""
+    """Assert that `out` attends, row by row, to the prefix tokens that the row may see and to the whole tree."""
     for row, (start, end) in enumerate(spans):
         one = slice(row, row + 1)
         keys = torch.cat([key[one, :, start:end], fresh_key[one]], dim=2)
@@ -57,7 +57,7 @@ def check(
     on_device=True,
     **options,
 ):
-    """`attention`, as `merged_attention`, over stores whose rows show `spans`, and that the tree comes to lie there.
+    """Check `attention`, as `merged_attention`, over stores whose rows show `spans`, and where it stores the tree.
 
     masked: the prefix has a mask too; on_device: only the device knows the spans. options: softcap, sinks.
     """
@@ -93,7 +93,7 @@ SPANS = {
 
 
 def rest_slow(cases, quick):
-    """Cases of a parametrization, marked as slow but for those that `quick` names."""
+    """Mark the cases of a parametrization as slow, except the cases in `quick`."""
     cases = [case if isinstance(case, tuple) else (case,) for case in cases]
     quick = [case if isinstance(case, tuple) else (case,) for case in quick]
     assert all(case in cases for case in quick), "quick cases are among the cases"

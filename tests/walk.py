@@ -54,7 +54,7 @@ def cache_of(step: Step, target: PreTrainedModel, prompt: Prompt) -> DynamicCach
 
 
 def options_of(step: Step, target: PreTrainedModel, log: list) -> dict[str, Any]:
-    """The keyword arguments of `generate`, made anew for each run."""
+    """Return the keyword arguments of `generate`, made anew for each run."""
     prompt = prompt_of(step)
     passed = prompt.ids.shape[1] - (step.prefix if step.only_new else 0)
     told = Told(log, passed if step.prompt != "embeds" else 0)
@@ -80,7 +80,7 @@ def options_of(step: Step, target: PreTrainedModel, log: list) -> dict[str, Any]
     options |= SAMPLERS.get(step.sampler, {})
     parts = [PROCESSORS[name] for name in step.processors] + [STOPS[name] for name in step.stops]
     for part in parts:
-        for name, value in part(told).items():  # lists of processors or criteria join
+        for name, value in part(told).items():  # lists of processors or of criteria join
             options[name] = options[name] + value if name in options and isinstance(value, list) else value
     for name in step.outputs:
         options |= OUTPUTS[name]
@@ -88,9 +88,9 @@ def options_of(step: Step, target: PreTrainedModel, log: list) -> dict[str, Any]
 
 
 def refusal_of(step: Step) -> str | None:
-    """What one of our messages must say to this step, None if it is to be served."""
+    """Return a pattern for LongSpec's refusal of this step; None if the step must be served."""
     said = [REFUSED[step.asked][1]] if step.asked else []
-    if step.prefix and step.repeats > 1:  # where plain `generate` fails in the first layer
+    if step.prefix and step.repeats > 1:  # plain `generate` fails in the first layer
         said.append("of the prompts' batch size")
     return "|".join(said) or None
 
@@ -100,7 +100,7 @@ class Case(NamedTuple):
 
 
 def beyond_plain(step: Step) -> bool:
-    """Whether plain `generate` itself gets a step wrong: it reads a prompt twice, and we refuse."""
+    """Return whether plain `generate` itself gets a step wrong: it reads a prompt twice, and LongSpec refuses."""
     return step.chunk is not None and (step.prompt != "ids" or (OLD and step.prefix > 0))
 
 
@@ -126,12 +126,12 @@ def draft_of(step: Step) -> Any:
 
 
 def wrong(step: Step, ours: Seen) -> list[str]:
-    """In what a call with a draft is not as it must be; empty if all is well."""
+    """List what is wrong with a call with a draft; empty if all is well."""
     if (refusal := refusal_of(step)) is None:
         return differences(look(step), ours)
     if isinstance(ours.error, ValueError) and re.search(refusal, str(ours.error)):
         return []
-    plain = look(step)  # may be refused, by stock, before we are asked
+    plain = look(step)  # stock may refuse the call before LongSpec is asked
     same = ours.error is not None and repr(ours.error) == repr(plain.error)
     return [] if same else [f"expected a ValueError with {refusal!r}, got {ours.error!r}"]
 
@@ -141,7 +141,7 @@ def with_draft(step: Step) -> Seen:
 
 
 def simplest(step: Step) -> Step:
-    """The step with every field at its default that can be so while it still fails."""
+    """Return the step with each field at its default that can be reset while the step still fails."""
     for field in fields(step):
         if field.name == "seed" or getattr(step, field.name) == field.default:
             continue
@@ -155,7 +155,10 @@ def simplest(step: Step) -> Step:
 
 
 def check(step: Step) -> Seen:
-    """What the call with a draft showed. Raises `AssertionError` with a call that repeats it if it is not right."""
+    """Return what was seen of the call with a draft.
+
+    Raises `AssertionError`, with a call that repeats the step, if it is not right.
+    """
     ours = with_draft(step)
     if found := wrong(step, ours):
         simple = simplest(step)

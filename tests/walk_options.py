@@ -13,7 +13,7 @@ Options = dict[str, Any]
 
 
 class Told(NamedTuple):
-    """Where the objects that a step passes note what they are told; start: tokens of the text before the call."""
+    """The log of the objects that a step passes; start: tokens of the text before the call."""
 
     log: list
     start: int
@@ -77,7 +77,7 @@ REFUSED: dict[str, tuple[Options, str]] = {
     "dola": ({"dola_layers": "low"}, "dola_layers, got both"),
     "prompt lookup": ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens, got both"),
     "early exit": ({"assistant_early_exit": 1}, "assistant_early_exit, got both"),
-    # stock speaks first where a cache object is passed besides
+    # where a cache object is passed besides, stock refuses first
     "static cache": ({"cache_implementation": "static"}, "None or 'dynamic', got 'static'"),
     "offloaded cache": ({"cache_implementation": "offloaded"}, "None or 'dynamic', got 'offloaded'"),
     "quantized cache": ({"cache_implementation": "quantized"}, "None or 'dynamic', got 'quantized'"),

@@ -1,4 +1,4 @@
-"""The steps of the random walk: what one call can be, and how it is drawn from a seed."""
+"""The steps of the random walk: the fields of a call, and how a seed draws them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ FULL_TREES = [(13, 60), (13, 100, 30), (13, 40, 40, 20)]  # hold every next toke
 
 @dataclass(frozen=True)
 class Step:
-    """One call.
+    """One call of `generate`.
 
-    attention: the target's own; lengths: tokens of each prompt; holes: indices that the mask hides; mask: whether one
-    is passed where none is needed; prefix: tokens in a cache passed in; only_new: whether just the tokens behind them
-    are passed; repeats: num_return_sequences; asked: an option that we refuse.
+    attention: the target's attention implementation; lengths: tokens of each prompt; holes: indices that the mask
+    hides; mask: whether a mask is passed where none is needed; prefix: tokens in a cache passed in; only_new: whether
+    just the tokens behind the prefix are passed; repeats: num_return_sequences; asked: an option LongSpec refuses.
     """
 
     seed: int = 0
@@ -60,7 +60,7 @@ class Step:
 
 
 def draw(seed: int) -> Step:
-    """The step of a seed: most fields keep their default more often than not, so that options meet in small sets."""
+    """Draw the step of a seed: fields keep their defaults more often than not, so that options meet in small sets."""
     dice = random.Random(seed)
     batch = dice.choice([1, 1, 1, 1, 1, 2, 3, 4])
     lengths = tuple(dice.choice([1, 2, 5, 9, 9, 17]) for _ in range(batch))

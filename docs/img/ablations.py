@@ -1,4 +1,4 @@
-"""Draws docs/img/ablations.png: `python docs/img/ablations.py` (needs matplotlib).
+"""Draw docs/img/ablations.png: `python docs/img/ablations.py` (needs matplotlib).
 
 The numbers are from docs/LOG.md: the paper's ablations (2026-11-23; at 32k tokens 2026-11-27), layers and the last
 hidden state (2026-11-26).

@@ -1,6 +1,6 @@
-"""Draws docs/img/round.svg, a round of LongSpec: `python docs/img/round.py`.
+"""Draw docs/img/round.svg, a round of LongSpec: `python docs/img/round.py`.
 
-The tree is an example made up by hand. Depths, mask and accepted path are those of hf_longspec's own functions.
+The tree is an example made up by hand. Depths, mask and accepted path come from hf_longspec's own functions.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ PREFIX = ["for", "i", "in"]
 TOKENS = ["range", "(", "[", "n", "len", "0", ")", "("]
 PARENTS = [0, 0, 0, 1, 1, 1, 3, 4]
 WIDTHS = [1, 2, 3, 2]
-PICKS = ["(", "len", "0", ")", "(", ")", ":", "x"]  # what the target writes behind each node
+PICKS = ["(", "len", "0", ")", "(", ")", ":", "x"]  # the target's own token behind each node
 
 INK, GREY, PALE = "#1f2933", "#52606d", "#e4e9ee"
 BLUE, GREEN, ORANGE = "#9cc4f0", "#9fdcb0", "#f8c784"
-SIZE = 30  # of a cell
+SIZE = 30  # width and height of a cell
 
 
 class Drawing:
-    """SVG elements, back to front."""
+    """An SVG drawing: its elements, back to front."""
 
     def __init__(self, width: int, height: int):
         self.width, self.height, self.parts = (
@@ -47,7 +47,7 @@ class Drawing:
         self.parts.append(f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{fill}" {more}>{escape(text)}</text>')
 
     def token(self, x: float, y: float, token: str, fill: str, dash: str = "") -> None:
-        """A cell with its middle at x, y."""
+        """Draw a cell with its middle at x, y."""
         width = max(SIZE, 9 * len(token) + 10)
         self.box(x - width / 2, y - SIZE / 2, width, SIZE, fill, dash=dash)
         self.text(x, y + 5, token, more='text-anchor="middle" font-family="monospace"')
@@ -69,14 +69,14 @@ class Drawing:
 
 
 def tree() -> TokenTree:
-    """The example as the code has it: each distinct token is an id."""
+    """Return the example as a `TokenTree`, in which each distinct token is an id."""
     ids = {token: index for index, token in enumerate(dict.fromkeys(TOKENS + PICKS))}
     tokens, parents = (torch.tensor([row]) for row in ([ids[token] for token in TOKENS], PARENTS))
     return TokenTree(tokens, parents, torch.zeros(1, len(TOKENS)), len(WIDTHS) - 1)
 
 
 def accepted(guesses: TokenTree, mask: torch.Tensor) -> list[int]:
-    """The nodes of the accepted path."""
+    """Return the nodes of the accepted path."""
     ids = dict(zip(TOKENS, guesses.tokens[0].tolist(), strict=True))
     picks = torch.tensor([[ids.get(token, -1) for token in PICKS]])
     path, counts, _ = walk(guesses, mask, node_depths(mask), picks)[0]
@@ -84,7 +84,7 @@ def accepted(guesses: TokenTree, mask: torch.Tensor) -> list[int]:
 
 
 def places(x: float, y: float) -> list[tuple[float, float]]:
-    """The middle of each node: a column a level, from left to right."""
+    """Return the middle of each node: a column for each level, from left to right."""
     starts, found = [0, *accumulate(WIDTHS)], []
     for level, width in enumerate(WIDTHS):
         for row in range(starts[level + 1] - starts[level]):

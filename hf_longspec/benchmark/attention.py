@@ -1,6 +1,6 @@
 """The attention of one layer over prefix and tree: every backend that can run here, side by side, on random numbers.
 
-Knows the backends, and transformers' and FlashAttention's own functions beside them; no models.
+Knows the backends, and beside them the attention functions of transformers and FlashAttention; knows no models.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ..modeling.fast_choose_longspec import flash_3_misfit, imported, installed_
 from ..modeling.tree_longspec import ancestor_mask
 from .timing import Speed, milliseconds
 
-# Bytes of different keys and values to go round in: several times what a GPU's own cache holds.
+# Bytes of distinct keys and values that the calls go through in turn: several times the size of a GPU's own cache.
 ROTATION = 2**28
-LAYERS = 64  # at most so many of them
-CALLS = 8  # at least so many are timed together
-CHILDREN = 4  # of each node of the trees
+LAYERS = 64  # layers with keys and values of their own, at most
+CALLS = 8  # calls that are timed together, at least
+CHILDREN = 4  # children of each node of the trees
 WITHOUT_MASK = "FA3, no mask"
 
 Call = Callable[[], Tensor]
@@ -43,7 +43,7 @@ class Heads(NamedTuple):
 
 @dataclass(frozen=True)
 class Timed:
-    """One way to attend. error: the largest difference from the reference; None where no mask was applied."""
+    """One way to attend, and its time. error: the largest difference from the reference; None without a mask."""
 
     name: str
     milliseconds: float
@@ -52,9 +52,10 @@ class Timed:
 
 @dataclass(frozen=True)
 class Case:
-    """`nodes` queries over a prefix of `context` tokens and over each other.
+    """The ways to attend from `nodes` queries to a prefix of `context` tokens and to each other, with their times.
 
-    Floors in milliseconds: of reading the keys and values once, and of the arithmetic of the two products.
+    bytes_floor: milliseconds that it takes to read the keys and values once; arithmetic_floor: milliseconds that the
+    arithmetic of the two matrix products takes.
     """
 
     context: int
@@ -68,10 +69,10 @@ class Case:
 
 
 class Layer(NamedTuple):
-    """Inputs of a layer, batch 1, with a prefix of `context` tokens and T nodes.
+    """The inputs of one layer, batch 1, with a prefix of `context` tokens and T nodes.
 
-    query: (1, H, T, D); key, value: stores (1, K, S, D) of the prefix and behind it the tree; tree_key, tree_value:
-    (1, K, T, D), the tree alone; mask: (1, T, T) bool.
+    query: (1, H, T, D); key, value: (1, K, S, D), stores that hold the prefix and the tree behind it; tree_key,
+    tree_value: (1, K, T, D), the tree alone; mask: (1, T, T) bool.
     """
 
     query: Tensor
@@ -88,7 +89,7 @@ class Layer(NamedTuple):
         return self.query.shape[-1] ** -0.5
 
     def whole(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values (1, K, n + T, D) of prefix and tree, and who may look at them, (1, T, n + T) bool."""
+        """Return keys and values (1, K, n + T, D) of prefix and tree, and their mask (1, T, n + T) bool."""
         end = self.context + self.mask.shape[1]
         mask = torch.nn.functional.pad(self.mask, (self.context, 0), value=True)
         return self.key[:, :, :end], self.value[:, :, :end], mask
@@ -114,14 +115,14 @@ def random_layer(
         tree_key=key[:, :, tree].clone(),
         tree_value=value[:, :, tree].clone(),
         mask=ancestor_mask(parents, nodes),
-        # in a CUDA graph the host does not know the lengths
+        # in a CUDA graph the host does not know the spans
         spans=Spans(starts, ends, None if device.type == "cuda" else (Span(0, context),), Memo()),
         context=context,
     )
 
 
 def tree_attention(backend: Backend, layer: Layer) -> Tensor:
-    """(1, H, T, D): what a verification does in each layer."""
+    """Return the attention output (1, H, T, D) of the nodes as a verification computes it in each layer."""
     prefix = Prefix(layer.key, layer.value, layer.spans, None)
     nodes = Nodes(layer.tree_key, layer.tree_value, layer.mask, layer.spans.ends)
     return backend.attention(layer.query, prefix, nodes, layer.scaling, None, None).transpose(1, 2)
@@ -135,7 +136,7 @@ def with_backend(backend: Backend, layers: list[Layer]) -> list[Call]:
 
 
 def with_sdpa(layers: list[Layer]) -> list[Call]:
-    """What transformers does for a tree by default: its own function, with a boolean mask."""
+    """Prepare calls of transformers' own SDPA function with a boolean mask, its default for a tree."""
     groups = layers[0].query.shape[1] // layers[0].key.shape[1]
     module: Any = SimpleNamespace(num_key_value_groups=groups, is_causal=True)
 
@@ -148,7 +149,7 @@ def with_sdpa(layers: list[Layer]) -> list[Call]:
 
 
 def with_flash_3(function: Callable[..., Tensor], layers: list[Layer]) -> list[Call]:
-    """FlashAttention-3 over as many keys without a mask, in the layout that it likes best, (1, S, K, D)."""
+    """Prepare calls of FlashAttention-3 over as many keys without a mask, in its fastest layout, (1, S, K, D)."""
     keys = layers[0].context + layers[0].mask.shape[1]
     lengths = torch.tensor([keys], dtype=torch.int32, device=layers[0].query.device)
 
@@ -160,20 +161,20 @@ def with_flash_3(function: Callable[..., Tensor], layers: list[Layer]) -> list[C
 
 
 def flash_3(demand: Demand) -> Callable[..., Tensor] | None:
-    """`flash_attn_with_kvcache` of FlashAttention-3, if one of its packages is installed and can run."""
+    """Return FlashAttention-3's `flash_attn_with_kvcache`, or None if no package of it is installed and can run."""
     try:
         module = None if flash_3_misfit(demand) else installed_flash_3()
         return None if module is None else imported(module).flash_attn_with_kvcache
-    except ImportError:  # of one that is installed but broken: `choose` tells why
+    except ImportError:  # the package is installed but broken: `choose` tells why
         return None
 
 
 def choose(
     names: Sequence[str], device: torch.device, dtype: torch.dtype, heads: Heads
 ) -> tuple[list[Backend], dict[str, str]]:
-    """The backends of these names; of no names, all that can run here, and of the rest the reason why they cannot.
+    """Return the backends of these names; without names, all that can run here, and why each of the others cannot.
 
-    Raises `ValueError` or `ImportError` where one asked for by name cannot.
+    Raises `ValueError` or `ImportError` for a backend that is asked for by name and cannot run here.
     """
     known = [name for name in ATTENTION_BACKENDS if name != "auto"]
     if unknown := [name for name in names if name not in known]:
@@ -190,9 +191,9 @@ def choose(
 
 
 def tuned(sizes: Sequence[Sequence[int]], device: torch.device, dtype: torch.dtype, heads: Heads) -> list[Backend]:
-    """The fused kernel with tiles of these sizes, each the five numbers of `Tiles`.
+    """Return the fused kernel once for each of these tile sizes, which are the five numbers of `Tiles`.
 
-    Raises `ValueError` for others, and where the device has too little shared memory for them.
+    Raises `ValueError` for other numbers, and for tiles that need more shared memory than the device has.
     """
     demand = Demand(device, dtype, heads.dim, None)
     backend = resolve_backend("triton", demand)
@@ -223,7 +224,7 @@ def measure(
     dtype: torch.dtype,
     repeats: int,
 ) -> Case:
-    """Each of `backends`, and what is stock, on the same numbers."""
+    """Time each of `backends`, and the stock attention functions, on the same random numbers."""
     size = 2 * heads.kv * (context + nodes) * heads.dim * dtype.itemsize
     count = min(max(-(-ROTATION // size), 2), LAYERS)
     layers = [random_layer(heads, context, nodes, device, dtype, seed) for seed in range(count)]

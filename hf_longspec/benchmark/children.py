@@ -13,12 +13,15 @@ import torch
 from ..modeling.tree_longspec import Children, best_children
 from .timing import Speed, milliseconds
 
-CALLS = 8  # that are timed together, each on logits of its own
+CALLS = 8  # calls that are timed together, each on logits of its own
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Of `width` nodes below `nodes`, from logits of `vocab` tokens each; floor: milliseconds of reading those."""
+    """The times of choosing `width` nodes below `nodes` nodes from logits of `vocab` tokens each.
+
+    floor: milliseconds that it takes to read the logits; milliseconds: the time of each way to choose, by its name.
+    """
 
     nodes: int
     width: int
@@ -31,7 +34,10 @@ class Choice:
 
 
 def ways(device: torch.device, chunks: Sequence[int]) -> dict[str, Children]:
-    """Those that can run here: torch's, and on a GPU with Triton the kernels over chunks of so many tokens."""
+    """Return the ways to choose that can run here, by name: torch's, and on a GPU with Triton the kernels.
+
+    chunks: tokens of a program of the kernels; there is one way for each.
+    """
     found: dict[str, Children] = {"torch": best_children}
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         from ..modeling.fast_triton_tree_longspec import fused_best_children
@@ -51,7 +57,10 @@ def measure(
     dtype: torch.dtype,
     repeats: int,
 ) -> Choice:
-    """Raises `RuntimeError` where two ways choose nodes of different scores."""
+    """Time all ways to choose a level's nodes on the same random logits.
+
+    Raises `RuntimeError` where two ways choose nodes of different scores.
+    """
     many = [(3 * torch.randn(1, nodes, vocab, device=device)).to(dtype) for _ in range(CALLS)]
     scores = -torch.rand(1, nodes, device=device)
     spans, chosen = {}, []

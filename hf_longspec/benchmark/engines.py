@@ -1,4 +1,4 @@
-"""The ways to write a text with one target: what transformers offers, and ours without and with guesses."""
+"""The ways to write a text with one target: transformers' own, and LongSpec without and with guesses."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ DEFAULT, OURS = "generate", "LongSpec"
 
 
 class Engine(NamedTuple):
-    """One way to write a text: these options of `generate`.
+    """One way to write a text, by these options of `generate`.
 
-    attention: an implementation of transformers other than the target's. stock: it is no LongSpec draft.
+    attention: a transformers implementation other than the target's own; stock: whether it needs no LongSpec draft.
     """
 
     name: str
@@ -27,13 +27,13 @@ class Engine(NamedTuple):
 
     @contextmanager
     def chosen(self, target: PreTrainedModel) -> Iterator[None]:
-        """Within it, `target` is set as this engine wants it."""
+        """Set `target` up for this engine within the context."""
         with attending_by(target, self.attention) if self.attention else nullcontext():
             yield
 
 
 def engines_for(target: PreTrainedModel, draft: Any, batch: int, assistant: PreTrainedModel | None) -> list[Engine]:
-    """What can write a batch of this size here; stock assisted decoding serves single prompts."""
+    """Return the engines that can write a batch of this size here; stock assisted decoding serves one prompt only."""
     engines = [Engine(DEFAULT, {}), Engine("static cache", {"cache_implementation": "static"})]
     short = target.dtype in (torch.bfloat16, torch.float16)
     if target.device.type == "cuda" and short and is_flash_attn_2_available():
@@ -42,7 +42,7 @@ def engines_for(target: PreTrainedModel, draft: Any, batch: int, assistant: PreT
         engines.append(Engine("prompt lookup", {"prompt_lookup_num_tokens": 10}))
         if assistant is not None:
             engines.append(Engine("assistant", {"assistant_model": assistant}))
-    idle = copy.deepcopy(draft)  # not the same one with another tree: each keeps the graphs of its last call
+    idle = copy.deepcopy(draft)  # a draft of its own: each draft keeps only the graphs of its last call
     idle.config.tree_shape = ()
     engines.append(Engine(f"{OURS}, no guesses", {"assistant_model": idle}, stock=False))
     return [*engines, Engine(OURS, {"assistant_model": draft}, stock=False)]
@@ -50,7 +50,7 @@ def engines_for(target: PreTrainedModel, draft: Any, batch: int, assistant: PreT
 
 @contextmanager
 def attending_by(target: PreTrainedModel, implementation: str) -> Iterator[None]:
-    """Within it, `target` attends by another implementation of transformers."""
+    """Let `target` attend by another implementation of transformers within the context."""
     own = target.config._attn_implementation
     target.set_attn_implementation(implementation)
     try:

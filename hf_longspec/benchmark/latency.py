@@ -1,6 +1,6 @@
-"""What the steps of decoding cost behind a filled cache: those of plain `generate`, and of a round and its phases.
+"""The cost of each step of decoding behind a filled cache: of plain `generate`, and of a round and its phases.
 
-It is `generate` itself that is timed, with a prompt of which the cache holds all but the last token. Weights, keys and
+The timed call is `generate` itself, on a prompt of which the cache holds all tokens but the last. Weights, keys and
 values are random, so next to nothing is accepted: nothing here says how fast a text is written.
 """
 
@@ -23,16 +23,18 @@ from . import shapes
 from .engines import attending_by
 from .timing import Replay, Speed, noting_replays
 
-# Steps before those that are timed: a first one by launches, then graphs are captured or the model is compiled.
+# Steps before the timed ones: the first one launches its kernels, then graphs are captured or the model is compiled.
 WARM_UP = 4
 
 
 @dataclass(frozen=True)
 class Step:
-    """One kind of step: milliseconds as median and mean over `count` of them; the floor is that of reading the memory.
+    """One kind of step, with its median and mean milliseconds over `count` steps.
 
-    phases: milliseconds of each phase of a round, medians. host: milliseconds of a round outside of the replays of
-    CUDA graphs; None if there are none. accept_length: τ of the rounds, which should be near to 1.
+    floor: milliseconds that it takes to read the memory of one step.
+
+    phases: median milliseconds of each phase of a round. host: milliseconds of a round outside of the replays of CUDA
+    graphs; None if there are no replays. accept_length: τ of the rounds, which should be near to 1.
     """
 
     name: str
@@ -47,8 +49,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Latency:
-    """All steps behind one context. Bytes: the draft's state, the cache, and the most that was allocated by a call of
-    ours at any time, with weights and cache; 0 where the device does not tell.
+    """The steps behind a prefix of `context` tokens, and the bytes of their memory.
+
+    draft_state_bytes: of the draft's state; cache_bytes: of the target's cache; peak_bytes: the most that LongSpec's
+    calls allocated at any time, weights and cache included; 0 where the device does not tell.
     """
 
     context: int
@@ -73,8 +77,10 @@ class Prompt(NamedTuple):
 
 
 class Rounds(NamedTuple):
-    """One call: seconds between the ends of its rounds (of its tokens without a draft), the first `WARM_UP` left out,
-    and when each of them ended; seconds of each phase and the replays of graphs in them.
+    """The rounds of one call, its first `WARM_UP` rounds left out; without a draft each token is a round.
+
+    seconds: from the end of each round to the next end; ends: when each round ended; phases: seconds of each phase;
+    replays: the replays of CUDA graphs in the call.
     """
 
     seconds: list[float]
@@ -89,7 +95,7 @@ class Rounds(NamedTuple):
         return Step(name, *spans, floor, phases, accept_length=self.accept_length, **fields)
 
     def replayed(self) -> float | None:
-        """Milliseconds of a round that pass in replays of CUDA graphs, median."""
+        """Return the median milliseconds that a round spends in replays of CUDA graphs; None without replays."""
         if not self.replays:
             return None
         of_rounds = [
@@ -100,8 +106,8 @@ class Rounds(NamedTuple):
 
 
 def call(target: PreTrainedModel, prompt: Prompt, draft: LongSpecForCausalLM | None, rounds: int) -> Rounds:
-    """`generate` for `WARM_UP` and so many more rounds, or tokens without a draft. The cache is left as it was."""
-    tokens = WARM_UP + rounds + 1  # the prefill's own one too
+    """Call `generate` for `WARM_UP` + `rounds` rounds, or tokens without a draft, and leave the cache as it was."""
+    tokens = WARM_UP + rounds + 1  # and the one token of the prefill
     while True:
         watch = Stopwatch()
         with noting_replays(draft is not None and draft.config.profile) as replays:
@@ -119,7 +125,7 @@ def call(target: PreTrainedModel, prompt: Prompt, draft: LongSpecForCausalLM | N
         lengths = [1] * (tokens - 1) if draft is None else output.accept_lengths[0]
         if len(lengths) >= WARM_UP + rounds:
             break
-        tokens *= 2  # guesses were accepted
+        tokens *= 2  # guesses were accepted, so that the rounds were too few
     ends = [watch.times[token] for token in accumulate(lengths, initial=0)][WARM_UP:]
     phases = (draft is not None and output.phase_seconds) or {}
     return Rounds(
@@ -132,16 +138,17 @@ def call(target: PreTrainedModel, prompt: Prompt, draft: LongSpecForCausalLM | N
 
 
 class Bench:
-    """A pair of random weights, and how it is measured. The draft's own tree is that of the round."""
+    """The latency benchmark of a pair with random weights. The round grows the draft's own tree."""
 
     def __init__(self, target: PreTrainedModel, draft: LongSpecForCausalLM, speed: Speed, rounds: int):
-        """rounds: so many are timed in each call."""
+        """Prepare to time `rounds` rounds of each call."""
         self.target, self.draft, self.speed, self.rounds = target, draft, speed, rounds
 
     def measure(self, context: int, verify_tokens: Sequence[int], static: bool) -> Latency:
-        """All steps behind `context` tokens, verification with each of `verify_tokens`, the round with the largest.
+        """Time all steps behind `context` tokens.
 
-        static: plain `generate` over a static cache too, which transformers compiles on a GPU.
+        verify_tokens: sizes of the verified tree; the whole round has the largest of them.
+        static: whether to time plain `generate` over a static cache too, which transformers compiles on a GPU.
         """
         target, draft = self.target, self.draft
         tree = tuple(draft.config.tree_shape)
@@ -167,7 +174,7 @@ class Bench:
                 yield call(self.target, prompt, None, self.rounds).step("generate, flash_attention_2", floor)
 
     def _static(self, ids: Tensor) -> Step:
-        torch.compiler.reset()  # or what was compiled for another length would be made to serve this one too
+        torch.compiler.reset()  # otherwise the code compiled for another length would have to serve this one too
         held = ids.shape[1] - 1
         cache = StaticCache(config=self.target.config, max_cache_len=held + WARM_UP + self.rounds + 2)
         shapes.fill(cache, self.target, held)
@@ -186,7 +193,7 @@ class Bench:
     def _round(
         self, name: str, prompt: Prompt, tree: tuple[int, ...], verify_tokens: int | None, floor: float
     ) -> tuple[Step, Rounds]:
-        """Whole rounds, timed without looking into them, and a second call that does look."""
+        """Time whole rounds without a profile, and profile a second call; return the step and the profiled rounds."""
         blind = self._call(prompt, tree, verify_tokens, profile=False)
         profiled = self._call(prompt, tree, verify_tokens, profile=True)
         replayed = profiled.replayed()
@@ -198,13 +205,16 @@ class Bench:
     def _verifications(
         self, prompt: Prompt, tree: tuple[int, ...], verify_tokens: Sequence[int], full: Rounds
     ) -> Iterator[Step]:
-        """Forwards over so many nodes; `full`: rounds with the most of them."""
+        """Time forwards of the target over each number of nodes; full: the profiled rounds with the largest number."""
         for nodes in sorted(verify_tokens):
             rounds = full if nodes == max(verify_tokens) else self._call(prompt, tree, nodes, profile=True)
             yield _phase_step(f"verify {nodes}", rounds.phases["verify"], self._verify_floor(prompt.held))
 
     def _levels(self, prompt: Prompt, tree: tuple[int, ...], idle: Rounds, full: Rounds) -> Iterator[Step]:
-        """Each level of the tree: what growing takes with it, less what it takes without. `idle`: no levels."""
+        """Time each level of the tree: growth down to this level, less growth down to the level above.
+
+        idle: the profiled rounds without a tree; full: the profiled rounds with the whole tree.
+        """
         before = idle.phases["grow"]
         for level, width in enumerate(tree, start=1):
             rounds = full if level == len(tree) else self._call(prompt, tree[:level], None, profile=True)

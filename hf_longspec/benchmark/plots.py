@@ -15,7 +15,7 @@ from .text import Comparison
 
 
 def plot_attention(cases: list[Case], path: Path) -> None:
-    """Milliseconds against context, a panel for each number of nodes."""
+    """Plot milliseconds against context, a panel for each number of nodes."""
     counts = list(dict.fromkeys(case.nodes for case in cases))
     figure, panels = _panels(len(counts))
     for nodes, panel in zip(counts, panels, strict=True):
@@ -30,7 +30,7 @@ def plot_attention(cases: list[Case], path: Path) -> None:
 
 
 def plot_latency(results: list[Latency], path: Path) -> None:
-    """Steps against context with their floors in the first panel; what a round is made of in the second."""
+    """Plot steps against context with their floors in the first panel, and the phases of a round in the second."""
     figure, panels = _panels(2)
     contexts = [result.context for result in results]
     for index, step in enumerate(results[0].steps):
@@ -53,7 +53,7 @@ def plot_latency(results: list[Latency], path: Path) -> None:
 
 
 def plot_text(results: list[Comparison], path: Path) -> None:
-    """Decoded tokens per second of each engine, a panel for each batch size."""
+    """Plot decoded tokens per second of each engine, a panel for each batch size."""
     figure, panels = _panels(len(results))
     for result, panel in zip(results, panels, strict=True):
         names = [engine.name for engine in result.engines]

@@ -1,4 +1,4 @@
-"""Reading a whole prompt: seconds, and the most memory that is allocated meanwhile."""
+"""The cost of reading a whole prompt: seconds, and the most memory that is allocated meanwhile."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from transformers.utils import is_flash_attn_2_available
 from .engines import attending_by
 
 CHUNK = 8192
-NEW_TOKENS = 8  # so that rounds, and graphs, are in the peak
+NEW_TOKENS = 8  # enough that the peak includes rounds and CUDA graphs
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """One call of `generate`. peak_bytes: with weights and cache; 0 where the device does not tell."""
+    """One call of `generate`. peak_bytes: weights and cache included; 0 where the device does not tell."""
 
     name: str
     context: int
@@ -30,9 +30,10 @@ class Prefill:
 
 
 def measure(target: PreTrainedModel, draft: Any, context: int) -> Iterator[Prefill]:
-    """Random prompts of `context` tokens, read by plain `generate` and by ours, at once and in chunks.
+    """Time random prompts of `context` tokens, read by plain `generate` and by LongSpec, at once and in chunks.
 
-    By the target's own attention, and by FlashAttention-2 where that is installed: in chunks, others want a mask.
+    The target attends by its own implementation, and by FlashAttention-2 where that is installed: for chunks, other
+    implementations need a mask.
     """
     ids = torch.randint(1, target.config.vocab_size, (1, context), device=target.device)
     flash = target.device.type == "cuda" and is_flash_attn_2_available()
@@ -46,7 +47,7 @@ def measure(target: PreTrainedModel, draft: Any, context: int) -> Iterator[Prefi
 
 
 def read(target: PreTrainedModel, assistant: Any, ids: Tensor, chunk: int | None) -> tuple[float, int]:
-    """Seconds and peak bytes of one call."""
+    """Return seconds and peak bytes of one call."""
     on_gpu = target.device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize()

@@ -1,6 +1,7 @@
 """Models of known shapes with random weights, and caches filled with random keys and values.
 
-Made on the device where they are used, so that one of 8 billion parameters takes seconds. What they write is noise.
+All are made on the device that uses them, so that a model of 8 billion parameters takes seconds. Such models write
+noise.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..modeling.modeling_longspec import LongSpecForCausalLM
 def _shape(
     family: str, layers: int, hidden: int, inner: int, heads: tuple[int, int, int], vocab: int, tied: bool
 ) -> dict[str, Any]:
-    """heads: of queries, of keys and values, and their dimension."""
+    """Return the fields of a model's config. heads: query heads, key/value heads, head dimension."""
     return {
         "model_type": family,
         "num_hidden_layers": layers,
@@ -44,7 +45,7 @@ SHAPES = {
 def random_pair(
     shape: str, device: torch.device, dtype: torch.dtype, longest: int, **options: Any
 ) -> tuple[PreTrainedModel, LongSpecForCausalLM]:
-    """A target of one of `SHAPES` for texts of up to `longest` tokens, and a draft for it with these `options`.
+    """Return a target of one of `SHAPES` for texts of up to `longest` tokens, and a draft for it with these `options`.
 
     Raises `ValueError` for another name and for options that a draft cannot have.
     """
@@ -59,7 +60,7 @@ def random_pair(
 
 
 def fill(cache: Cache, target: PreTrainedModel, tokens: int) -> None:
-    """Append random keys and values of so many tokens to each layer of a cache."""
+    """Append random keys and values of `tokens` tokens to each layer of a cache."""
     heads, dim = kv_shape(target.config)
     for layer in range(target.config.num_hidden_layers):
         key, value = (torch.randn(1, heads, tokens, dim, device=target.device, dtype=target.dtype) for _ in range(2))
@@ -73,22 +74,25 @@ def filled(target: PreTrainedModel, tokens: int) -> DynamicCache:
 
 
 def cut(cache: Cache, tokens: int) -> None:
-    """Take away what a call has added to a cache behind the first so many tokens."""
+    """Cut a cache back to its first `tokens` tokens."""
     for layer in cache.layers:
-        if isinstance(getattr(layer, "cumulative_length", None), Tensor):  # of a static layer
+        if isinstance(getattr(layer, "cumulative_length", None), Tensor):  # a static layer
             layer.cumulative_length.fill_(tokens)
         else:
             layer.keys, layer.values = layer.keys[:, :, :tokens], layer.values[:, :, :tokens]
 
 
 def kv_bytes(target: PreTrainedModel, tokens: int) -> int:
-    """Bytes of the keys and values of so many tokens in one layer."""
+    """Return the bytes of the keys and values of `tokens` tokens in one layer."""
     heads, dim = kv_shape(target.config)
     return 2 * heads * dim * tokens * target.dtype.itemsize
 
 
 def read_bytes(target: PreTrainedModel) -> int:
-    """Bytes of weights that a forward reads: all, but of an embedding that is not the LM head too only a few rows."""
+    """Return the bytes of the weights that a forward reads, without an embedding that is not the LM head as well.
+
+    Of such an embedding a forward reads only a few rows.
+    """
     rows, head = target.get_input_embeddings().weight, target.get_output_embeddings().weight
-    weights = sum(parameter.nbytes for parameter in target.parameters())  # one that is shared counts once
+    weights = sum(parameter.nbytes for parameter in target.parameters())  # a shared parameter counts once
     return weights if rows is head else weights - rows.nbytes

@@ -23,7 +23,7 @@ def _table(first: str, columns: Iterable[str]) -> Table:
 
 
 def attention_table(cases: list[Case]) -> Table:
-    """Milliseconds, a row for each context and number of nodes; the error is the largest of those with a mask."""
+    """Tabulate milliseconds, a row for each context and number of nodes; the error is the largest under a mask."""
     names = [timed.name for timed in cases[0].timed]
     rows = _table("context", ("nodes", *names, "bytes floor", "arithmetic floor", "error"))
     for case in cases:
@@ -35,7 +35,7 @@ def attention_table(cases: list[Case]) -> Table:
 
 
 def children_table(choices: list[Choice]) -> Table:
-    """Microseconds, a row for each shape of a level."""
+    """Tabulate microseconds, a row for each shape of a level."""
     names = choices[0].milliseconds
     rows = _table("level, us", ("nodes", "width", *names, "bytes floor"))
     for choice in choices:
@@ -46,14 +46,14 @@ def children_table(choices: list[Choice]) -> Table:
 
 
 def latency_table(results: list[Latency]) -> Table:
-    """Milliseconds of each step and its floor, a pair of columns for each context; then what a round is made of."""
+    """Tabulate milliseconds and floor of each step, two columns for each context, then the phases of a round."""
     columns = [name for result in results for name in (f"{result.context:,}", "floor")]
     rows = _table("ms, median", columns)
 
     for alike in zip(*(result.steps for result in results), strict=True):
         cells = [(f"{step.milliseconds:.2f}", f"{step.floor:.2f}") for step in alike]
         rows.add_row(alike[0].name, *chain.from_iterable(cells))
-    for phase in alike[0].phases:  # the last step is the whole round
+    for phase in alike[0].phases:  # the last step is a whole round
         rows.add_row(f"  its {phase}", *chain.from_iterable((f"{step.phases[phase]:.2f}", "") for step in alike))
     for name, values in (
         ("  outside of graph replays", ["" if step.host is None else f"{step.host:.2f}" for step in alike]),
@@ -74,7 +74,10 @@ def prefill_table(results: list[Prefill]) -> Table:
 
 
 def text_table(results: list[Comparison]) -> Table:
-    """A row for each batch size and engine; of ours τ, and texts that are equal / part at a tie / differ."""
+    """Tabulate speed, a row for each batch size and engine.
+
+    A LongSpec engine has τ, and how many texts are equal / part at a tie / differ.
+    """
     columns = ("batch", "prefill, s", "decode, s", "decode, tok/s", "x default", "x fastest", "τ", "= / ~ / ≠")
     rows = _table("engine", columns)
     for result in results:
@@ -91,7 +94,7 @@ def text_table(results: list[Comparison]) -> Table:
 
 
 def phases_table(results: list[Comparison]) -> Table:
-    """Median milliseconds of the phases of a round of ours, a row for each batch size and engine."""
+    """Tabulate the median milliseconds of a round's phases, a row for each batch size and LongSpec engine."""
     profiled = [(result.batch, engine) for result in results for engine in result.engines if engine.phases]
     rows = _table("phases, ms", ("batch", *(profiled[0][1].phases or {})))
     for batch, engine in profiled:

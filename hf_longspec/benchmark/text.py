@@ -1,7 +1,8 @@
-"""Whole texts, end to end: a target with its draft beside what transformers offers, in one process, in turn.
+"""Whole texts, end to end: a target with its draft beside transformers' own engines, in one process, in turn.
 
 Prompts of different lengths end at evenly spaced places of a held-out text and are padded on the left, as a user's
-batch would be. Reading the prompt is told apart by calls that write one token only. Knows `generate`; loads no models.
+batch would be. Calls that write one token only tell how long it takes to read the prompt. Knows `generate`; loads no
+models.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from .timing import uncollected
 
 @dataclass(frozen=True)
 class Written:
-    """One engine on all prompts of a batch size. Seconds are medians over repeats: of whole calls, and of calls that
-    write one token.
+    """One engine on all prompts of a batch size.
 
-    Of ours: τ (tokens per round of a row), the median milliseconds of a round's phases if profiled, and how many texts
-    are equal to those of plain `generate`, part at a tie, or differ.
+    seconds, prefill_seconds: medians over the repeats, of whole calls and of calls that write one token.
+    The other fields have values for LongSpec engines only. accept_length: τ, tokens per round of a row. phases: median
+    milliseconds of each phase of a round, if profiled. equal, ties, different: how many texts are equal to the text of
+    plain `generate`, part from it at a tie, or differ.
     """
 
     name: str
@@ -46,7 +48,7 @@ class Written:
         return self.seconds - self.prefill_seconds
 
     def over(self, other: Written) -> float:
-        """How much faster than another engine this one decodes."""
+        """Return how many times as fast as another engine this engine decodes."""
         return other.decode_seconds / self.decode_seconds
 
 
@@ -70,7 +72,7 @@ class Comparison:
         return min((engine for engine in self.engines if engine.stock), key=lambda engine: engine.decode_seconds)
 
     def decoded_per_second(self, engine: Written) -> float:
-        """Tokens: all but those that the prefill writes."""
+        """Return decoded tokens per second; the tokens that the prefill writes do not count."""
         return self.prompts * (self.new_tokens - 1) / engine.decode_seconds
 
     def as_dict(self) -> dict[str, Any]:
@@ -85,9 +87,9 @@ class Comparison:
 
 
 def padded_prompts(tokens: Tensor, ends: list[int], context: int, pad: int) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` (B, context) of prompts that end at `ends` (B) of tokens (N,).
+    """Return `input_ids` and `attention_mask` (B, context) of prompts that end at `ends` (B) of tokens (N,).
 
-    Their lengths go from context down to ¾ of it.
+    Prompt lengths go from `context` down to ¾ of it.
     """
     batch = len(ends)
     ids, mask = torch.full((batch, context), pad), torch.zeros(batch, context, dtype=torch.long)
@@ -111,9 +113,9 @@ def measure(
     assistant: PreTrainedModel | None = None,
     pad: int = 0,
 ) -> Comparison:
-    """All engines in turn on so many batches, `repeats` times after once to warm up. Raises what `generate` raises.
+    """Run all engines in turn on `batches` batches, `repeats` times after one run to warm up.
 
-    The texts are greedy and as long as `max_new_tokens`, which is at least 2.
+    The texts are greedy and as long as `max_new_tokens`, which is at least 2. Raises what `generate` raises.
     """
     ends = places(tokens, context, batch * batches)
     prompts = [padded_prompts(tokens, ends[first::batches], context, pad) for first in range(batches)]
@@ -145,10 +147,10 @@ def measure(
 def timed(
     target: PreTrainedModel, prompts: list[dict[str, Tensor]], options: dict[str, Any]
 ) -> tuple[float, list[Tensor]]:
-    """Seconds of a call for each of `prompts` together, and the sequences (B, L) that the calls return.
+    """Return the seconds that one call for each of `prompts` takes in all, and the sequences (B, L) of each call.
 
-    Only these are asked for: a call that returned its cache too would leave ours none, and no CUDA graphs, to begin
-    the next one with.
+    The calls return sequences only. After a call that also returned its cache, LongSpec's next call would begin
+    without a cache and without CUDA graphs.
     """
     _wait(target)
     with uncollected():
@@ -166,9 +168,9 @@ def what_ours_tells(
     own: dict[str, Any],
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """The fields of `Written` that only our engines fill, from one more call for each of `prompts`.
+    """Return the fields of `Written` that only LongSpec engines fill, from one more call for each of `prompts`.
 
-    plain, ours: sequences (B, L); own: the options of this engine; options: those of plain `generate`.
+    plain, ours: sequences (B, L); own: options of this engine; options: options of plain `generate`.
     """
     verdicts, rounds = [], []
     phases: dict[str, list[float]] = defaultdict(list)
@@ -190,7 +192,7 @@ def what_ours_tells(
 def judged(
     target: PreTrainedModel, inputs: dict[str, Tensor], plain: Tensor, ours: Tensor, options: dict[str, Any]
 ) -> list[side_by_side.Verdict]:
-    """Of each row of a batch, sequences (B, L): whether the two texts are the same."""
+    """Judge, for each row of two batches of sequences (B, L), whether the two texts are the same."""
     prompt = inputs["input_ids"].shape[1]
     texts = plain[:, prompt:].tolist(), ours[:, prompt:].tolist()
     logits = [None] * len(plain) if texts[0] == texts[1] else plain_logits(target, inputs, **options)
@@ -201,7 +203,7 @@ def judged(
 
 
 def plain_logits(target: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> list[Tensor]:
-    """Of each row, the logits (new tokens, vocab) by which plain `generate` picks its tokens in this batch."""
+    """Return, for each row, the logits (new tokens, vocab) of plain `generate` on this batch."""
     output = target.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
     return list(torch.stack(output.logits, dim=1))
 

@@ -1,6 +1,6 @@
-"""How long work of the device takes, and what the device can do at best, measured in the same process.
+"""The time that work of the device takes, and the best that the device can do, measured in the same process.
 
-On a GPU calls are captured in one CUDA graph, so that the host's launches are not in the figure.
+On a GPU calls are captured in one CUDA graph, so that the host's launches are not part of the time.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Calls = Sequence[Callable[[], Any]]
 
 @torch.no_grad()
 def milliseconds(calls: Calls, device: torch.device, repeats: int) -> float:
-    """The median over `repeats` of the time of one call, where all of `calls` are run one after the other."""
-    for call in calls:  # libraries set themselves up and kernels are compiled
+    """Return the milliseconds of one call, where `calls` run one after the other: the median over `repeats`."""
+    for call in calls:  # the first calls set libraries up and compile kernels
         call()
     spans = _replayed(calls, repeats) if device.type == "cuda" else _by_the_clock(calls, repeats)
     return median(spans) / len(calls)
@@ -55,7 +55,10 @@ def _by_the_clock(calls: Calls, repeats: int) -> list[float]:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Within it Python looks for no cycles of garbage: going through all that torch's compiler keeps takes 0.3 s."""
+    """Keep Python from looking for cycles of garbage within the context.
+
+    A search through all objects that torch's compiler keeps takes 0.3 s.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -66,15 +69,17 @@ def uncollected() -> Iterator[None]:
 
 
 class Speed(NamedTuple):
-    """What the device does at best: bytes per second of a large copy, read and written; operations per second of a
-    large product of matrices, two for each of its multiplications.
+    """The best that the device does.
+
+    bandwidth: bytes per second of a large copy, reads and writes both counted; operations: operations per second of a
+    large matrix product, two for each multiplication.
     """
 
     bandwidth: float
     operations: float
 
     def floor(self, read: float, operations: float = 0.0) -> float:
-        """Milliseconds below which no work can be that reads so many bytes and does so many operations."""
+        """Return the least milliseconds of any work that reads `read` bytes and does `operations` operations."""
         return 1000 * max(read / self.bandwidth, operations / self.operations)
 
 
@@ -82,7 +87,7 @@ def measure_speed(device: torch.device, dtype: torch.dtype, repeats: int = 5) ->
     large = device.type == "cuda"
     source = torch.randn(2**30 if large else 2**24, device=device)
     copy = torch.empty_like(source)
-    # by a kernel: in a CUDA graph a plain copy is left to a slower unit
+    # a kernel copies: in a CUDA graph a plain copy is left to a slower unit
     copying = milliseconds([lambda: torch.neg(source, out=copy)] * 4, device, repeats)
     size = 8192 if large else 1024
     left, right = torch.randn(2, size, size, device=device, dtype=dtype)
@@ -91,7 +96,7 @@ def measure_speed(device: torch.device, dtype: torch.dtype, repeats: int = 5) ->
 
 
 class Replay(NamedTuple):
-    """One replay of a CUDA graph: when the host launched it, and the events around it."""
+    """One replay of a CUDA graph: the time at which the host launched it, and the events before and after it."""
 
     at: float
     begin: torch.cuda.Event
@@ -100,7 +105,7 @@ class Replay(NamedTuple):
 
 @contextmanager
 def noting_replays(enabled: bool) -> Iterator[list[Replay]]:
-    """If enabled, notes every replay of a CUDA graph within it, of whatever code."""
+    """Note every replay of a CUDA graph by any code within the context, if enabled."""
     replays: list[Replay] = []
     if not enabled:
         yield replays

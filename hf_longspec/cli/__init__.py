@@ -1,4 +1,4 @@
-"""The command `hf-longspec`. Options and messages only; what does the work is imported when a command needs it."""
+"""The command `hf-longspec`: options and messages only. A command imports the modules that do its work as it runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m hf_longspec.cli` is the command `hf-longspec`."""
+"""The command `hf-longspec`, run as `python -m hf_longspec.cli`."""
 
 from . import main
 

@@ -1,4 +1,4 @@
-"""`hf-longspec bench`: what decoding costs. Each command prints a table, and one line of JSON last."""
+"""`hf-longspec bench`: the cost of decoding. Each command prints a table, and one line of JSON last."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def latency(
         fail("expected level widths such as 4,16,16, got an empty --tree")
     device, number_format = here(dtype)
     options: dict[str, Any] = {"tree_shape": tree, "attention_backend": backend, "compile_target": compile_target}
-    options["verify_tokens"] = max(verify_tokens)  # of the calls that read prompts
+    options["verify_tokens"] = max(verify_tokens)  # for the calls that read prompts
     measured = []
     with in_one_line("shorter --contexts, or a smaller --shape, take less"):
         speed = timing.measure_speed(device, number_format)
@@ -249,7 +249,7 @@ def text(
 
 
 def here(dtype: Dtype) -> tuple[torch.device, torch.dtype]:
-    """The GPU if there is one, and the format that `dtype` stands for on it."""
+    """Return the GPU, or the CPU if there is none, and the number format that `dtype` stands for there."""
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -258,7 +258,7 @@ def here(dtype: Dtype) -> tuple[torch.device, torch.dtype]:
 
 
 def check_plot(path: Path | None) -> None:
-    """Before hours of measuring: can a picture be drawn there?"""
+    """Fail, before hours of measuring, if no picture can be drawn at this path."""
     if path is None:
         return
     if path.suffix != ".png" or not path.parent.is_dir():
@@ -268,7 +268,7 @@ def check_plot(path: Path | None) -> None:
 
 
 def draw(bench: str, measured: list[Any], path: Path) -> None:
-    """After the figures are shown: a full disk costs the picture only."""
+    """Draw the picture of a benchmark, after its figures are shown: a full disk costs the picture only."""
     from ..benchmark.plots import PICTURES
 
     with in_one_line():
@@ -285,7 +285,7 @@ def show(tables: list[Table], result: dict[str, Any], device: torch.device) -> N
     from ..provenance import provenance
 
     console = Console(highlight=False)
-    if not console.is_terminal:  # a file has no edge at which to cut a line
+    if not console.is_terminal:  # a file has no edge at which a line must be cut
         console.width = 200
     for table in tables:
         console.print(table)

@@ -1,4 +1,4 @@
-"""`hf-longspec distill-data`: the target answers prompts, and the answers are training data."""
+"""`hf-longspec distill-data`: the target's answers to prompts, as training data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PromptOptions(SourceOptions):
-    """A source of prompts: nothing in it is learned, so no option says which tokens are."""
+    """The options of a source of prompts: none of its tokens is learned, so no option says which tokens are."""
 
     format: FormatOption = Format.json
     kind: Annotated[
@@ -92,7 +92,7 @@ def distill_data(
 
 
 def parse_shard(text: str) -> Part:
-    """`"0/4"` is the first of four."""
+    """Parse `"0/4"`, the first of four parts."""
     from ..training.distill import Part
 
     number, slash, parts = text.partition("/")

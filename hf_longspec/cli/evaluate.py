@@ -1,4 +1,4 @@
-"""`hf-longspec evaluate`: how well a draft guesses and how much faster its target writes, by length of context."""
+"""`hf-longspec evaluate`: a draft's accept length, and the speed-up of its target, by length of context."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def evaluate(
         if tree is not None:
             its_draft.config.tree_shape = tree
         its_draft.config.check()
-        its_draft.bind(model)  # a pair that does not fit is told before anything is fetched or measured
+        its_draft.bind(model)  # a pair that does not fit fails here, before anything is fetched or measured
         for each, _ in tasks:
             check_room(model.config, contexts[-1], each.max_new_tokens, f"task {each.name}: ")
         made = planning.plan(tasks, Wanted(tokenizer, contexts, prompts), cache_folder())
@@ -96,7 +96,7 @@ def evaluate(
 
 
 def measure_all(model: Any, draft: Any, made: Plan, records: Records, temperature: float, seed: int) -> None:
-    """What is not done yet, with a line for each prompt and, on a terminal, a bar."""
+    """Measure the prompts that have no record yet, with a line for each and, on a terminal, a progress bar."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -125,7 +125,7 @@ def measure_all(model: Any, draft: Any, made: Plan, records: Records, temperatur
 
 
 def line(record: dict[str, Any]) -> str:
-    """One prompt, for people who watch."""
+    """Describe the record of one prompt in one line, for people who watch."""
     from ..evaluation.summary import bucket
 
     figures = bucket(record["task"], record["context"], [record], levels=0)
@@ -137,7 +137,7 @@ def line(record: dict[str, Any]) -> str:
 def write_report(
     records: Records, settings: dict[str, Any], made: Plan, provenance: Any, output: Path, plot: bool
 ) -> None:
-    """report.json, report.md and report.png, and their tables on the terminal."""
+    """Write report.json, report.md and report.png, and print the table of speeds."""
     from ..evaluation import page
     from ..evaluation.summary import report
     from ..writing import whole_file

@@ -73,7 +73,7 @@ def _beside(draft: str) -> Path:
 
 
 def _mapping(path: Path) -> Any:
-    """A file of JSON, or of YAML."""
+    """Read a file of JSON or YAML. Raises `ValueError` unless it holds an object with keys."""
     import yaml
 
     text = path.read_text(encoding="utf-8")
@@ -87,7 +87,7 @@ def _mapping(path: Path) -> Any:
 
 
 def show(folder: Path, files: list[Path]) -> None:
-    """Every file with its bytes, and the sum."""
+    """Print the size of each file in bytes, and their sum."""
     sizes = [path.stat().st_size for path in files]
     for path, size in zip(files, sizes, strict=True):
         typer.echo(f"{size:>14,}  {path.relative_to(folder).as_posix()}")
@@ -95,7 +95,7 @@ def show(folder: Path, files: list[Path]) -> None:
 
 
 def report(faults: list[str]) -> None:
-    """Faults on standard error and exit code 1, if there are any."""
+    """Print faults on standard error and exit with code 1, if there are any."""
     for fault in faults:
         typer.echo(f"hf-longspec: {fault}", err=True)
     if faults:

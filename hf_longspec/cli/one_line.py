@@ -1,4 +1,4 @@
-"""How the commands tell what went wrong: one line on standard error, and whose fault it was."""
+"""The commands' error messages: one line on standard error, and an exit code that says whose fault it was."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 
 from ..writing import MachineError, blames_machine
 
-# How torch says it of tensors, of files that it maps, of what C++ and CUDA want beside.
+# Words of torch's messages about memory for tensors and for mapped files, and of messages from C++ and CUDA.
 OUT_OF_MEMORY = (
     "DefaultCPUAllocator",
     "Storage size calculation overflowed",
@@ -26,9 +26,9 @@ OUT_OF_MEMORY = (
 
 @contextmanager
 def in_one_line(of_memory: str = "") -> Iterator[None]:
-    """What a user or a machine gets wrong ends the command with one line, no traceback.
+    """Turn an error by the user or the machine within the context into one line that ends the command, no traceback.
 
-    of_memory: what to say when that runs out. The code is 1 for the machine, else 2: see `fail`.
+    of_memory: what the line adds if memory runs out. The exit code is 1 for the machine, else 2: see `fail`.
     """
     try:
         yield
@@ -44,7 +44,7 @@ def in_one_line(of_memory: str = "") -> Iterator[None]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Of a GPU, or of this machine's own memory, which torch tells by the message alone."""
+    """Return whether a GPU's memory ran out, or this machine's own memory, which torch's message alone tells."""
     import torch
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
@@ -53,6 +53,6 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    """One line on standard error, no traceback; code 2 says that the command was at fault, 1 that the machine was."""
+    """End the command with one line on standard error; code 2 blames the command, code 1 the machine."""
     typer.echo(f"hf-longspec: {message}", err=True)
     raise typer.Exit(code)

@@ -1,4 +1,4 @@
-"""What the commands share: their options, and the pair that they name."""
+"""Shared by the commands: their options, and how the named target and draft are loaded."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Dtype(str, Enum):
 
 
 def parse_tree(text: str) -> tuple[int, ...]:
-    """`"4,16,16"` is (4, 16, 16); the empty string is (), no speculation."""
+    """Parse `"4,16,16"` as (4, 16, 16), and the empty string as (), no speculation."""
     return _numbers(text, "level widths such as 4,16,16") if text.strip() else ()
 
 
 def parse_numbers(text: str) -> tuple[int, ...]:
-    """`"1024,4096"` is (1024, 4096)."""
+    """Parse `"1024,4096"` as (1024, 4096)."""
     return _numbers(text, "numbers such as 16,64")
 
 
@@ -46,7 +46,7 @@ def _numbers(text: str, meant: str) -> tuple[int, ...]:
 
 
 def numbers(help: str, metavar: str = "N,N,...") -> Any:
-    """An option that takes a list of numbers."""
+    """Make an option that takes a list of numbers."""
     return typer.Option(parser=parse_numbers, metavar=metavar, help=help)
 
 
@@ -70,7 +70,7 @@ Profile = Annotated[bool, typer.Option("--profile", help="Show where the time of
 def load_pair(
     target_name: str, draft_name: str, dtype: Dtype, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Any]:
-    """Target, its tokenizer and the draft, on the GPU if there is one. Says in one line what cannot be loaded."""
+    """Load a target, its tokenizer and the draft, on the GPU if there is one, or fail in one line."""
     target = load_model("target", target_name, dtype, trust_remote_code)
     tokenizer = load_tokenizer("target", target_name, trust_remote_code)
     return target, tokenizer, load_draft(draft_name, dtype, trust_remote_code)
@@ -93,7 +93,7 @@ def load_tokenizer(role: str, name: str, trust_remote_code: bool) -> PreTrainedT
 
 
 def load_model(role: str, name: str, dtype: Dtype, trust_remote_code: bool) -> Any:
-    """A causal language model in eval mode, on the GPU if there is one."""
+    """Load a causal language model in eval mode, on the GPU if there is one, or fail in one line."""
     import torch
     from transformers import AutoModelForCausalLM
 

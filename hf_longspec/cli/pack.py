@@ -1,4 +1,4 @@
-"""`hf-longspec pack`: tokenizes documents once, for machines without network or much time."""
+"""`hf-longspec pack`: documents as token ids, made once, for machines without network or much time."""
 
 from __future__ import annotations
 

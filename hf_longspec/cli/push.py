@@ -1,4 +1,4 @@
-"""`hf-longspec push`: a folder that `hf-longspec export` wrote, to the Hub."""
+"""`hf-longspec push`: a folder that `hf-longspec export` wrote, sent to the Hub."""
 
 from __future__ import annotations
 

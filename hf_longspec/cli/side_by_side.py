@@ -70,7 +70,10 @@ def show(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> None:
-    """Runs the pair side by side on the console. Exit code 1 if the texts part where rounding does not explain it."""
+    """Run the pair on one prompt, without and with the draft, and print both texts with their speeds.
+
+    Exits with code 1 if the texts part where rounding does not explain it.
+    """
     from rich.console import Console
     from transformers.utils import logging
 

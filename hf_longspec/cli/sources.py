@@ -1,4 +1,4 @@
-"""The options that name a source of documents, once for all commands that read one."""
+"""The options that name a source of documents, shared by all commands that read one."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class SourceOptions:
     loss: Annotated[Loss, typer.Option(help="Which tokens of a chat are to be learned.")] = Loss.all
     config: Annotated[str | None, typer.Option(help="Configuration of a dataset on the Hub.")] = None
     split: Annotated[str, typer.Option(help="Split of a dataset on the Hub.")] = "train"
-    # not SUFFIX: typer 0.27 takes an option whose name is its metavar for one of capitals
+    # not SUFFIX: typer 0.27 mistakes an option whose name is its metavar for an option in capitals
     suffixes: Annotated[
         list[str], typer.Option("--suffix", metavar=".EXT", help="Endings of the text files to read. Repeatable.")
     ] = dataclass_field(default_factory=lambda: [".py"])
@@ -107,7 +107,7 @@ def with_source_options(command: Callable[..., None]) -> Callable[..., None]:
     def run(**given: Any) -> None:
         command(source=options(**{option.name: given.pop(option.name) for option in shown}), **given)
 
-    # keyword-only: options without a default may then follow options with one
+    # keyword-only, so that options without a default may follow options with a default
     parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own.values()]
     place = list(own).index("source")
     parameters[place : place + 1] = shown

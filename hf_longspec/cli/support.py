@@ -1,4 +1,4 @@
-"""`hf-longspec support`: which model families are served."""
+"""`hf-longspec support`: the table of served model families."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def support(
         fail(f"transformers has no causal language model of the type {', '.join(unknown)}")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    torch.set_num_threads(1)  # tiny models only wait for more
+    torch.set_num_threads(1)  # tiny models are no faster on more threads
     console, trials = Console(highlight=False, stderr=output is None), []
     for trial in trials_of.try_families(chosen or known):
         trials.append(trial)

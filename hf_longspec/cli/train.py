@@ -41,9 +41,9 @@ def train(
     with in_one_line(less):
         try:
             outcome = run(Recipe.load(recipe, [*(settings or []), *given]), max_seconds)
-        except TypeError as error:  # transformers' way to refuse what trainer.lr_scheduler_kwargs, say, name
+        except TypeError as error:  # transformers' way to refuse a name, in trainer.lr_scheduler_kwargs for example
             raise ValueError(error) from error
     if PartialState().is_main_process:
         typer.echo(json.dumps(outcome._asdict()))
-    PartialState().destroy_process_group()  # where there is one: a process that just exits can break the others' exits
-    gc.collect()  # of the model that holds the group: gloo's threads must end before Python does, or they abort it
+    PartialState().destroy_process_group()  # if there is one: a process that just exits can break the others' exits
+    gc.collect()  # frees the model that holds the group: gloo's threads must end before Python does, or they abort it

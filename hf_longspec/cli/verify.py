@@ -1,4 +1,4 @@
-"""`hf-longspec verify`: whether a draft's code is that of a release."""
+"""`hf-longspec verify`: a check whether a draft's code is the code of a release."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def verify(
 
 
 def _printable(text: str) -> str:
-    """Escape what would move the cursor or end the line: names and configs are the stranger's."""
+    """Escape characters that would move the cursor or end the line: names and configs are the stranger's."""
     return text if text.isprintable() else ascii(text)
 
 
@@ -77,7 +77,7 @@ def _verdict(file: CodeFile, release: str | None) -> str:
 
 
 def _faults(found: Verified, known: dict[str, Release]) -> list[str]:
-    """What keeps the code from being that of a release, a line each."""
+    """List the reasons, a line each, why the code is not the code of a release."""
     strange = sum(not file.releases for file in found.files)
     faults = list(found.elsewhere)
     if found.mixed:
