@@ -51,7 +51,7 @@ FAST_FAULTS = [
         what="cuda_graphs=False captures all the same",
         old="self.graphs.captures = wanted is not False and reason is None",
         new="self.graphs.captures = reason is None",
-        tests=("test_fast_engine_longspec.py",),
+        tests=("test_fast_engine_longspec.py::test_nothing_is_captured_where_graphs_are_not_wanted",),
     ),
     Fault(
         name="stale-inputs",
