@@ -52,7 +52,7 @@ CORE_FAULTS = [
         what="a path is one node longer than the tokens that a row may write",
         old="len(paths[row]) < room[row]",
         new="len(paths[row]) <= room[row]",
-        tests=("test_verification_longspec.py", "test_verification_rows.py"),
+        tests=("test_verification_rows.py::test_a_batch_is_written_as_plain_decoding_writes_it",),
     ),
     Fault(
         name="scores-before-processors",
@@ -87,7 +87,7 @@ CORE_FAULTS = [
         what="the generator is left one draw too far",
         old="state = self.states[step - self.first]",
         new="state = self.states[min(step - self.first + 1, len(self.states) - 1)]",
-        tests=("test_sampling_longspec.py",),
+        tests=("test_sampling_longspec.py::test_noise_is_the_stream_of_multinomial",),
     ),
     Fault(
         name="history-not-known",
@@ -95,7 +95,7 @@ CORE_FAULTS = [
         what="a penalty on repetition counts as blind to the text",
         old='"TypicalLogitsWarper".split()',
         new='"TypicalLogitsWarper RepetitionPenaltyLogitsProcessor".split()',
-        tests=("test_sampling_longspec.py",),
+        tests=("test_sampling_longspec.py::test_processors_without_history_do_not_look_at_the_text",),
     ),
     Fault(
         name="longest-by-one",
@@ -247,7 +247,7 @@ CORE_FAULTS = [
         what="a cache that grows forgets its newest token",
         old="new[:, :, :length] = old[:, :, :length]",
         new="new[:, :, : length - 1] = old[:, :, : length - 1]",
-        tests=("test_cache_longspec.py", "test_cache_rows.py"),
+        tests=("test_cache_longspec.py::test_life_of_a_cache",),
     ),
     Fault(
         name="path-without-its-last-step",
@@ -263,7 +263,7 @@ CORE_FAULTS = [
         what="of a path longer than the ring two nodes go to one slot",
         old="(steps >= counts[:, None] - self.ring)",
         new="(steps >= counts[:, None] - self.ring - 1)",
-        tests=("test_cache_longspec.py",),
+        tests=("test_cache_longspec.py::test_no_two_accepted_nodes_go_to_one_slot",),
     ),
     Fault(
         name="window-by-one",
@@ -408,11 +408,7 @@ CORE_FAULTS = [
         what="random numbers drawn ahead and not used are lost to the caller",
         old="sampler.rewind(text.slowest)",
         new="pass",
-        tests=(
-            "test_generation_longspec.py::test_state_after_the_call",
-            "test_generation_longspec.py::test_state_after_an_interrupted_call",
-            "test_sampling_longspec.py::test_generate_with_all_nodes_picked_at_once",
-        ),
+        tests=("test_sampling_longspec.py::test_generate_with_all_nodes_picked_at_once[temperature-4]",),
     ),
     Fault(
         name="engine-kept-after-a-failure",
@@ -480,7 +476,7 @@ CORE_FAULTS = [
         what="behind a round the thread goes on to attend as in that round",
         old="_SHARED.attention.reset(token)",
         new="pass",
-        tests=("test_rope_switch_longspec.py::test_longrope_across_its_switch",),
+        tests=("test_rope_switch_longspec.py::test_longrope_across_its_switch[()-5]",),
     ),
     Fault(
         name="window-not-turned",
@@ -531,7 +527,10 @@ CORE_FAULTS = [
         what="a tree reaches one token beyond the switch of a longrope target",
         old="self.last_short - 1 - place",
         new="self.last_short - place",
-        tests=("test_rope_switch_longspec.py::test_longrope_across_its_switch",),
+        tests=(
+            "test_rope_switch_longspec.py::test_longrope_across_its_switch[(1, 1, 1)-15]",
+            "test_rope_switch_longspec.py::test_longrope_across_its_switch[(1, 1, 1)-16]",
+        ),
     ),
     Fault(
         name="switch-by-length-alone",

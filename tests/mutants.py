@@ -18,9 +18,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +51,7 @@ class Ran(NamedTuple):
     @property
     def failed(self) -> list[str]:
         """The tests that failed, as pytest's short summary names them."""
-        return re.findall(r"^(?:FAILED|ERROR) (\S+)", self.output, re.MULTILINE)
+        return re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", self.output, re.MULTILINE)
 
 
 class Copy:
@@ -59,6 +59,7 @@ class Copy:
 
     def __init__(self, root: Path):
         self.root = root
+        self.process: subprocess.Popen[str] | None = None
         listed = subprocess.check_output(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True
         )
@@ -77,7 +78,7 @@ class Copy:
     def run(self, tests: Iterable[str], *options: str, seconds: float | None = None) -> Ran:
         """Run tests of the copy, and end them with all that they have started after so many seconds."""
         command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", *options]
-        process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [*command, *(f"tests/{test}" for test in tests)],
             cwd=self.root,
             env=self.environment,
@@ -87,14 +88,16 @@ class Copy:
             start_new_session=True,
         )
         try:
-            output, _ = process.communicate(timeout=seconds)
-            return Ran(process.returncode, output)
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-            if isinstance(error, subprocess.TimeoutExpired):
-                return Ran(None, output)
-            raise
+            output, _ = self.process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.stop()
+            return Ran(None, self.process.communicate()[0])
+        return Ran(self.process.returncode, output)
+
+    def stop(self) -> None:
+        """End the tests that run, with all that they have started."""
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def try_fault(self, fault: Fault, seconds: float) -> Outcome:
         path = self.root / fault.file
@@ -126,35 +129,36 @@ def try_faults(faults: list[Fault], workers: int, seconds: float) -> list[Outcom
     """Try faults in `workers` copies at once; prints each outcome as it comes, and returns them in the order given."""
     waiting: queue.SimpleQueue[Fault] = queue.SimpleQueue()
     outcomes: dict[str, Outcome] = {}
-    errors: list[BaseException] = []
+
+    def tell(outcome: Outcome) -> None:
+        outcomes[outcome.name] = outcome
+        print(row(outcome), flush=True)
 
     def work(copy: Copy) -> None:
-        try:
-            while not errors:
-                outcome = copy.try_fault(waiting.get_nowait(), seconds)
-                outcomes[outcome.name] = outcome
-                print(row(outcome), flush=True)
-        except queue.Empty:
-            pass
-        except BaseException as error:
-            errors.append(error)
+        while True:
+            try:
+                fault = waiting.get_nowait()
+            except queue.Empty:
+                return
+            tell(copy.try_fault(fault, seconds))
 
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(workers) as pool:
         copies = [Copy(Path(folder, str(number))) for number in range(workers)]
-        unfit = tests_that_fail(copies[0], faults)
-        for fault in faults:
-            if unfit & set(fault.tests):
-                outcomes[fault.name] = Outcome(fault.name, fault.file, UNFIT, ", ".join(unfit & set(fault.tests)), 0.0)
-                print(row(outcomes[fault.name]), flush=True)
-            else:
-                waiting.put(fault)
-        threads = [threading.Thread(target=work, args=(copy,)) for copy in copies]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    if errors:
-        raise errors[0]
+        try:
+            unfit = tests_that_fail(copies[0], faults)
+            for fault in faults:
+                if failing := unfit & set(fault.tests):
+                    tell(Outcome(fault.name, fault.file, UNFIT, ", ".join(sorted(failing)), 0.0))
+                else:
+                    waiting.put(fault)
+            for done in [pool.submit(work, copy) for copy in copies]:
+                done.result()
+        except BaseException:  # also a person's Ctrl-C
+            while not waiting.empty():
+                waiting.get()
+            for copy in copies:
+                copy.stop()
+            raise
     return [outcomes[fault.name] for fault in faults]
 
 
