@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 WORKERS ?= -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all style quality clean
+.PHONY: demo test test-all mutants style quality clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/hf-longspec demo $(ARGS)
@@ -20,6 +20,10 @@ test: $(VENV)/test.installed
 # All that there is, in about an hour.
 test-all: $(VENV)/test.installed
 	$(BIN)/python -m pytest $(WORKERS) -m "" $(ARGS)
+
+# Faults seeded into a copy of the code, each against the quick tests that should notice it; in half an hour.
+mutants: $(VENV)/test.installed
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 style: $(VENV)/dev.installed
 	$(BIN)/ruff check --fix .

@@ -259,11 +259,14 @@ def test_sliding_layer_never_grows(window):
 
 
 def test_layers_without_keys_of_their_own():
-    config = AutoConfig.for_model("gemma3n_text", num_hidden_layers=7, num_kv_shared_layers=2, sliding_window=5)
+    config = AutoConfig.for_model("gemma3n_text", num_hidden_layers=10, num_kv_shared_layers=5, sliding_window=5)
     past = DynamicCache(config=config)
     cache = SpeculativeCache(config, past, reserve=10, tree_size=4)
-    assert len(cache.layers) == 7
+    assert len(cache.layers) == 10
     assert cache.owners == cache.layers[:5]
+    # of its type the last layer that owns keys; every fifth layer is a full one
+    owners = [3, 3, 3, 3, 4]
+    assert [cache.owner(layer) for layer in range(5, 10)] == [cache.layers[owner] for owner in owners]
     for layer in range(5):
         cache.update(*states([1, 2, 3], layer), layer)
     cache.past = past

@@ -68,10 +68,27 @@ def test_a_good_vocabulary_is_accepted():
     assert lengths[0] == lengths[1] and max(lengths[0][0]) > 1
 
 
-def test_trees_hold_no_other_tokens(monkeypatch):
+@pytest.fixture
+def trees(monkeypatch):
+    """All trees that are grown during a test."""
     trees = []
     grow = LongSpecCandidateGenerator.grow
     monkeypatch.setattr(LongSpecCandidateGenerator, "grow", lambda *args: trees.append(grow(*args)) or trees[-1])
+    return trees
+
+
+def test_guesses_are_scored_as_those_of_the_whole_head(trees):
+    """With the scale of the target's logits, which weighs the levels of a tree against each other."""
+    target, draft = pair_of("cohere", ids=torch.randperm(VOCAB))
+    for ids in (draft.draft_vocab, None):
+        draft.set_draft_vocab(ids)
+        target.generate(PROMPT, assistant_model=draft, max_new_tokens=9)
+    assert len(trees) % 2 == 0
+    for few, whole in zip(trees[: len(trees) // 2], trees[len(trees) // 2 :], strict=True):
+        torch.testing.assert_close(few.scores, whole.scores)
+
+
+def test_trees_hold_no_other_tokens(trees):
     target, draft = pair_of()
     target.generate(PROMPT, assistant_model=draft, max_new_tokens=24)
     guessed = torch.cat([tree.tokens[:, 1:].flatten() for tree in trees])

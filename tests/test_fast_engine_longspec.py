@@ -90,6 +90,15 @@ def test_batches_of_one_size_are_captured_once(captures, family):
     assert captures == [True] * 8, "no end of text, and a mask of the prompt"
 
 
+def test_nothing_is_captured_where_graphs_are_not_wanted(captures, pair):
+    """Rounds between others that are captured, too."""
+    target, draft = pair
+    for wanted, expected in ((False, 0), (True, 4), (False, 4)):
+        draft.config.cuda_graphs = wanted
+        assert_same(target, draft, prompt_of(9), max_new_tokens=9)
+        assert len(captures) == expected
+
+
 def test_padding_that_follows_is_part_of_a_round(captures, pair):
     target, draft = pair
     for options in ({}, {"return_dict_in_generate": True, "output_scores": True}, {}):

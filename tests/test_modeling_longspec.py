@@ -5,7 +5,9 @@ import torch
 from helpers import tiny_draft, tiny_target
 
 from hf_longspec import LongSpecConfig, LongSpecForCausalLM
-from hf_longspec.modeling.modeling_longspec import rotate_half_pairs
+from hf_longspec.modeling.engine_longspec import Engine
+from hf_longspec.modeling.fast_engine_longspec import FastEngine
+from hf_longspec.modeling.modeling_longspec import engine_class, rotate_half_pairs
 
 POSITIONS = torch.tensor([[0, 1, 2, 17, 63, 300, 511]])
 
@@ -159,3 +161,16 @@ def test_draft_cannot_run_alone():
             ValueError, match=r"cannot run alone; .* target\.generate\(\*\*inputs, assistant_model=draft"
         ):
             call(torch.tensor([[1, 2]]))
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch"])
+def test_the_engine_is_the_plain_one_only_where_nothing_else_is_asked_for(backend):
+    plain = {"attention_backend": backend, "cuda_graphs": False}
+    assert engine_class(LongSpecConfig(**plain)) is Engine
+    for more in (
+        {"attention_backend": "auto"},
+        {"cuda_graphs": "auto"},
+        {"cuda_graphs": True},
+        {"compile_target": True},
+    ):
+        assert engine_class(LongSpecConfig(**(plain | more))) is FastEngine
