@@ -109,6 +109,7 @@ def test_text(folders):
     assert "x fastest" in table and " * " in table and "phases, ms" in table
 
 
+@pytest.mark.slow
 def test_pictures(folders, tmp_path):
     pytest.importorskip("matplotlib")
     attention = [*ATTENTION, "--backends", "torch"]

@@ -114,7 +114,7 @@ finally:
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({}, id="on disk"),
+        pytest.param({}, id="on disk", marks=pytest.mark.slow),
         pytest.param(
             {"data__streaming": True, "trainer__accelerator_config": {"split_batches": False}},
             id="a stream, and another of accelerate's settings",

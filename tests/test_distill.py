@@ -12,7 +12,7 @@ import pytest
 import torch
 from byte_tokenizer import byte_tokenizer, ids
 from full_disk import full_disk
-from helpers import tiny_draft, tiny_target
+from helpers import quick_or_slow, tiny_draft, tiny_target
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -220,7 +220,7 @@ def test_what_generate_refuses_leaves_nothing(folder, tmp_path, monkeypatch, opt
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("size", [0, 2000])
+@pytest.mark.parametrize("size", quick_or_slow([0, 2000], [0]))
 def test_a_disk_that_is_full(folder, tmp_path, size):
     """At the settings; and at the first shard, where the same command goes on when there is room."""
     out, options = tmp_path / "out", {"max_new_tokens": 200, "shard_rows": 8}

@@ -31,6 +31,7 @@ def run(name, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_quickstart():
     printed = run("quickstart", "--dtype", "float32", "--max-prompt-tokens", 300, "--max-new-tokens", 32)
     assert printed.endswith("the same text\n")

@@ -277,6 +277,7 @@ def test_examples_that_are_named_are_there(page):
         assert (ROOT / name).is_file(), name
 
 
+@pytest.mark.slow
 def test_the_picture_of_a_round_is_what_its_script_draws(tmp_path):
     script = tmp_path / "round.py"
     script.write_text((DOCS / "img" / "round.py").read_text(encoding="utf-8"), encoding="utf-8")

@@ -404,7 +404,7 @@ def test_only_what_is_asked_for_and_this_threads_is_caught(llama):
     torch.testing.assert_close(caught.every(), expected)
 
 
-@pytest.mark.parametrize("compiled", ["target.forward", "target", "decoder"])
+@pytest.mark.parametrize("compiled", quick_or_slow(["target.forward", "target", "decoder"], ["decoder"]))
 def test_a_target_that_a_user_has_compiled(compiled, grown):
     """And used before: what was compiled without a hook never runs one, unless torch looks for hooks anew. Either the
     text and the states are right, or the call is refused."""

@@ -23,6 +23,7 @@ def test_import_is_cheap(module):
     assert not {"torch", "transformers", "numpy", "rich"} & set(loaded)
 
 
+@pytest.mark.slow
 def test_training_on_packed_tokens_needs_no_datasets():
     """A GPU machine without a network is fed arrays; it may have neither of these packages."""
     fresh("import sys; sys.modules['datasets'] = sys.modules['pyarrow'] = None; import hf_longspec.training.run")

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import tiny_draft, tiny_target
+from helpers import quick_or_slow, tiny_draft, tiny_target
 from texts import OPTIONS, assert_same, prompt_of, texts
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
@@ -56,7 +56,7 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("how", [*COMPILED, "wrapper"])
+@pytest.mark.parametrize("how", quick_or_slow([*COMPILED, "wrapper"], ["layers in place", "wrapper"]))
 def test_compiled_targets(how):
     llama = tiny_target("llama", num_hidden_layers=2)
     draft = tiny_draft(llama, window=8)

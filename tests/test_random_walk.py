@@ -50,6 +50,7 @@ def test_no_step_differs(first):
     take(first, min(STEPS_A_CASE, FIRST + COUNT - first))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_long_paths_are_accepted():
     """Or the walk would prove nothing: of the steps that could show it, many accept three tokens in some round."""

@@ -8,7 +8,7 @@ from helpers import tiny_draft, tiny_target
 from texts import OPTIONS, assert_same, prompt_of
 
 LONG = OPTIONS | {"max_new_tokens": 20}
-QUICK = {("llama", torch.bfloat16), ("mistral", torch.float16)}
+QUICK = {("llama", torch.bfloat16)}
 
 
 def assert_parts_only_at_ties(target, draft, within=torch.no_grad):

@@ -68,6 +68,7 @@ def test_a_run_cut_after_every_step_repeats_the_uninterrupted_one_to_the_bit(tmp
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_a_cut_run_with_muon_repeats_the_uninterrupted_one_to_the_bit(tmp_path, plain):
     settings = {"trainer__optim": "muon", "trainer__lr_scheduler_type": "cosine", "trainer__weight_decay": 0.1}
     _, expected = run(tmp_path, "whole", **settings)
@@ -131,6 +132,7 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(tmp_path):
     assert run(tmp_path)[0].complete
 
 
+@pytest.mark.slow
 def test_the_command_says_that_the_disk_is_full(tmp_path):
     """Of a run that is done already: nothing of it is lost."""
     path, files = tiny_recipe(tmp_path), ("recipe.yaml", "learning_curve.png", "draft")

@@ -116,8 +116,8 @@ def test_the_layer_of_the_draft(places, layer):
     assert next(draft.parameters()).device == places["layers"][layer]
 
 
-@pytest.mark.parametrize("by_tree", [False, True])
-@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("by_tree", quick_or_slow([False, True], [True]))
+@pytest.mark.parametrize("do_sample", quick_or_slow([False, True], [True]), ids=["greedy", "sampled"])
 def test_records(monkeypatch, do_sample, by_tree):
     monkeypatch.setattr(sampling_longspec, "pays_by_tree", lambda *_: by_tree)
     target = split(tiny_target("llama", tie_word_embeddings=False), **MAPS["split"])
