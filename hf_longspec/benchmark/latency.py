@@ -18,6 +18,7 @@ from transformers import Cache, PreTrainedModel, StaticCache
 from transformers.utils import is_flash_attn_2_available
 
 from ..evaluation.side_by_side import Stopwatch
+from ..modeling.interface_longspec import CACHE
 from ..modeling.modeling_longspec import LongSpecForCausalLM
 from . import shapes
 from .engines import attending_by
@@ -114,12 +115,12 @@ def call(target: PreTrainedModel, prompt: Prompt, draft: LongSpecForCausalLM | N
             output = target.generate(
                 prompt.ids,
                 attention_mask=torch.ones_like(prompt.ids),
-                past_key_values=prompt.cache,
                 assistant_model=draft,
                 max_new_tokens=tokens,
                 do_sample=False,
                 streamer=watch,
                 return_dict_in_generate=True,
+                **{CACHE: prompt.cache},
             )
         shapes.cut(prompt.cache, prompt.held)
         lengths = [1] * (tokens - 1) if draft is None else output.accept_lengths[0]

@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from hf_longspec.modeling.interface_longspec import CACHE
+
 # The target's rounding noise is measured over so many tokens before the place where two texts part.
 NOISE_TOKENS = 64
 # A CPU is warm after so many tokens of a prompt.
@@ -193,5 +195,5 @@ def logits_in_two_pieces(target: PreTrainedModel, text: Tensor) -> Tensor:
     Decoding and verification read the text in this way.
     """
     keep = min(NOISE_TOKENS, text.shape[1] - 1)
-    past = target(input_ids=text[:, :-keep], use_cache=True, logits_to_keep=1).past_key_values
-    return target(input_ids=text[:, -keep:], past_key_values=past, use_cache=True).logits[0].float()
+    past = target(input_ids=text[:, :-keep], use_cache=True, logits_to_keep=1)[CACHE]
+    return target(input_ids=text[:, -keep:], use_cache=True, **{CACHE: past}).logits[0].float()

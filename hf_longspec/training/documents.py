@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
+from hf_longspec.modeling.interface_longspec import CACHE
+
 # The length of the longest samples with a mask, which takes batch × length² bytes (16 MiB a sample).
 LONGEST_MASKED = 4096
 
@@ -51,8 +53,8 @@ def target_masks(target: PreTrainedModel, document_ids: Tensor) -> Any:
         config=config,
         inputs_embeds=like,
         attention_mask=None,
-        past_key_values=None,
         position_ids=positions_within(document_ids),
+        **{CACHE: None},
     )
     if any(mask is None for mask in (masks.values() if isinstance(masks, dict) else [masks])):
         raise ValueError(

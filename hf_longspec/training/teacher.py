@@ -14,6 +14,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from hf_longspec.modeling.configuration_longspec import layer_kinds
+from hf_longspec.modeling.interface_longspec import CACHE
 
 from .documents import Span
 
@@ -88,7 +89,7 @@ def read_layers(
     text_config = target.config.get_text_config(decoder=True)
     cache = FewLayersCache(text_config.num_hidden_layers, layers)
     output = target.get_decoder()(
-        input_ids=ids, position_ids=positions, attention_mask=masks, past_key_values=cache, use_cache=True
+        input_ids=ids, position_ids=positions, attention_mask=masks, use_cache=True, **{CACHE: cache}
     )
     return [
         TargetStates(output.last_hidden_state, kept.keys, kept.values, window_of(text_config, layer))
@@ -106,9 +107,7 @@ def read_target_in_pieces(
     """
     cache = DynamicCache()  # without a config this cache keeps the whole past of sliding layers
     hidden = [
-        target.get_decoder()(
-            input_ids=part, position_ids=there, past_key_values=cache, use_cache=True
-        ).last_hidden_state
+        target.get_decoder()(input_ids=part, position_ids=there, use_cache=True, **{CACHE: cache}).last_hidden_state
         for part, there in zip(ids.split(piece, dim=1), positions.split(piece, dim=1), strict=True)
     ]
     kept = cache.layers[layer]
