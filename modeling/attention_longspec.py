@@ -214,14 +214,19 @@ def merged_attention(
 
 def write_slots(store: Tensor, slots: Tensor, states: Tensor) -> None:
     """Set store (B, K, S, D)[b, :, slots[b, t]] = states (B, K, T, D)[b, :, t]."""
-    store.scatter_(2, slots[:, None, :, None].expand_as(states), states.to(store.dtype))
+    _bits(store).scatter_(2, slots[:, None, :, None].expand_as(states), _bits(states.to(store.dtype)))
 
 
 def move_slots(keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> None:
     """Copy slots `source` (B, P) of both stores to slots `target` (B, P); all are read before any is written."""
-    for store in (keys, values):
+    for store in map(_bits, (keys, values)):
         shape = -1, store.shape[1], -1, store.shape[3]
         store.scatter_(2, _everywhere(target, shape), store.gather(2, _everywhere(source, shape)))
+
+
+def _bits(store: Tensor) -> Tensor:
+    """View a store of 2-byte floats on a CPU as integers: torch's `scatter_` of such floats copies the whole store."""
+    return store.view(torch.int16) if store.device.type == "cpu" and store.element_size() == 2 else store
 
 
 def _everywhere(slots: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -131,7 +131,7 @@ class Noise:
     def _draw_until(self, step: int, vocab: int) -> None:
         while self.first + len(self.draws) <= step:
             self.states.append(_generator_state(self.device))
-            self.draws.append(torch.empty(self.batch, vocab, device=self.device).exponential_(1))
+            self.draws.append(torch.empty(self.batch, vocab, dtype=torch.float32, device=self.device).exponential_(1))
 
     def forget(self, step: int) -> None:
         """Drop the draws before `step`, which no row needs any more."""
@@ -176,13 +176,13 @@ class Sampler:
             return Picks(torch.multinomial(probabilities, num_samples=1).squeeze(1), scores)
         return Picks(_largest(probabilities, self.noise.at(rows, steps, logits.shape[-1])), scores)
 
-    def pick_tree(self, ids: Tensor, steps: list[int], logits: Tensor, depths: Tensor, levels: int) -> Picks:
+    def pick_tree(self, steps: list[int], logits: Tensor, depths: Tensor, levels: int) -> Picks:
         """Pick from logits (B, T, vocab) of nodes at depths (B, T) up to `levels`; steps: of each row's root.
 
-        For processors without history only. ids: (1, L), which these processors do not read.
+        For processors without history only, which want ids and do not read them.
         """
         flat = logits.float().flatten(0, 1)
-        scores = self.processors(ids.expand(len(flat), -1), flat).view(logits.shape)
+        scores = self.processors(depths[:1, :1].expand(len(flat), -1), flat).view(logits.shape)
         if not self.do_sample:
             return Picks(scores.argmax(dim=-1), scores)
         probabilities = scores.softmax(dim=-1)

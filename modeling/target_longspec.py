@@ -189,7 +189,8 @@ def query_rotation(
     by_type = "layer_type" in inspect.signature(rotary.forward).parameters
     options = {"layer_type": text_config.layer_types[layer]} if by_type else {}
 
-    axes = len(getattr(rotary, "mrope_section", None) or ())  # of positions in images and films; of text they agree
+    # axes of positions in images and films, which agree for text; section i of the angles is turned by axis i mod 3
+    axes = 3 if getattr(rotary, "mrope_section", None) else 0
 
     def angles(like: Tensor, positions: Tensor) -> Angles:
         positions = positions.expand(axes, -1, -1) if axes else positions

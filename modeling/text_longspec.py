@@ -87,11 +87,6 @@ class Text:
         moving = [step for step, end in zip(self.steps, self.ends, strict=True) if end is None or self.keeps_tails]
         return min(moving, default=max(self.steps))
 
-    @property
-    def first_id(self) -> Tensor:
-        """The first token (1, 1), for processors that want ids and read none."""
-        return self._ids[:1, :1]
-
     def ids(self, rows: list[int]) -> Tensor:
         """Return the ids (R, L) of rows of one length."""
         self._write_fresh()

@@ -63,11 +63,13 @@ class TokenTree(NamedTuple):
         """Keep the `size` best nodes by score, root included, in their old order; all nodes if `size` is None.
 
         Scores never rise along a path and ties go to the smaller index, so the kept set is closed under parents.
+        A score that is no number, of a draft that diverged, counts as −inf.
         """
         nodes = self.tokens.shape[1]
         if size is None or size >= nodes:
             return self
-        best = torch.sort(self.scores, dim=1, descending=True, stable=True).indices[:, :size]
+        scores = self.scores.masked_fill(self.scores.isnan(), float("-inf"))
+        best = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :size]
         kept = best.sort(dim=1).values  # (B, size), ascending: parents stay ahead of their children
         parents = torch.searchsorted(kept, self.parents.gather(1, kept))  # their places among the kept
         levels = min(self.levels, size - 1)  # a path of more steps than nodes would reach past the cache's room

@@ -184,7 +184,7 @@ def pick_tree(text: Text, sampler: Sampler, verified: Verified, levels: int) -> 
     if sampler.plan.by_argmax:
         return None
     logits, depths = verified.logits.to(text.device), verified.depths.to(text.device)
-    return sampler.pick_tree(text.first_id, text.steps, logits, depths, levels)
+    return sampler.pick_tree(text.steps, logits, depths, levels)
 
 
 def _states(verified: Verified, rows: list[int], nodes: list[int]) -> tuple[Tensor, ...] | None:

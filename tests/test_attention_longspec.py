@@ -20,6 +20,7 @@ from hf_longspec.modeling.attention_longspec import (
     merge,
     move_slots,
     ring_contents,
+    write_slots,
 )
 from hf_longspec.modeling.engine_longspec import Backend, Demand
 from hf_longspec.modeling.fast_choose_longspec import by_size, load_backend, resolve_backend
@@ -437,3 +438,16 @@ def test_ring_contents_by_filling_a_ring(ring):
 @pytest.mark.parametrize("dim, value_dim", [(4, 4), (6, 5)])
 def test_moves_read_before_they_write(dim, value_dim):
     check_moves(move_slots, dim, value_dim)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_slots_are_written_to_the_bit_in_every_format(dtype):
+    """Two-byte floats go through integers on a CPU; numbers, infinities and what is no number arrive as they are."""
+    states = torch.tensor([1.0, -0.0, float("inf"), float("nan"), 3e-5, -7.0]).to(dtype).repeat(1, 2, 3, 1)
+    store, other = torch.zeros(1, 2, 9, 6, dtype=dtype), torch.ones(1, 2, 9, 6, dtype=dtype)
+    write_slots(store, torch.tensor([[4, 0, 8]]), states.transpose(1, 2).contiguous().transpose(1, 2))
+    width = torch.int32 if dtype == torch.float32 else torch.int16
+    assert torch.equal(store[:, :, [4, 0, 8]].view(width), states.view(width))
+    assert store[:, :, [1, 2, 3, 5, 6, 7]].count_nonzero() == 0
+    move_slots(store, other, torch.tensor([[4, 0]]), torch.tensor([[0, 1]]))
+    assert torch.equal(store[:, :, [0, 1]].view(width), states[:, :, :2].view(width)) and bool((other == 1).all())

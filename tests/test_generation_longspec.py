@@ -450,3 +450,25 @@ def test_generation_config_object(llama):
     plain = llama.generate(prompt_of(6), generation_config=config)
     torch.manual_seed(0)
     assert llama.generate(prompt_of(6), generation_config=config, assistant_model=draft).tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize("weights", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("shape, verified", [((4, 8, 8), 7), ((1, 1, 1), 2), ((2, 2, 2, 2), 5)], ids=str)
+def test_a_draft_that_diverged_changes_no_text(weights, shape, verified):
+    target = tiny_target("llama")
+    for part in ("self_attn.o_proj", "mlp.down_proj"):
+        draft = tiny_draft(target, tree_shape=shape, verify_tokens=verified)
+        draft.get_submodule(part).weight.data.fill_(weights)
+        assert_same(target, draft, prompt_of(9))
+        assert_same(target, draft, prompt_of(9).expand(3, -1), do_sample=True)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16], ids=str)
+def test_another_default_format_changes_no_text(default, llama):
+    """Batches sample by noise that is drawn ahead."""
+    draft = tiny_draft(llama)
+    torch.set_default_dtype(default)
+    try:
+        assert_same(llama, draft, prompt_of(9).repeat(3, 1), do_sample=True)
+    finally:
+        torch.set_default_dtype(torch.float32)

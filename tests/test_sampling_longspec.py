@@ -66,6 +66,19 @@ def test_noise_is_the_stream_of_multinomial(batch, vocab):
     assert len({state.numpy().tobytes() for state in states}) == steps + 1, "every step must move the generator"
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_noise_does_not_follow_the_default_format(default):
+    """`multinomial` draws in the format of its probabilities, which are float32 whatever the default."""
+    expected = torch.multinomial(probabilities(2, 1001, 0), 1)[:, 0].tolist()
+    torch.manual_seed(0)
+    torch.set_default_dtype(default)
+    try:
+        drawn = Noise(2, CPU).at([0, 1], [0, 0], 1001)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert drawn.dtype == torch.float32 and (probabilities(2, 1001, 0) / drawn).argmax(-1).tolist() == expected
+
+
 @pytest.mark.parametrize("batch, vocab", [(1, 7), (4, 13)])
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_at_their_own_steps_get_the_draws_of_those_steps(batch, vocab, seed):
@@ -295,8 +308,7 @@ def test_all_nodes_at_once_are_picked_as_along_every_path(name, batch, do_sample
     if names == ["InfNanRemoveLogitsProcessor"]:
         logits[:, 3, 4], logits[:, 5, 6] = float("nan"), float("inf")
     torch.manual_seed(2)
-    ids = torch.zeros(1, 1, dtype=torch.long)
-    both = Sampler(processors, do_sample, AHEAD, batch, CPU).pick_tree(ids, steps, logits, depths, int(depths.max()))
+    both = Sampler(processors, do_sample, AHEAD, batch, CPU).pick_tree(steps, logits, depths, int(depths.max()))
     torch.manual_seed(2)
     by_path = Sampler(processors, do_sample, AHEAD, batch, CPU)
     for node in range(nodes):
@@ -316,7 +328,7 @@ def test_scores_that_are_no_distribution_are_found_as_multinomial_finds_them(poi
         torch.multinomial(logits[1, 2].softmax(-1), 1)
     depths = torch.tensor([[0, 1, 1], [0, 1, 2]])
     sampler = Sampler(LogitsProcessorList(), True, AHEAD, 2, CPU)
-    picks = sampler.pick_tree(torch.zeros(1, 1).long(), [0, 4], logits, depths, 2)
+    picks = sampler.pick_tree([0, 4], logits, depths, 2)
     assert (picks.tokens == IMPOSSIBLE).tolist() == [[False, False, False], [False, False, True]]
     picks = sampler.pick(lambda rows: None, [0, 1], [1, 6], logits[:, 2])
     assert (picks.tokens == IMPOSSIBLE).tolist() == [False, True]

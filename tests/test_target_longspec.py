@@ -7,6 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPTJConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_longspec import LongSpecConfig
+from hf_longspec.evaluation.tiny_models import tiny_model
+from hf_longspec.evaluation.tiny_overrides import OVERRIDES, _mrope
 from hf_longspec.modeling.target_longspec import check_fit
 
 IDS = torch.tensor([[3, 5, 7, 2, 11, 4, 9]])
@@ -255,3 +257,13 @@ def test_target_outside_the_attention_interface_is_refused():
     target = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match="needs a target whose layers hold an attention module .*, got GPTJModel"):
         tiny_draft(target).bind(target)
+
+
+@pytest.mark.parametrize("sections", [[2, 2], [1, 1, 1, 1], [2, 1, 1]], ids=str)
+def test_three_axes_of_positions_whatever_the_sections(monkeypatch, sections):
+    """transformers has three axes of positions, and turns section i of the angles by axis i mod 3."""
+    monkeypatch.setitem(OVERRIDES, "qwen2_vl", {"text_config": _mrope(*sections)})
+    target = tiny_model("qwen2_vl")
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    draft = tiny_draft(target, window=8)
+    assert torch.equal(target.generate(IDS, **options), target.generate(IDS, assistant_model=draft, **options))

@@ -147,6 +147,20 @@ def test_prune_rows_apart():
     assert kept.parents.tolist() == [[0, 0, 0, 2], [0, 0, 1, 2]]
 
 
+@pytest.mark.parametrize("kept", range(2, 7))
+def test_prune_of_scores_that_are_no_numbers_is_closed_under_parents(kept):
+    """A draft that diverged scores so, and a node whose parent is gone would be verified as another's child."""
+    nan, inf = float("nan"), float("inf")
+    for scores in ([0.0] + [nan] * 6, [0.0, nan, -1.0, nan, nan, -1.5, nan], [0.0, -inf, nan, -inf, nan, nan, nan]):
+        tree = make_tree([BUSH], [scores])
+        pruned = tree.prune(kept)
+        tokens, parents = pruned.tokens[0].tolist(), pruned.parents[0].tolist()
+        assert len(tokens) == kept and tokens[0] == int(tree.tokens[0, 0])
+        for node in range(1, kept):
+            place = tree.tokens[0].tolist().index(tokens[node])
+            assert tokens[parents[node]] == int(tree.tokens[0, BUSH[place]])
+
+
 def test_forced_rows_are_chains_of_one_token():
     scores = [[0.0] * 7] * 3
     tree = make_tree([BUSH, BUSH, CHAIN], scores)._replace(levels=3)
