@@ -10,8 +10,8 @@ CORE_FAULTS = [
         name="prune-ties",
         file="modeling/tree_longspec.py",
         what="of equal scores the later node is kept, so that a child is kept without its parent",
-        old="best = torch.sort(self.scores, dim=1, descending=True, stable=True).indices[:, :size]",
-        new="best = nodes - 1 - torch.sort(self.scores.flip(1), 1, descending=True, stable=True).indices[:, :size]",
+        old="best = torch.sort(scores, dim=1, descending=True, stable=True).indices",
+        new="best = nodes - 1 - torch.sort(scores.flip(1), dim=1, descending=True, stable=True).indices",
         tests=("test_tree_longspec.py",),
     ),
     Fault(
@@ -36,7 +36,7 @@ CORE_FAULTS = [
         what="a draft with a vocabulary of its own guesses row numbers of its LM head",
         old="Level(tokens if vocab is None else vocab[tokens], index",
         new="Level(tokens, index",
-        tests=("test_children_longspec.py",),
+        tests=("test_tree_longspec.py::test_tokens_of_a_draft_vocabulary",),
     ),
     Fault(
         name="last-of-siblings",
@@ -76,9 +76,9 @@ CORE_FAULTS = [
     Fault(
         name="noise-in-other-order",
         file="modeling/sampling_longspec.py",
-        what="random numbers of a batch are drawn token by token, not row by row",
-        old="torch.empty(self.batch, vocab, device=self.device).exponential_(1)",
-        new="torch.empty(vocab, self.batch, device=self.device).exponential_(1).T",
+        what="random numbers of a batch are drawn for the last row first",
+        old=".exponential_(1)",
+        new=".exponential_(1).flip(0)",
         tests=("test_sampling_longspec.py::test_noise_is_the_stream_of_multinomial",),
     ),
     Fault(
@@ -103,7 +103,7 @@ CORE_FAULTS = [
         what="a text may be one token longer than max_length",
         old="length >= self.longest",
         new="length > self.longest",
-        tests=("test_stops_longspec.py",),
+        tests=("test_sampling_longspec.py::test_numbers_say_what_criteria_say",),
     ),
     Fault(
         name="criteria-before-the-token",
@@ -121,7 +121,7 @@ CORE_FAULTS = [
             self.newest[row] = token
             self.lengths[row] += 1
 """,
-        tests=("test_stops_longspec.py", "test_text_longspec.py"),
+        tests=("test_sampling_longspec.py::test_the_user_is_reminded_of_the_models_length_as_in_plain_decoding",),
     ),
     Fault(
         name="streamed-before-criteria",
@@ -206,7 +206,7 @@ CORE_FAULTS = [
         what="the slots of a ring are taken for those of the next token",
         old="return last - (last - slot) % ring",
         new="return last - (last - slot - 1) % ring",
-        tests=("test_slots_longspec.py",),
+        tests=("test_attention_longspec.py::test_ring_contents_by_filling_a_ring",),
     ),
     Fault(
         name="empty-prefix-has-weight",
@@ -336,7 +336,7 @@ CORE_FAULTS = [
         what="padding is written over a token of the draft's window",
         old="slots = torch.where(real, slots, self.window)",
         new="slots = torch.where(real, slots, 0)",
-        tests=("test_draft_window_longspec.py",),
+        tests=("test_candidate_generator_longspec.py::test_life_of_a_draft_window",),
     ),
     Fault(
         name="draft-window-by-one",
@@ -344,7 +344,7 @@ CORE_FAULTS = [
         what="a node of the draft sees one token more than the window has",
         old="(held > positions[:, :, None] - self.window)",
         new="(held >= positions[:, :, None] - self.window)",
-        tests=("test_draft_window_longspec.py",),
+        tests=("test_candidate_generator_longspec.py::test_life_of_a_draft_window",),
     ),
     Fault(
         name="level-without-its-depth",
@@ -511,7 +511,7 @@ CORE_FAULTS = [
         what="scores are recorded in the order in which they come, not at their steps",
         old="if len(rows) == self.batch and set(steps) == {len(self.values)}:",
         new="if len(rows) == self.batch:",
-        tests=("test_records_longspec.py",),
+        tests=("test_output_longspec.py::test_steps_in_whatever_order_rows_reach_them",),
     ),
     Fault(
         name="failed-phase-not-told",
@@ -519,7 +519,7 @@ CORE_FAULTS = [
         what="a phase that raises has no seconds",
         old="        try:\n            yield\n        finally:\n            self._spans",
         new="        yield\n        if True:\n            self._spans",
-        tests=("test_clock_longspec.py",),
+        tests=("test_output_longspec.py::test_a_phase_that_fails_is_told_too",),
     ),
     Fault(
         name="rope-switch-by-one",

@@ -99,7 +99,7 @@ TRAINING_FAULTS = [
         what="the target reads a sample without the offsets with which the draft reads it",
         old="return read_target(self.target, layer, ids, positions, masks)",
         new="return read_target(self.target, layer, ids, positions - positions[:, -1:] + ids.shape[1] - 1, masks)",
-        tests=("test_training_teacher.py::test_training_sees_what_a_decoding_step_sees",),
+        tests=("test_training_teacher.py::test_the_target_stands_where_the_draft_stands",),
     ),
     Fault(
         name="items-of-a-part",
@@ -114,15 +114,15 @@ TRAINING_FAULTS = [
         file="hf_longspec/training/teacher.py",
         what="keys of a sliding layer are trained on as if all were seen",
         old='== "sliding" else None',
-        new='== "full" and None',
+        new='== "none" else None',
         tests=("test_training_teacher.py",),
     ),
     Fault(
         name="pieces-at-the-first-positions",
         file="hf_longspec/training/teacher.py",
         what="a target that reads in pieces reads each at the first piece's positions",
-        old="input_ids=part, position_ids=there, past",
-        new="input_ids=part, position_ids=positions[:, : part.shape[1]], past",
+        old="position_ids=there",
+        new="position_ids=positions[:, : part.shape[1]]",
         tests=("test_training_teacher.py::test_a_target_reads_in_pieces_what_it_reads_at_once",),
     ),
     Fault(

@@ -104,8 +104,10 @@ class Copy:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         if text.count(fault.old) != 1:
             return Outcome(fault.name, fault.file, STALE, "", 0.0)
+        changed = text.replace(fault.old, fault.new)
+        compile(changed, fault.file, "exec")  # any test would notice a fault that is no Python
         began = time.monotonic()
-        path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+        path.write_text(changed, encoding="utf-8")
         try:
             ran = self.run(fault.tests, "-x", seconds=seconds)
         finally:

@@ -66,6 +66,16 @@ def test_rows_of_tiles(shape, nodes):
 
 
 @interpreted
+def test_a_tree_is_cut_into_splits():
+    """Behind a short prefix splits begin in the tree, and the last one has no share."""
+    from hf_longspec.modeling.fast_triton_attention_longspec import Tiles, triton_attention
+
+    tiles = Tiles(rows=64, keys=16, warps=4, stages=1, per_processor=16)
+    spans = [(0, 3), (4, 30)]
+    check(functools.partial(triton_attention, tiles=tiles), spans, heads=2, kv_heads=2, nodes=40)
+
+
+@interpreted
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_sinks_and_softcap(softcap):
     sinks = torch.tensor([0.5, -1.0, 3.0, 0.0])

@@ -95,6 +95,7 @@ def test_labels_by_hand():
     labels = batch_of([sample(), sample(10, (8,), learned=[0, 0, 0, 1, 1, 0, 0, 1])]).labels
     no = IGNORED
     assert labels.tolist() == [[1, 2, 3, 4, no, 6, 7, no], [no, no, 13, 14, no, no, 17, no]]
+    assert batch_of([sample(20, (4,), learned=[1, 1, 1, 1])]).labels.tolist() == [[21, 22, 23, no]]
 
 
 def test_documents_are_told_apart_only_where_a_row_has_several(monkeypatch):

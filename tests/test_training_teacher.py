@@ -6,6 +6,7 @@ import torch
 from helpers import tiny_draft, tiny_target
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hf_longspec.training import distillation, forward
 from hf_longspec.training.batch import Batch
@@ -50,6 +51,23 @@ def test_positions_that_jump_are_not_taken_for_packed_sequences():
     with torch.no_grad():
         expected = target.model(ids, position_ids=positions, attention_mask=causal).last_hidden_state
     torch.testing.assert_close(read_target(target, 0, ids, positions).hidden, expected)
+
+
+@pytest.mark.parametrize("piece", [None, 4])
+@pytest.mark.parametrize("documents", [1, 2])
+def test_the_target_stands_where_the_draft_stands(llama, piece, documents):
+    """At the batch's positions, with Anchor-Offset and among documents: rotated keys tell where they stand."""
+    ids = torch.randint(13, (2, LENGTH))
+    document_ids = torch.arange(LENGTH).mul(documents).div(LENGTH, rounding_mode="floor").long().expand(2, -1)
+    positions = moved_positions(positions_within(document_ids))
+    distillation = Distillation(llama, tiny_draft(llama, target_layer=0), Signal(), piece=piece)
+    batch = Batch(ids, ids, positions, torch.ones(2, dtype=torch.long), document_ids if documents > 1 else None)
+    first = llama.model.layers[0]
+    with torch.no_grad():
+        key = first.self_attn.k_proj(first.input_layernorm(llama.model.embed_tokens(ids))).unflatten(2, (-1, 16))
+        cos, sin = llama.model.rotary_emb(key, positions)
+    expected, _ = apply_rotary_pos_emb(key.transpose(1, 2), key.transpose(1, 2), cos, sin)
+    torch.testing.assert_close(distillation.read(batch).key, expected)
 
 
 @pytest.mark.parametrize("reads", [False, True], ids=["", "hidden state"])
