@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import tiny_draft, tiny_target
+from helpers import quick_or_slow, tiny_draft, tiny_target
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import StoppingCriteriaList
@@ -82,7 +82,7 @@ def decode(target, draft, context, batch=1):
     return min(probe.held[2:]), max(probe.peaks[3:]), cache
 
 
-@pytest.mark.parametrize("reads", [False, True], ids=["", "hidden state"])
+@pytest.mark.parametrize("reads", quick_or_slow([False, True], [True]), ids=["", "hidden state"])
 def test_a_call_holds_one_cache_and_a_constant(reads):
     target = tiny_target("llama", max_position_embeddings=8192)
     draft = tiny_draft(target, window=WINDOW, tree_shape=SHAPE, target_hidden_state=reads)
