@@ -40,7 +40,7 @@ def register() -> dict[str, type]:
     from .modeling.configuration_longspec import LongSpecConfig
     from .modeling.modeling_longspec import LongSpecForCausalLM
 
-    LongSpecForCausalLM.push_to_hub = push_to_hub  # type: ignore[method-assign]
+    LongSpecForCausalLM.push_to_hub = push_to_hub
     AutoConfig.register(MODEL_TYPE, LongSpecConfig, exist_ok=True)
     AutoModelForCausalLM.register(LongSpecConfig, LongSpecForCausalLM, exist_ok=True)
     # `pipeline(assistant_model="folder")` asks no Auto class: it looks up the architecture's name in `transformers`

@@ -108,18 +108,17 @@ class FullLayer(CacheLayerMixin):
 
     def prefix_of(self, placement: Placement) -> Prefix:
         """Return the prefix that the nodes of a round attend to."""
-        if self.window is None and placement.visible is None:
-            return Prefix(self.keys, self.values, placement.spans, None)
-        key = "full", self.window
-        spans, mask = placement.spans.memo.once(key, lambda: (self._spans(placement), self._mask(placement)))
+        spans, memo, window = placement.spans, placement.spans.memo, self.window
+        if window is None and placement.visible is None:
+            return Prefix(self.keys, self.values, spans, None)
+        mask = memo.once(("mask", window), lambda: self._mask(placement))
+        if window is not None:  # a memo that held its own spans would be freed by the garbage collector only
+            spans = memo.once(("spans", window), lambda: self._within_reach(spans, window - 1))
         return Prefix(self.keys, self.values, spans, mask)
 
-    def _spans(self, placement: Placement) -> Spans:
+    @staticmethod
+    def _within_reach(spans: Spans, reach: int) -> Spans:
         """Return the slots that any node of a row may see."""
-        spans = placement.spans
-        if self.window is None:
-            return spans
-        reach = self.window - 1
         host = None
         if spans.host is not None:
             host = tuple(Span(max(span.start, span.end - reach), span.end) for span in spans.host)

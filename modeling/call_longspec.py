@@ -30,22 +30,26 @@ HEADROOM = 512  # tokens that a call makes room for beyond its prompt before the
 class Roots(NamedTuple):
     """The newest token of each row: on the device, kept up to date in place.
 
-    stump: the roots alone as trees; positions: (B,), where the roots stand; stopped: (B,) bool, whether the row has
-    stopped; hidden: (B, hidden), the target's last hidden state at the token before the root, None for drafts that do
-    not read it.
+    stump: the roots alone as trees; positions: (B,), where the roots stand; axes: (axes, B), how far each axis of a
+    target's positions (mrope) is from the last axis: behind a prompt that ends in an image, or where time is no whole
+    number, the axes differ for ever; None with one axis. stopped: (B,) bool, whether the row has stopped; hidden:
+    (B, hidden), the target's last hidden state at the token before the root, None for drafts that do not read it.
     """
 
     stump: TokenTree
     positions: Tensor
+    axes: Tensor | None
     stopped: Tensor
     hidden: Tensor | None
 
     @classmethod
     def of(cls, text: Text, positions: Tensor, hidden: Tensor | None) -> Roots:
-        """Make the roots of the first round; positions: (B,), which become the roots' own."""
-        device = positions.device
+        """Make the roots of the first round, which stand at `positions` (B,) or (axes, B)."""
+        device, alone = positions.device, positions.dim() == 1
+        last = (positions if alone else positions[-1]).long().clone()  # one family has them in float
         stump = TokenTree(*Level.of_root(torch.tensor(text.newest, device=device)), levels=0)
-        return cls(stump, positions, torch.tensor(text.stopped, device=device), hidden)
+        stopped = torch.tensor(text.stopped, device=device)
+        return cls(stump, last, None if alone else positions - last, stopped, hidden)
 
     @property
     def tokens(self) -> Tensor:
@@ -97,8 +101,8 @@ def make_cache(
     text_config = target.config.get_text_config(decoder=True)
     reserve = prompt + min(answer, HEADROOM) + tree_size
     longest = prompt + answer + tree_size
-    lead = 0 if text.together else text.lead
-    cache = SpeculativeCache(text_config, past, reserve, tree_size, longest, batch=text.batch, lead=lead)
+    rows = {"batch": text.batch, "lead": 0 if text.together else text.lead}
+    cache = SpeculativeCache(text_config, past, reserve, tree_size, longest, **rows)
     if mask is not None:
         cache.hide_padding(mask.to(device))
     return cache
@@ -129,7 +133,9 @@ def read_prompt(
     starts = torch.tensor(cache.starts, device=bound.device)
     if positions is None:  # a target that counts for itself counts what the cache holds, padding too
         positions = torch.full_like(starts, cache.length)
-    positions = positions.to(bound.device).long().expand(text.batch).clone()  # one family has them in float
+    positions = positions.to(bound.device)
+    hidden = None if caught is None else caught.of_last_token().to(bound.device)
+    roots = Roots.of(text, positions.expand(*positions.shape[:-1], text.batch), hidden)
     window = slice(-draft.config.window, None)
     if (embeds := model_kwargs.get("inputs_embeds")) is not None:
         embeds = bound.scale(embeds[:, window]).to(bound.device)
@@ -137,6 +143,5 @@ def read_prompt(
         ids, vocab = prompt[:, window].to(bound.device), draft.config.vocab_size
         embeds = bound.embed(ids.masked_fill(ids >= vocab, 0))  # some targets have no embedding for an image's tokens
     index = torch.arange(cache.length - embeds.shape[1], cache.length, device=bound.device)
-    generator.fill_window(embeds, positions - 1, index >= starts[:, None])
-    hidden = None if caught is None else caught.of_last_token().to(bound.device)
-    return Roots.of(text, positions, hidden), extras
+    generator.fill_window(embeds, roots.positions - 1, index >= starts[:, None])
+    return roots, extras

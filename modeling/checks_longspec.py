@@ -96,7 +96,7 @@ def check_options(mode: GenerationMode, generation_config: GenerationConfig, mod
         raise ValueError(f"LongSpec needs num_beams=1, got num_beams={generation_config.num_beams}")
     for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "dola_layers"):
         value = getattr(generation_config, name, None)
-        if value not in (None, False):
+        if value is not None and value is not False:
             raise ValueError(f"expected a LongSpec draft or {name}, got both, {name}={value!r}")
     if generation_config.cache_implementation not in (None, "dynamic"):
         raise ValueError(

@@ -102,7 +102,7 @@ class LongSpecConfig(PreTrainedConfig):
             raise ValueError(
                 f"`attention_backend` must be one of {ATTENTION_BACKENDS}, got {self.attention_backend!r}"
             )
-        if self.cuda_graphs not in ("auto", True, False):
+        if self.cuda_graphs != "auto" and not isinstance(self.cuda_graphs, bool):
             raise ValueError(f"`cuda_graphs` must be 'auto', True or False, got {self.cuda_graphs!r}")
         for name in ("compile_target", "target_hidden_state"):
             if not isinstance(getattr(self, name), bool):
@@ -141,10 +141,11 @@ class LongSpecConfig(PreTrainedConfig):
         layer = fields.get("target_layer", default_target_layer(text))
         own = layer_config(text, layer)
         kv_heads, head_dim = kv_shape(own)
+        inner = getattr(own, "intermediate_size", None)
         shape = {
             "vocab_size": text.vocab_size,
             "hidden_size": text.hidden_size,
-            "intermediate_size": _first_int(getattr(own, "intermediate_size", None)) or 4 * text.hidden_size,
+            "intermediate_size": (inner[0] if isinstance(inner, (list, tuple)) else inner) or 4 * text.hidden_size,
             "hidden_act": getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None) or "silu",
             "mlp_bias": getattr(text, "mlp_bias", False),
             "num_attention_heads": own.num_attention_heads,
@@ -206,8 +207,7 @@ def layer_config(text_config: PreTrainedConfig, layer: int) -> PreTrainedConfig:
 
     The first layer's config where a target has no layer of this number, which `check` and `check_fit` refuse.
     """
-    layers = range(text_config.num_hidden_layers)
-    return text_config.per_layer_config[layer if _is_int(layer) and layer in layers else 0]
+    return text_config.per_layer_config[layer if _is_int(layer) and 0 <= layer < text_config.num_hidden_layers else 0]
 
 
 def kv_shape(config: PreTrainedConfig) -> tuple[int, int]:
@@ -237,7 +237,3 @@ def main_rope_parameters(text_config: PreTrainedConfig) -> dict:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _first_int(value: int | list[int] | None) -> int | None:
-    return value[0] if isinstance(value, (list, tuple)) else value

@@ -53,10 +53,12 @@ class Engine:
         """Tell whether what this engine has kept can serve a call on `device`."""
         return device == self.device
 
-    def check(self, config: Any, target: Any, device: torch.device, synced_gpus: bool) -> None:
+    @staticmethod
+    def check(config: Any, target: Any, device: torch.device, synced_gpus: bool) -> None:
         """Raise `ValueError` for options of a draft's config that this engine cannot serve for `target`."""
 
-    def backend(self, name: str, demand: Demand) -> Backend:
+    @staticmethod
+    def backend(name: str, demand: Demand) -> Backend:
         """Return the attention backend `name`. Raises `ValueError` with the reason where it cannot run."""
         check_backend(name, torch_misfit(demand) if name == "torch" else None)
         return plain_backend(name)

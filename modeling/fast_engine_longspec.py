@@ -43,16 +43,17 @@ class FastEngine(Engine):
         # work on one stream does not wait for work on another
         return device == self.device and self.stream == _stream(device)
 
-    def check(self, config: LongSpecConfig, target: PreTrainedModel, device: torch.device, synced_gpus: bool) -> None:
-        reason = graphs_misfit(target, device, synced_gpus) if config.cuda_graphs is True else None
-        if reason is not None:
-            raise ValueError(f"cuda_graphs=True cannot be had here: {reason}; use 'auto' or False")
+    @staticmethod
+    def check(config: LongSpecConfig, target: PreTrainedModel, device: torch.device, synced_gpus: bool) -> None:
+        if config.cuda_graphs is True:
+            check_graphs(True, graphs_misfit(target, device, synced_gpus))
         if config.compile_target:
             from .fast_compiled_longspec import check_compilable
 
             check_compilable(target)
 
-    def backend(self, name: str, demand: Demand) -> Backend:
+    @staticmethod
+    def backend(name: str, demand: Demand) -> Backend:
         return resolve_backend(name, demand)
 
     def give_memory(self, cache: SpeculativeCache) -> None:
@@ -63,6 +64,7 @@ class FastEngine(Engine):
         """Move the tensors that rounds read or write into the memory kept from the last call."""
         wanted, target = call.generator.draft.config.cuda_graphs, call.target
         reason = graphs_misfit(target, self.device, synced_gpus)
+        check_graphs(wanted, reason)
         if wanted == "auto" and reason and self.device.type == "cuda":
             logger.warning_once(f"LongSpec runs without CUDA graphs: {reason}")
         self.graphs.captures = wanted is not False and reason is None
@@ -93,6 +95,12 @@ class FastEngine(Engine):
 
     def end(self, call: Call) -> None:
         self.memory = call.cache.memory
+
+
+def check_graphs(wanted: str | bool, reason: str | None) -> None:
+    """Raise `ValueError` where `cuda_graphs=True` cannot be had, for this reason."""
+    if wanted is True and reason is not None:
+        raise ValueError(f"cuda_graphs=True cannot be had here: {reason}; use 'auto' or False")
 
 
 def _stream(device: torch.device) -> int | None:

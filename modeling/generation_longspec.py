@@ -16,7 +16,7 @@ from transformers.utils import logging
 from .call_longspec import Call, make_cache, read_prompt
 from .candidate_generator_longspec import LongSpecCandidateGenerator
 from .checks_longspec import check_inputs, ended_on_error
-from .engine_longspec import Backend, Demand, Engine
+from .engine_longspec import Backend, Demand
 from .hybrid_attention_longspec import Round
 from .interface_longspec import CACHE, attending, decoding, forward, has_unfinished, is_user_defined, switched
 from .output_longspec import LongSpecOutput, PhaseClock
@@ -69,8 +69,7 @@ def assisted_decoding(
         # 1. What cannot be served is refused.
         check_inputs(input_ids, generation_config, model_kwargs)
         bound = draft.bind(target)
-        engine = draft.take_engine(bound.device)
-        backend = choose_backend(draft, target, bound, engine)
+        backend = choose_backend(draft, target, bound)
         rope_switch = RopeSwitch(target, model_kwargs)
         if synced_gpus and rope_switch.last_short is not None:
             raise ValueError("LongSpec needs ranks that read alike, got synced_gpus with a target of longrope")
@@ -78,7 +77,7 @@ def assisted_decoding(
         # 2. Text, sampler, cache and draft are made ready.
         with torch.inference_mode(False):  # or a caller's inference mode would leave the draft unfit for training
             draft.to(device=bound.device, dtype=bound.dtype)
-        clock = PhaseClock(draft.config.profile, bound.device)
+        engine, clock = draft.take_engine(bound.device), PhaseClock(draft.config.profile, bound.device)
         returns_cache = generation_config.return_dict_in_generate or is_user_defined(model_kwargs[CACHE])
         do_sample, nodes = generation_config.do_sample, 1 + sum(draft.config.tree_shape)
         together = rope_switch.last_short is not None or streamer is not None
@@ -187,10 +186,12 @@ def verify(call: Call, tree: TokenTree) -> Verified:
     target, cache, roots = call.target, call.cache, call.roots
     ancestors = ancestor_mask(tree.parents, tree.levels)
     depths = node_depths(ancestors)
+    positions = roots.positions[:, None] + depths
+    positions = positions if roots.axes is None else positions + roots.axes[:, :, None]
     cache.begin_round(depths)
     state = Round(cache, ancestors, call.backend, seen=set())
     with attending(state.attend), call.engine.layers(call), catching(target, roots.hidden is not None) as caught:
-        outputs = forward(target, tree.tokens, roots.positions[:, None] + depths, cache, call.extras)
+        outputs = forward(target, tree.tokens, positions, cache, call.extras)
     state.check(target)
     hidden = None if caught is None else caught.every().to(roots.positions.device)
     return Verified(ancestors, depths, outputs.logits, outputs.hidden_states, hidden)
@@ -241,10 +242,10 @@ def read_anew(call: Call) -> list[int]:
     return [1] * text.batch
 
 
-def choose_backend(draft: Any, target: PreTrainedModel, bound: BoundTarget, engine: Engine) -> Backend:
+def choose_backend(draft: Any, target: PreTrainedModel, bound: BoundTarget) -> Backend:
     """Return the attention backend of a call, named in a log line. Raises `ValueError` for one that cannot run."""
     softcap = getattr(target.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
     demand = Demand(bound.device, bound.dtype, draft.config.head_dim, softcap)
-    backend = engine.backend(draft.config.attention_backend, demand)
+    backend = draft.find_backend(demand)
     logger.info(f"LongSpec verifies with the {backend.name!r} attention backend")
     return backend

@@ -151,8 +151,7 @@ def prefill(
     ids: (B, L); `cache` replaces the user's cache in `model_kwargs`. Returns the outputs of the last forward.
     """
     model_kwargs[CACHE] = cache
-    first = not generation_config.is_assistant
-    return target._prefill(ids, generation_config, model_kwargs, is_first_iteration=first)
+    return target._prefill(ids, generation_config, model_kwargs, is_first_iteration=not generation_config.is_assistant)
 
 
 def step_inputs(
@@ -160,9 +159,9 @@ def step_inputs(
 ) -> tuple[Tensor | None, dict[str, Any]]:
     """Return what plain `generate` passes to its first forward of one token: its position, and the unusual inputs.
 
-    The position is (B,), and None where the target counts for itself. Of several axes (mrope) it is the last, since
-    those of text agree. The unusual inputs are what a user passed for the target's own `forward`, and token types,
-    which continue as the prompt's last; both stay the same in every step.
+    The position is (B,), or (axes, B) where a target has several (mrope), and None where the target counts for itself.
+    The unusual inputs are what a user passed for the target's own `forward`, and token types, which continue as the
+    prompt's last; both stay the same in every step.
     """
     cache = model_kwargs[CACHE]
     model_kwargs = target._update_model_kwargs_for_generation(outputs, dict(model_kwargs)) | {CACHE: cache}
@@ -171,14 +170,11 @@ def step_inputs(
     extras = {name: value for name, value in inputs.items() if name not in _OWN_INPUTS and value is not None}
     # before transformers 5.23 the types of the whole text come along with the one token
     extras |= {name: extras[name][:, -1:] for name in PER_TOKEN if name in extras}
-    if positions is not None:
-        positions = positions[..., -1]
-        positions = positions if positions.dim() == 1 else positions[-1]
-    return positions, extras
+    return None if positions is None else positions[..., -1], extras
 
 
 def forward(target: PreTrainedModel, ids: Tensor, positions: Tensor, cache: Cache, extras: dict[str, Any]) -> Any:
-    """Run the target over ids (B, T) at positions (B, T) behind `cache`; extras: as of `step_inputs`."""
+    """Run the target over ids (B, T) at positions (…, B, T) behind `cache`; extras: as of `step_inputs`."""
     extras = {name: value.expand(-1, ids.shape[1]) if name in PER_TOKEN else value for name, value in extras.items()}
     own = {"input_ids": ids, "position_ids": positions, CACHE: cache, "use_cache": True, "return_dict": True}
     return target(**own, **extras)

@@ -24,7 +24,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .checks_longspec import check_generation
 from .configuration_longspec import LongSpecConfig
-from .engine_longspec import Engine, Engines
+from .engine_longspec import Backend, Demand, Engine, Engines
 from .generation_longspec import assisted_decoding
 from .interface_longspec import install_door
 from .target_longspec import BoundTarget, HeadRows, Rows, bind, vocabulary
@@ -246,7 +246,11 @@ class LongSpecForCausalLM(PreTrainedModel):
 
     def check_engine(self, target: PreTrainedModel, device: torch.device, synced_gpus: bool) -> None:
         """Raise `ValueError` for options of the config that cannot be had with `target` on `device`."""
-        engine_class(self.config)(device).check(self.config, target, device, synced_gpus)
+        engine_class(self.config).check(self.config, target, device, synced_gpus)
+
+    def find_backend(self, demand: Demand) -> Backend:
+        """Return the attention backend that the config asks for. Raises `ValueError` where it cannot run."""
+        return engine_class(self.config).backend(self.config.attention_backend, demand)
 
     def release(self) -> None:
         """Free the memory that the last call has left for the next call: one cache of the target, and graphs."""

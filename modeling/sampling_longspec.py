@@ -130,7 +130,8 @@ class Noise:
 
     def _draw_until(self, step: int, vocab: int) -> None:
         while self.first + len(self.draws) <= step:
-            self.states.append(_generator_state(self.device))
+            cuda = self.device.type == "cuda"
+            self.states.append(torch.cuda.get_rng_state(self.device) if cuda else torch.get_rng_state())
             self.draws.append(torch.empty(self.batch, vocab, dtype=torch.float32, device=self.device).exponential_(1))
 
     def forget(self, step: int) -> None:
@@ -143,10 +144,6 @@ class Noise:
         if step < self.first + len(self.draws):
             state = self.states[step - self.first]
             torch.cuda.set_rng_state(state, self.device) if self.device.type == "cuda" else torch.set_rng_state(state)
-
-
-def _generator_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 class Picks(NamedTuple):

@@ -115,12 +115,11 @@ class Text:
     def record(self, rows: list[int], scores: Tensor, logits: Tensor, hidden_states: tuple | None) -> None:
         """Record the next step of `rows`: scores and logits (R, vocab), (…, R, length, hidden) of each layer."""
         steps = [self.lengths[row] - self.prompt for row in rows]
-        records = self.records
-        for steps_of, values in ((records.scores, scores), (records.logits, logits)):
+        for steps_of, values in ((self.records.scores, scores), (self.records.logits, logits)):
             if steps_of is not None:
                 steps_of.put(rows, steps, values.to(self.device, torch.float32))
         if hidden_states is not None:
-            records.put_hidden_states(rows, steps, tuple(states.to(self.device) for states in hidden_states))
+            self.records.put_hidden_states(rows, steps, tuple(states.to(self.device) for states in hidden_states))
 
     def write(self, rows: list[int], tokens: list[int]) -> list[int]:
         """Append one token to each of `rows`, padding where a row has stopped; ask the criteria, then stream.

@@ -35,6 +35,7 @@ def kill_while_writing(path, run):
     assert process.returncode == 0, "the run ended by itself before it could be killed"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_to_the_same_losses(tmp_path):
     settings = {"trainer__max_steps": 12, "trainer__save_steps": 1, "trainer__gradient_accumulation_steps": 2}
     path = tiny_recipe(tmp_path, **settings)

@@ -345,6 +345,19 @@ def test_criteria_of_a_users_own(captures, pair):
     assert captures == [True] * 4
 
 
+def test_a_call_that_is_refused_leaves_the_next_one_its_memory(captures, pair):
+    target, draft = pair
+    assert_same(target, draft, prompt_of(9))
+    kept = draft._engines.kept
+    draft.config.attention_backend = "flash_attn_2"
+    with pytest.raises(ValueError, match="attention_backend='flash_attn_2' cannot run here"):
+        target.generate(prompt_of(9), assistant_model=draft, max_new_tokens=4, pad_token_id=0)
+    draft.config.attention_backend = "auto"
+    assert draft._engines.kept is kept
+    assert_same(target, draft, prompt_of(9))
+    assert captures == [True] * 4
+
+
 # --- how long it lives -----------------------------------------------------------------------------------------------
 
 

@@ -56,7 +56,7 @@ FAMILIES = [
     "exaone4",
 ]
 # These six meet all pairs and samplers, and each kind of layer.
-QUICK_FAMILIES = ["llama", "mistral", "gemma2", "gemma3_text", "cohere2", "gpt_oss"]
+QUICK_FAMILIES = ["llama", "gemma2", "gemma3_text", "gpt_oss"]
 # And every sampler is tried on a chain or on a tree, greedy picks on both.
 QUICK_SAMPLERS = {
     (1, 1, 1, 1): ["greedy", "top_k", "min_p", "repetition_penalty"],

@@ -198,6 +198,24 @@ def test_prompts(target, draft, family, do_sample):
     assert_same(target, draft, image_prompts(family, (0, 9, 1), (4, 2, 3), seed=2), do_sample=do_sample)
 
 
+# families with several axes of positions; the first in the quick run
+AXES = ["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "glm4v", "ernie4_5_vl_moe"]
+
+
+@pytest.mark.parametrize("family", quick_or_slow([name for name in AXES if name in (*FAMILIES, *MORE)], AXES[:1]))
+def test_axes_that_differ_at_the_end_of_a_prompt_differ_for_ever(target, draft, family):
+    """The prompt ends on an image's last token, or its user gave positions: each axis goes on from its own."""
+    whole = image_prompts(family, (3, 0))
+    by_token = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"}
+    cut = {name: value[:, :-1] if name in by_token else value for name, value in whole.items()}
+    assert cut["input_ids"][0, -1] == IMAGE
+    assert_same(target, draft, cut)
+    ids = cut["input_ids"].masked_fill(cut["input_ids"] > LAST_WORD, 3)
+    steps = torch.arange(ids.shape[1])
+    own = torch.stack([steps, 2 * steps, 3 * steps])[:, None]
+    assert_same(target, draft, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": own})
+
+
 def test_many_texts_of_one_prompt(target, draft, family):
     assert_same(target, draft, image_prompts(family, (3, 5)), num_return_sequences=3)
 

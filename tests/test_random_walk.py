@@ -14,7 +14,7 @@ from walk_steps import FAMILIES, FULL_TREES, Step, draw
 
 FIRST, COUNT = (int(number) for number in os.environ.get("LONGSPEC_WALK", "0:1000").split(":"))
 STEPS_A_CASE = 25
-QUICK = 250  # steps
+QUICK = 150  # steps
 
 
 def seed_of_commit() -> int:

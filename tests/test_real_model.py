@@ -51,8 +51,8 @@ def equal_texts(tokens, count, longest, chosen):
     assert sum(rounds) / len(rounds) > 2, "the trained draft hardly guesses anything"
 
 
-def test_float32_equality_over_five_prompts(tokens):
-    equal_texts(tokens, 5, 300, slice(None))
+def test_float32_equality_over_three_prompts(tokens):
+    equal_texts(tokens, 3, 300, slice(None))
 
 
 @pytest.mark.slow

@@ -96,6 +96,7 @@ def test_options_set_on_a_loaded_draft(llama, no_forward, field, value, message)
         ({"num_beams": 2, "do_sample": True}, "needs num_beams=1, got num_beams=2"),
         ({"prompt_lookup_num_tokens": 3}, "LongSpec draft or prompt_lookup_num_tokens, got both"),
         ({"assistant_early_exit": 2}, "LongSpec draft or assistant_early_exit, got both"),
+        ({"prompt_lookup_num_tokens": 0}, "LongSpec draft or prompt_lookup_num_tokens, got both"),
         ({"dola_layers": "high"}, "LongSpec draft or dola_layers, got both, dola_layers='high'"),
         ({"cache_implementation": "static"}, "cache_implementation None or 'dynamic', got 'static'"),
         ({"cache_implementation": "quantized"}, "got 'quantized'"),

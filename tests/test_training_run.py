@@ -289,6 +289,7 @@ def test_a_draft_goes_on_from_an_earlier_stage(tmp_path, plain):
         run(tmp_path, "stranger", draft__init=str(tmp_path / "stranger"))
 
 
+@pytest.mark.slow
 def test_lora_on_a_draft(tmp_path):
     peft = pytest.importorskip("peft")
     base, _ = run(tmp_path, "base", trainer__max_steps=2)
@@ -381,6 +382,7 @@ def learn(target, text):
         optimizer.zero_grad()
 
 
+@pytest.mark.slow
 def test_a_draft_of_frequent_tokens(tmp_path):
     """It learns and guesses among those of the text; a cut run and a second stage keep them."""
     outcome, expected = run(tmp_path, "whole", draft__vocab=6, **EVALUATED)
