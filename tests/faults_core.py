@@ -318,8 +318,8 @@ CORE_FAULTS = [
         name="window-filled-one-position-late",
         file="modeling/call_longspec.py",
         what="the draft's window holds the prompt at positions one too large",
-        old="generator.fill_window(embeds, positions - 1,",
-        new="generator.fill_window(embeds, positions,",
+        old="roots.positions - 1, index",
+        new="roots.positions, index",
         tests=("test_hidden_state_longspec.py::test_a_round_guesses_as_it_was_trained_to",),
     ),
     Fault(
@@ -328,7 +328,7 @@ CORE_FAULTS = [
         what="a sliding layer keeps and shows all of a text that only begins shorter than its window",
         old="longest = prompt + answer + tree_size",
         new="longest = prompt + tree_size",
-        tests=("test_generation_longspec.py::test_equal_to_plain_generate_for_every_family[mistral]",),
+        tests=("test_generation_longspec.py::test_a_text_that_outgrows_a_sliding_window",),
     ),
     Fault(
         name="padding-not-swallowed",
