@@ -352,7 +352,7 @@ CORE_FAULTS = [
         what="a sliding layer keeps and shows all of a text that only begins shorter than its window",
         old="longest = prompt + answer + tree_size",
         new="longest = prompt + tree_size",
-        tests=("test_generation_longspec.py::test_equal_to_plain_generate_for_every_family[mistral]",),
+        tests=("test_generation_longspec.py::test_a_text_that_outgrows_a_sliding_window",),
     ),
     Fault(
         name="padding-not-swallowed",

@@ -346,6 +346,12 @@ def test_a_sliding_window_wider_than_the_text():
         torch.testing.assert_close(layer.keys, expected.keys, rtol=1e-4, atol=1e-5)
 
 
+def test_a_text_that_outgrows_a_sliding_window():
+    """Prompt and tree are within it, the answer is not."""
+    target = tiny_target("mistral", sliding_window=14)
+    assert_same(target, tiny_draft(target, window=WINDOW, tree_shape=(2, 2)), prompt_of(9), max_new_tokens=48)
+
+
 def test_a_cast_under_inference_mode_leaves_the_draft_trainable(llama):
     draft = tiny_draft(llama).to(torch.bfloat16)
     with torch.inference_mode():
