@@ -315,11 +315,35 @@ CORE_FAULTS = [
     ),
     # --- a call ------------------------------------------------------------------------------------------------------
     Fault(
+        name="scores-that-are-no-numbers-pruned",
+        file="modeling/tree_longspec.py",
+        what="a diverged draft's scores sort as the largest, and children lose their parents",
+        old='scores = self.scores.masked_fill(self.scores.isnan(), float("-inf"))',
+        new="scores = self.scores",
+        tests=("test_tree_longspec.py",),
+    ),
+    Fault(
+        name="axes-of-positions-lost",
+        file="modeling/generation_longspec.py",
+        what="behind an image all axes of positions go on from the last one's",
+        old="positions = positions if roots.axes is None else positions + roots.axes[:, :, None]",
+        new="positions = positions if roots.axes is None else positions.expand(len(roots.axes), -1, -1)",
+        tests=("test_image_prompts.py",),
+    ),
+    Fault(
+        name="noise-in-the-default-format",
+        file="modeling/sampling_longspec.py",
+        what="noise is drawn in the format that the process has as its default",
+        old="vocab, dtype=torch.float32, device=self.device)",
+        new="vocab, device=self.device)",
+        tests=("test_sampling_longspec.py",),
+    ),
+    Fault(
         name="window-filled-one-position-late",
         file="modeling/call_longspec.py",
         what="the draft's window holds the prompt at positions one too large",
-        old="roots.positions - 1, index",
-        new="roots.positions, index",
+        old="generator.fill_window(embeds, roots.positions - 1,",
+        new="generator.fill_window(embeds, roots.positions,",
         tests=("test_hidden_state_longspec.py::test_a_round_guesses_as_it_was_trained_to",),
     ),
     Fault(

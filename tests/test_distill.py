@@ -121,6 +121,7 @@ def test_sampling_has_a_seed(folder, greedy, tmp_path):
     assert list(rows_of(first)) != list(rows_of(other)) != list(rows_of(greedy[0]))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(folder, tmp_path):
     options = {"max_new_tokens": 60, "batch_size": 1, "shard_rows": 2, "temperature": 1.0}
     run(folder, tmp_path / "whole", **options)

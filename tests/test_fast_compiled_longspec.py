@@ -44,6 +44,7 @@ def test_text_of_plain_generate(family):
     assert not any("forward" in vars(layer) for layer in decoder_layers(target))
 
 
+@pytest.mark.slow
 def test_layers_share_what_is_compiled():
     counts = []
     for layers in (2, 4):

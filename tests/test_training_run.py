@@ -260,6 +260,7 @@ def test_a_bare_no_is_false_in_yaml(tmp_path):
     assert outcome.complete and outcome.best_accept_length is None
 
 
+@pytest.mark.slow
 def test_a_draft_that_reads_the_last_hidden_state(tmp_path, plain):
     """Whole, cut, in pieces and recomputed; and an earlier stage's draft may begin to read it."""
     reads = {"draft__config": {"window": 16, "tree_shape": [2, 4, 4], "target_hidden_state": True}}
