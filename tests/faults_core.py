@@ -328,7 +328,7 @@ CORE_FAULTS = [
         what="behind an image all axes of positions go on from the last one's",
         old="positions = positions if roots.axes is None else positions + roots.axes[:, :, None]",
         new="positions = positions if roots.axes is None else positions.expand(len(roots.axes), -1, -1)",
-        tests=("test_image_prompts.py",),
+        tests=("test_image_prompts.py::test_axes_that_differ_at_the_end_of_a_prompt_differ_for_ever",),
     ),
     Fault(
         name="noise-in-the-default-format",
@@ -336,7 +336,7 @@ CORE_FAULTS = [
         what="noise is drawn in the format that the process has as its default",
         old="vocab, dtype=torch.float32, device=self.device)",
         new="vocab, device=self.device)",
-        tests=("test_sampling_longspec.py",),
+        tests=("test_sampling_longspec.py::test_noise_does_not_follow_the_default_format",),
     ),
     Fault(
         name="window-filled-one-position-late",
