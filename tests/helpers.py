@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from hf_longspec import LongSpecConfig, LongSpecForCausalLM
 from hf_longspec.evaluation.tiny_models import randomized
 from hf_longspec.modeling.cache_longspec import SpeculativeCache
+from hf_longspec.modeling.interface_longspec import CACHE as CACHE  # what this transformers calls the cache's argument
 
 VOCAB = 13
 SHAPE = {
