@@ -79,7 +79,7 @@ def assisted_decoding(
             draft.to(device=bound.device, dtype=bound.dtype)
         engine, clock = draft.take_engine(bound.device), PhaseClock(draft.config.profile, bound.device)
         returns_cache = generation_config.return_dict_in_generate or is_user_defined(model_kwargs[CACHE])
-        do_sample, nodes = generation_config.do_sample, 1 + sum(draft.config.tree_shape)
+        do_sample, nodes = generation_config.do_sample, 1 + sum(draft.config.tree_on(bound.device))
         together = rope_switch.last_short is not None or streamer is not None
         tree_logits = nodes * target.config.get_text_config(decoder=True).vocab_size
         plan = Plan.of(logits_processor, stopping_criteria, do_sample, input_ids, tree_logits, together)

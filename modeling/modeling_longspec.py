@@ -232,7 +232,7 @@ class LongSpecForCausalLM(PreTrainedModel):
         That is the window, the tree and, for drafts that read it, the target's last hidden state.
         """
         config = self.config
-        slots = config.window + 1 + 1 + sum(tuple(config.tree_shape)[:-1])
+        slots = config.window + 1 + 1 + sum(config.tree_on(self.device)[:-1])
         numbers = 2 * config.num_key_value_heads * slots * config.head_dim
         return (numbers + config.target_hidden_state * config.hidden_size) * self.dtype.itemsize
 

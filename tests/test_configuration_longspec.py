@@ -3,11 +3,17 @@
 import json
 
 import pytest
+import torch
 from helpers import FAMILIES, SHAPE
 from transformers import AutoConfig, DynamicCache
 
 from hf_longspec import LongSpecConfig
-from hf_longspec.modeling.configuration_longspec import default_target_layer, layer_kinds, main_rope_parameters
+from hf_longspec.modeling.configuration_longspec import (
+    CPU_TREE,
+    default_target_layer,
+    layer_kinds,
+    main_rope_parameters,
+)
 
 
 def family_config(family: str, **overrides):
@@ -57,8 +63,23 @@ def test_fields_override_the_targets():
 
 def test_defaults():
     config = LongSpecConfig.from_target(family_config("llama", vocab_size=100))
-    assert (config.window, config.tree_shape, config.verify_tokens) == (512, (4, 16, 16, 16, 16), None)
+    assert (config.window, config.tree_shape, config.verify_tokens) == (512, None, None)
     assert (config.attention_backend, config.final_norm, config.profile) == ("auto", False, False)
+
+
+def test_the_default_tree_is_that_of_the_device(tmp_path):
+    """A tree that is set, the default of another device too, is the tree everywhere."""
+    config = LongSpecConfig.from_target(family_config("llama", vocab_size=100))
+    cpu, others = torch.device("cpu"), [torch.device(name) for name in ("cuda:1", "mps", "xpu")]
+    large = (4, 16, 16, 16, 16)
+    assert config.tree_on(cpu) == CPU_TREE and all(config.tree_on(device) == large for device in others)
+    config.save_pretrained(tmp_path)
+    assert LongSpecConfig.from_pretrained(tmp_path).tree_on(cpu) == CPU_TREE
+    for tree in (large, CPU_TREE, (), [2, 2]):
+        config.tree_shape = tree
+        config.save_pretrained(tmp_path)
+        for device in (cpu, *others):
+            assert config.tree_on(device) == LongSpecConfig.from_pretrained(tmp_path).tree_on(device) == tuple(tree)
 
 
 def test_text_config_of_a_model_of_several_modalities():
