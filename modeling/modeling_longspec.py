@@ -11,7 +11,7 @@ over the window and the tree. Parameter names are those of the published checkpo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -256,6 +256,14 @@ class LongSpecForCausalLM(PreTrainedModel):
         """Free the memory that the last call has left for the next call: one cache of the target, and graphs."""
         self.keep_engine(None)
 
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, **more: Any
+    ) -> Any:
+        """Save as transformers does. Raises `ValueError` for weights that are not finite; then nothing is written."""
+        if name := not_finite(self.state_dict() if state_dict is None else state_dict):
+            raise ValueError(f"a draft is saved with finite weights only, got NaN or infinity in {name}")
+        return super().save_pretrained(save_directory, is_main_process, state_dict, **more)
+
     # `target.generate(assistant_model=draft)` arrives here: see generation_longspec.py
     assisted_decoding = assisted_decoding
     check_generation = check_generation
@@ -265,6 +273,12 @@ class LongSpecForCausalLM(PreTrainedModel):
 
     def generate(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError(_USAGE)
+
+
+def not_finite(weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str | None:
+    """Return the name of the first tensor that holds NaN or infinity, in its own format or as `dtype`; None: none."""
+    floats = {name: x for name, x in weights.items() if x.is_floating_point() and not x.is_meta}
+    return next((name for name, x in floats.items() if not x.to(dtype or x.dtype).isfinite().all()), None)
 
 
 def engine_class(config: LongSpecConfig) -> type[Engine]:

@@ -5,7 +5,7 @@ Random drafts are right seldom, so the vocabulary is tiny (13) and the trees wid
 
 import pytest
 import torch
-from helpers import quick_or_slow, tiny_draft, tiny_target
+from helpers import CACHE, quick_or_slow, tiny_draft, tiny_target
 from observation import TOLERANCE, contents
 from pairs import assert_same
 from texts import prompt_of
@@ -159,8 +159,8 @@ def test_cache_is_left_as_plain_generate_leaves_it():
         target = tiny_target(family)
         draft = tiny_draft(target, window=WINDOW, tree_shape=(4, 8, 8))
         options = {"max_new_tokens": 20, "return_dict_in_generate": True, "pad_token_id": 0}
-        plain = target.generate(prompt_of(9), **options).past_key_values
-        ours = target.generate(prompt_of(9), assistant_model=draft, **options).past_key_values
+        plain = target.generate(prompt_of(9), **options)[CACHE]
+        ours = target.generate(prompt_of(9), assistant_model=draft, **options)[CACHE]
         assert type(ours) is type(plain) and len(ours.layers) == len(plain.layers)
         for layer, expected in zip(ours.layers, plain.layers, strict=True):
             assert layer.get_seq_length() == expected.get_seq_length() == 28
@@ -178,7 +178,7 @@ def test_a_cache_passed_in_is_continued_over_turns(family, with_config):
         cache = DynamicCache(config=target.config) if with_config else DynamicCache()
         ids, texts = prompt_of(7), []
         for turn in range(4):
-            ids = target.generate(ids, past_key_values=cache, max_new_tokens=6, pad_token_id=0, **assistant)
+            ids = target.generate(ids, **{CACHE: cache}, max_new_tokens=6, pad_token_id=0, **assistant)
             texts.append(ids.tolist())
             ids = torch.cat([ids, prompt_of(3, seed=turn)], dim=1)
         return texts
@@ -253,11 +253,11 @@ def test_a_draft_that_fails_leaves_a_whole_cache(monkeypatch, call):
     options = {"max_new_tokens": 24, "pad_token_id": 0}
     draft = tiny_draft(target, tree_shape=(13, 80, 80))
     with pytest.raises(MemoryError, match="no room"):
-        target.generate(prompt_of(9), assistant_model=draft, past_key_values=past, **options)
+        target.generate(prompt_of(9), assistant_model=draft, **{CACHE: past}, **options)
     text, expected = target.generate(prompt_of(9), **options), DynamicCache(config=target.config)
     assert past.get_seq_length() >= 9
     with torch.no_grad():
-        target(text[:, : past.get_seq_length()], past_key_values=expected)
+        target(text[:, : past.get_seq_length()], **{CACHE: expected})
     for layer, other in zip(past.layers, expected.layers, strict=True):
         torch.testing.assert_close(layer.keys, other.keys, **TOLERANCE)
         torch.testing.assert_close(layer.values, other.values, **TOLERANCE)
@@ -339,8 +339,8 @@ def test_a_sliding_window_wider_than_the_text():
     draft = tiny_draft(target, window=WINDOW, tree_shape=(4, 8, 8))
     assert_same(target, draft, prompt_of(9))
     options = {"max_new_tokens": 20, "return_dict_in_generate": True, "pad_token_id": 0}
-    plain = target.generate(prompt_of(9), **options).past_key_values
-    ours = target.generate(prompt_of(9), assistant_model=draft, **options).past_key_values
+    plain = target.generate(prompt_of(9), **options)[CACHE]
+    ours = target.generate(prompt_of(9), assistant_model=draft, **options)[CACHE]
     for layer, expected in zip(ours.layers, plain.layers, strict=True):
         assert layer.cumulative_length == expected.cumulative_length
         torch.testing.assert_close(layer.keys, expected.keys, rtol=1e-4, atol=1e-5)
@@ -427,7 +427,7 @@ def test_state_after_an_interrupted_call(llama):
                 prompt_of(6),
                 max_new_tokens=12,
                 stopping_criteria=[Interrupt()],
-                past_key_values=cache,
+                **{CACHE: cache},
                 do_sample=True,
                 pad_token_id=0,
                 **assistant,

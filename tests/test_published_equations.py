@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from helpers import CACHE
 from published_format import DRAFTS, TARGETS, random_weights, tiny, write_checkpoint, write_config
 from published_layer import WINDOW, PublishedLayer
 from test_candidate_generator_longspec import Session
@@ -36,7 +37,7 @@ class Pair:
     def read(self, tokens: list[int], dtype: torch.dtype) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """Embeddings of the tokens, and the keys and values of the target's last layer, (T, K, D)."""
         target, ids = copy.deepcopy(self.target).to(dtype), torch.tensor([tokens])
-        layer = target(ids, past_key_values=DynamicCache()).past_key_values.layers[-1]
+        layer = target(ids, **{CACHE: DynamicCache()})[CACHE].layers[-1]
         return target.get_input_embeddings()(ids)[0], tuple(s[0].transpose(0, 1) for s in (layer.keys, layer.values))
 
 

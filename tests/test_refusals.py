@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from helpers import tiny_draft, tiny_target
+from helpers import CACHE, tiny_draft, tiny_target
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -130,11 +130,11 @@ def test_options_of_a_batch(llama, no_forward, options):
 def test_a_cache_of_another_batch_is_refused(llama, rows, prompts):
     cache = DynamicCache(config=llama.config)
     with torch.no_grad():
-        llama(IDS[:, :4].repeat(rows, 1), past_key_values=cache)
+        llama(IDS[:, :4].repeat(rows, 1), **{CACHE: cache})
     held = [layer.keys.clone() for layer in cache.layers]
-    message = f"expected past_key_values of the prompts' batch size {prompts}, got {rows}"
+    message = f"expected {CACHE} of the prompts' batch size {prompts}, got {rows}"
     with pytest.raises(ValueError, match=message):
-        llama.generate(IDS.repeat(prompts, 1), assistant_model=tiny_draft(llama), past_key_values=cache)
+        llama.generate(IDS.repeat(prompts, 1), assistant_model=tiny_draft(llama), **{CACHE: cache})
     assert all(torch.equal(layer.keys, before) for layer, before in zip(cache.layers, held, strict=True))
 
 
@@ -184,8 +184,8 @@ def test_the_reader_of_a_streamer_is_told_the_end(llama, no_forward, options, me
 
 def test_a_static_cache_object_is_refused(llama, no_forward):
     cache = StaticCache(config=llama.config, max_cache_len=64)
-    with pytest.raises(ValueError, match="expected past_key_values=DynamicCache, got a StaticCache"):
-        llama.generate(IDS, assistant_model=tiny_draft(llama), past_key_values=cache)
+    with pytest.raises(ValueError, match=f"expected {CACHE}=DynamicCache, got a StaticCache"):
+        llama.generate(IDS, assistant_model=tiny_draft(llama), **{CACHE: cache})
 
 
 def test_an_encoder_decoder_target_is_refused(llama):

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from helpers import tiny_draft, tiny_target
+from helpers import CACHE, tiny_draft, tiny_target
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, DynamicCache
 
@@ -180,16 +180,16 @@ def test_a_cache_outlives_a_round_that_failed(family):
         for at in (2, 3, 6):
             cache = DynamicCache(config=target.config)
             with torch.no_grad():
-                target(first, past_key_values=cache, use_cache=True)
+                target(first, **{CACHE: cache}, use_cache=True)
             fails = Fails(module, at)
             with pytest.raises(RuntimeError, match="out of memory"):
-                target.generate(ids, past_key_values=cache, assistant_model=draft, max_new_tokens=20, pad_token_id=0)
+                target.generate(ids, **{CACHE: cache}, assistant_model=draft, max_new_tokens=20, pad_token_id=0)
             fails.handle.remove()
             held = {layer.get_seq_length() for layer in cache.layers}
             assert len(held) == 1 and ids.shape[1] <= min(held) < text.shape[1], name
             for assistant in ({}, {"assistant_model": draft}):
                 so_far = text[:, : cache.get_seq_length() + 1]
-                options = {"max_length": so_far.shape[1] + 2, "pad_token_id": 0, "past_key_values": cache}
+                options = {"max_length": so_far.shape[1] + 2, "pad_token_id": 0, CACHE: cache}
                 options["attention_mask"] = torch.ones_like(so_far)  # the text has pad tokens of its own
                 rest = target.generate(so_far, **options, **assistant)
                 assert rest.tolist() == text[:, : rest.shape[1]].tolist(), name
