@@ -187,8 +187,14 @@ def layer_kinds(text_config: PreTrainedConfig) -> list[str]:
         raise ValueError(f"LongSpec does not serve chunked attention, got {family!r}")
     if getattr(own, "kv_lora_rank", None) is not None:
         raise ValueError(f"LongSpec does not serve latent attention, got {family!r} with a `kv_lora_rank`")
+    width = getattr(own, "word_embed_proj_dim", None)  # of embedding and LM head, in opt-350m
+    if width is not None and width != own.hidden_size:
+        raise ValueError(f"LongSpec needs embeddings of the hidden size {own.hidden_size}, got {family!r} with {width}")
     names = {"DynamicLayer": "full", "DynamicSlidingWindowLayer": "sliding", "DummyLayer": "shared"}
-    layers = [type(layer).__name__ for layer in DynamicCache(config=text_config).layers]
+    try:
+        layers = [type(layer).__name__ for layer in DynamicCache(config=text_config).layers]
+    except KeyError as kind:  # of a layer that transformers knows once the family's modeling file was imported
+        layers = [kind.args[0]]
     if not layers or set(layers) - set(names):
         raise ValueError(
             "LongSpec needs a target with standard per-layer key/value caches, got "
