@@ -156,7 +156,7 @@ def draft_card(
             }
             for report in results
         ],
-        explanation=page.EXPLANATION,
+        explanation=page.explanation(results),
         recipe=None if recipe is None else yaml.safe_dump(dict(recipe), sort_keys=False, width=100).strip(),
         place=repo_id or "path/of/this/repository",
         relations=" · ".join(RELATIONS),
