@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 from contract_cell import OLD, PAD, Case, Options, Row, group
+from helpers import CACHE
 from transformers import DynamicCache, StaticCache
 
 
 def caches() -> list[Row]:
     def no_config(case: Case) -> dict[str, Any]:
-        return {"past_key_values": DynamicCache()}
+        return {CACHE: DynamicCache()}
 
     def with_config(case: Case) -> dict[str, Any]:
-        return {"past_key_values": DynamicCache(config=case.target.config)}
+        return {CACHE: DynamicCache(config=case.target.config)}
 
     def one_prefix(generate: Callable, case: Case) -> None:
         """Write several answers over one prefilled prefix."""
@@ -24,24 +25,24 @@ def caches() -> list[Row]:
         for token in (3, 5, 7):
             ids = torch.cat([case.ids, torch.full_like(case.ids[:, :1], token)], dim=1)
             mask = {} if case.mask is None else {"attention_mask": (ids != PAD).long()}
-            own = {"input_ids": ids, **mask, "past_key_values": copy.deepcopy(prefix)}
+            own = {"input_ids": ids, **mask, CACHE: copy.deepcopy(prefix)}
             generate(**case.defaults() | own)
 
     def only_new_tokens(case: Case) -> dict[str, Any]:
         mask = torch.ones_like(case.ids) if case.mask is None else case.mask
-        return {"input_ids": case.ids[:, 4:], "attention_mask": mask, "past_key_values": prefilled(case, 5)}
+        return {"input_ids": case.ids[:, 4:], "attention_mask": mask, CACHE: prefilled(case, 5)}
 
     def whole_prompt(case: Case) -> dict[str, Any]:
         ids = torch.nn.functional.pad(case.ids, (2, 0), value=PAD)
         mask = (ids != PAD).long()
         past = prefilled(case._replace(ids=ids, mask=mask), 0)
-        return {"input_ids": ids, "attention_mask": mask, "past_key_values": past}
+        return {"input_ids": ids, "attention_mask": mask, CACHE: past}
 
     def long_prompt(case: Case) -> dict[str, Any]:
-        return {"input_ids": case.ids.repeat(1, 2), "attention_mask": None, "past_key_values": DynamicCache()}
+        return {"input_ids": case.ids.repeat(1, 2), "attention_mask": None, CACHE: DynamicCache()}
 
     def static(case: Case) -> dict[str, Any]:
-        return {"past_key_values": StaticCache(config=case.target.config, max_cache_len=64)}
+        return {CACHE: StaticCache(config=case.target.config, max_cache_len=64)}
 
     shared: dict[str, Options] = {
         "DynamicCache() passed": no_config,
@@ -49,7 +50,7 @@ def caches() -> list[Row]:
         "prefill_chunk_size": {"prefill_chunk_size": 4},
         "prefill_chunk_size and a prefilled prefix": lambda case: {
             "prefill_chunk_size": 2,
-            "past_key_values": prefilled(case, 4),
+            CACHE: prefilled(case, 4),
         },
         "a prefilled prefix, only the new tokens passed": only_new_tokens,
     }
@@ -85,14 +86,14 @@ def prefilled(case: Case, short_of: int) -> DynamicCache:
     mask = case.mask if case.mask is None else case.mask[:, :held]
     positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        case.target(case.ids[:, :held], past_key_values=past, attention_mask=mask, position_ids=positions)
+        case.target(case.ids[:, :held], **{CACHE: past}, attention_mask=mask, position_ids=positions)
     return past
 
 
 def chat(generate: Callable, case: Case) -> None:
     past, ids, mask = DynamicCache(config=case.target.config), case.ids, case.mask
     for turn in range(5):
-        own = {"input_ids": ids, "past_key_values": past, "max_new_tokens": 8, "do_sample": turn % 2 == 1}
+        own = {"input_ids": ids, CACHE: past, "max_new_tokens": 8, "do_sample": turn % 2 == 1}
         mask_of_turn = {} if mask is None else {"attention_mask": mask}
         out = generate(**case.defaults() | own | mask_of_turn)
         question = torch.tensor([[2 + turn, 11 - turn, 5]]).expand(len(ids), -1)

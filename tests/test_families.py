@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from full_disk import full_disk
-from helpers import quick_or_slow, tiny_draft
+from helpers import CACHE, quick_or_slow, tiny_draft
 from transformers import LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from typer.testing import CliRunner
@@ -171,7 +171,7 @@ def test_a_wrong_verification_shows(monkeypatch):
     original = LlamaForCausalLM.forward
 
     def late(self, *args, **kwargs):
-        past = kwargs.get("past_key_values")
+        past = kwargs.get(CACHE)
         if past is not None and past.get_seq_length() > 0 and kwargs["input_ids"].shape[1] > 1:
             kwargs["position_ids"] = kwargs["position_ids"] + 1
         return original(self, *args, **kwargs)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import tiny_draft, tiny_target
+from helpers import CACHE, tiny_draft, tiny_target
 from pairs import assert_same
 from texts import prompt_of
 from transformers import DynamicCache
@@ -59,10 +59,10 @@ def test_longrope_leaves_a_dropped_cache_to_its_owner(length):
     for assistant in ({}, {"assistant_model": draft}):
         cache = DynamicCache(config=target.config)
         with torch.no_grad():
-            target(prompt_of(length)[:, :5], past_key_values=cache)
+            target(prompt_of(length)[:, :5], **{CACHE: cache})
         options = {"max_new_tokens": 25, "return_dict_in_generate": True, "pad_token_id": 0}
-        out = target.generate(prompt_of(length), past_key_values=cache, **options, **assistant)
-        caches.append((cache, out.past_key_values))
+        out = target.generate(prompt_of(length), **{CACHE: cache}, **options, **assistant)
+        caches.append((cache, out[CACHE]))
     for mine, theirs in zip(caches[1], caches[0], strict=True):
         assert mine.get_seq_length() == theirs.get_seq_length()
         for layer, expected in zip(mine.layers, theirs.layers, strict=True):

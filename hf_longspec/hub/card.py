@@ -13,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -143,6 +144,7 @@ def draft_card(
         data,
         template_str=files(__package__).joinpath("card.md.jinja").read_text(encoding="utf-8"),
         config=config,
+        trees=[" · ".join(map(str, config.tree_on(torch.device(name)))) for name in ("cuda", "cpu")],
         about=asdict(about),
         vocabulary=vocabulary,
         results=[
