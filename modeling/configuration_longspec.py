@@ -13,7 +13,7 @@ from typing import Any
 from transformers import DynamicCache, PreTrainedConfig
 
 # What a draft guesses by default: a CPU has no arithmetic to spare, so there only what is nearly sure pays.
-TREE, CPU_TREE = (4, 16, 16, 16, 16), (1, 1)
+TREE, CPU_TREE = (4, 16, 16, 16, 16), (1, 1, 1)
 ATTENTION_BACKENDS = ("auto", "eager", "torch", "triton", "flash_attn_2", "flash_attn_3")
 
 
