@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from .cache_longspec import SpeculativeCache
 from .candidate_generator_longspec import LongSpecCandidateGenerator
@@ -93,7 +93,7 @@ def make_cache(
 
     device: where most layers lie.
     """
-    past: DynamicCache = model_kwargs[CACHE]
+    past: Cache = model_kwargs[CACHE]
     embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
     prompt = past.get_seq_length() + (text.prompt if embeds is None else embeds.shape[1])
     answer = max(generation_config.max_length - text.prompt, 0)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .call_longspec import Call, make_cache, read_prompt
@@ -78,7 +78,12 @@ def assisted_decoding(
         # 2. Text, sampler, cache and draft are made ready.
         draft = call_ends.enter_context(draft.placed(bound.device, bound.dtype))
         engine, clock = draft.take_engine(bound.device), PhaseClock(draft.config.profile, bound.device)
-        returns_cache = generation_config.return_dict_in_generate or is_user_defined(model_kwargs[CACHE])
+        returned = model_kwargs.get(CACHE)  # as plain `generate` would return it: none, dynamic or static
+        asked = generation_config.return_dict_in_generate or is_user_defined(returned)
+        returns_cache = returned is not None and asked
+        if not (returns_cache or isinstance(returned, DynamicCache)):
+            own = DynamicCache(config=target.config.get_text_config(decoder=True))
+            model_kwargs |= {CACHE: own, "use_cache": True}
         do_sample, nodes = generation_config.do_sample, 1 + sum(draft.config.tree_on(bound.device))
         together = rope_switch.last_short is not None or streamer is not None
         tree_logits = nodes * target.config.get_text_config(decoder=True).vocab_size
@@ -115,8 +120,8 @@ def assisted_decoding(
         return text.sequences
     return LongSpecOutput(
         sequences=text.sequences,
-        **text.records.as_dict(),
-        **{CACHE: cache.past},
+        **text.records.as_dict(whole=returned is None),
+        **{CACHE: None if returned is None else cache.past},
         accept_lengths=accept_lengths,
         phase_seconds=clock.seconds() if draft.config.profile else None,
     )

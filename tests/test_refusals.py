@@ -100,10 +100,10 @@ def test_options_set_on_a_loaded_draft(llama, no_forward, field, value, message)
         ({"assistant_early_exit": 2}, "LongSpec draft or assistant_early_exit, got both"),
         ({"prompt_lookup_num_tokens": 0}, "LongSpec draft or prompt_lookup_num_tokens, got both"),
         ({"dola_layers": "high"}, "LongSpec draft or dola_layers, got both, dola_layers='high'"),
-        ({"cache_implementation": "static"}, "cache_implementation None or 'dynamic', got 'static'"),
-        ({"cache_implementation": "quantized"}, "got 'quantized'"),
+        ({"cache_implementation": "quantized"}, "cache_implementation None, 'dynamic', .*, got 'quantized'"),
         ({"cache_implementation": "offloaded"}, "got 'offloaded'"),
-        ({"use_cache": False}, "use_cache=False"),
+        ({"use_cache": False, "prefill_chunk_size": 4}, "expected use_cache=True .* prefill_chunk_size, got use_cache"),
+        ({"use_cache": False, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])}, "with position_ids that jump"),
         (
             {"output_attentions": True, "return_dict_in_generate": True},
             "no attention weights, got output_attentions=True",
@@ -165,7 +165,7 @@ def test_activated_lora_is_refused(llama, no_forward):
     "options, message",
     [
         ({"num_beams": 2}, "needs num_beams=1"),  # before anything is allocated
-        ({"output_attentions": True}, "makes no attention weights"),  # once inputs are known
+        ({"use_cache": False, "prefill_chunk_size": 4}, "expected use_cache=True"),  # once inputs are known
     ],
 )
 def test_the_reader_of_a_streamer_is_told_the_end(llama, no_forward, options, message):
@@ -188,6 +188,11 @@ def test_a_static_cache_object_is_refused(llama, no_forward):
     cache = StaticCache(config=llama.config, max_cache_len=64)
     with pytest.raises(ValueError, match=f"expected {CACHE}=DynamicCache, got a StaticCache"):
         llama.generate(IDS, assistant_model=tiny_draft(llama), **{CACHE: cache})
+
+
+def test_a_cache_that_is_not_to_be_used_is_refused(llama, no_forward):
+    with pytest.raises(ValueError, match=f"expected use_cache=True with {CACHE}"):
+        llama.generate(IDS, assistant_model=tiny_draft(llama), use_cache=False, **{CACHE: DynamicCache()})
 
 
 def test_an_encoder_decoder_target_is_refused(llama):
