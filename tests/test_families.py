@@ -278,7 +278,7 @@ def lost(family: str) -> list[str]:
         if fields[one] != fields[other] and all(vars(config)[one] == vars(config)[other] for config in tiny):
             missing.append(f"{one} other than {other}")
     for name, value in fields.items():
-        if value and not re.search(r"token_(id|index)|^tie_|dtype|^architectures", name):
+        if value and not re.search(r"token_(id|index)|^tie_|dtype|^architectures|^base_model", name):
             missing += [name] * (not any(vars(config).get(name) for config in tiny))
     missing += sorted(rope_types(default) - set().union(*map(rope_types, tiny)))
     return missing
