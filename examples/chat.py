@@ -10,6 +10,7 @@ write an old answer anew, so the cache is cut back to what it has in common with
 from __future__ import annotations
 
 from collections.abc import Iterator
+from inspect import signature
 
 from pair import load, mean, parser
 from transformers import DynamicCache, TextStreamer
@@ -40,6 +41,8 @@ def main() -> None:
 
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     cache, cached = DynamicCache(config=target.config), []  # cached: the tokens whose keys and values the cache holds
+    # as it is called from transformers 5.24 on, and before
+    argument = "cache" if "cache" in signature(target.forward).parameters else "past_key_values"
     messages: list[dict[str, str]] = []
     for text in said(given.say):
         messages.append({"role": "user", "content": text})
@@ -53,7 +56,7 @@ def main() -> None:
         out = target.generate(
             **prompt,
             assistant_model=draft,
-            past_key_values=cache,
+            **{argument: cache},
             streamer=streamer,
             max_new_tokens=given.max_new_tokens,
             do_sample=False,

@@ -297,6 +297,11 @@ def widened(store: Tensor, states: Tensor) -> Tensor:
     return store.to(torch.promote_types(store.dtype, states.dtype))
 
 
+def compacted(states: Tensor) -> Tensor:
+    """Return `states` in memory that they fill."""
+    return states if states.untyped_storage().nbytes() == states.nbytes else states.clone()
+
+
 def _regrown(old: Tensor, capacity: int, length: int) -> Tensor:
     new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
     new[:, :, :length] = old[:, :, :length]

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers import Cache, PreTrainedConfig
+from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer
 
 from .attention_longspec import Memo, Move, Span, Spans, move_slots
-from .cache_layers_longspec import FullLayer, Placement, SharedLayer, SlidingLayer, Stores, widened
+from .cache_layers_longspec import FullLayer, Placement, SharedLayer, SlidingLayer, Stores, compacted, widened
 from .configuration_longspec import layer_kinds
 
 # Tokens. A ring takes its memory at once, and some windows (phi3: 262,144) are wider than any text.
@@ -30,7 +31,7 @@ class SpeculativeCache(Cache):
     def __init__(
         self,
         text_config: PreTrainedConfig,
-        past: DynamicCache,
+        past: Cache,
         reserve: int,
         tree_size: int,
         longest: int | None = None,
@@ -54,7 +55,8 @@ class SpeculativeCache(Cache):
         layers: list = []
         types = getattr(text_config, "layer_types", None) or [None] * text_config.num_hidden_layers
         for index, kind in enumerate(layer_kinds(text_config)):
-            keeps_all = index >= len(past.layers) or not getattr(past.layers[index], "is_sliding", False)
+            # the window of a static cache holds one token more than a ring
+            keeps_all = index >= len(past.layers) or not isinstance(past.layers[index], DynamicSlidingWindowLayer)
             if kind == "shared":
                 owners = [i for i, layer in enumerate(layers) if not isinstance(layer, SharedLayer)]
                 layers.append(SharedLayer(max(owner for owner in owners if types[owner] == types[index])))
@@ -168,7 +170,7 @@ class SpeculativeCache(Cache):
             layer.length = longest
         self.placement = None
 
-    def restart(self, successor: DynamicCache) -> None:
+    def restart(self, successor: Cache) -> None:
         """Start empty where plain `generate` drops its cache for `successor`: `past` keeps what it has."""
         self.hand_back()
         self.compact()
@@ -195,10 +197,9 @@ class SpeculativeCache(Cache):
         """
         for ours, theirs in zip(self.layers, self.past.layers, strict=False):
             if ours.is_initialized:
-                ours.is_initialized, ours.keys = False, None
-                theirs.keys = theirs.keys.clone()
-                ours.values = None
-                theirs.values = theirs.values.clone()
+                ours.is_initialized = False
+                theirs.keys, ours.keys = compacted(theirs.keys), None
+                theirs.values, ours.values = compacted(theirs.values), None
 
     def hand_back(self) -> None:
         """Give `past` what plain decoding would have left there: all rows as long as the shortest."""
@@ -213,6 +214,9 @@ class SpeculativeCache(Cache):
                 theirs.lazy_initialization(layer.keys, layer.values)
             layer.length = min(self._row_lengths or [layer.length])
             keys, values = layer.stored()
+            if isinstance(theirs, StaticLayer):  # made by `generate` for this call, and empty
+                theirs.update(keys, values)
+                continue
             if getattr(theirs, "is_sliding", False):
                 kept = slice(1 - theirs.sliding_window, None) if theirs.sliding_window > 1 else slice(None)
                 keys, values = keys[:, :, kept], values[:, :, kept]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from .cache_longspec import SpeculativeCache
 from .candidate_generator_longspec import LongSpecCandidateGenerator
@@ -103,11 +103,11 @@ def make_cache(
 
     device: where most layers lie.
     """
-    past: DynamicCache = model_kwargs[CACHE]
+    past: Cache = model_kwargs[CACHE]
     embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
     prompt = past.get_seq_length() + (text.prompt if embeds is None else embeds.shape[1])
     answer = max(generation_config.max_length - text.prompt, 0)
-    tree_size = 1 + sum(draft.config.tree_shape)
+    tree_size = 1 + sum(draft.config.tree_on(device))
     text_config = target.config.get_text_config(decoder=True)
     reserve = prompt + min(answer, HEADROOM) + tree_size
     longest = prompt + answer + tree_size

@@ -6,11 +6,12 @@ work on the device alone. Knows the draft by its methods only.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .call_longspec import Call, make_cache, read_prompt
@@ -65,12 +66,13 @@ def assisted_decoding(
     `model_kwargs` goes to the target's forward, and accelerate's hooks move all of that, a draft too, to each layer's
     device. Raises `ValueError` for what speculation cannot serve, before any work is done.
     """
-    with ended_on_error(streamer):
+    with ended_on_error(streamer), ExitStack() as call_ends:
         # 1. What cannot be served is refused.
         check_inputs(input_ids, generation_config, model_kwargs)
         bound = draft.bind(target)
         backend = choose_backend(draft, target, bound)
-        positions = Positions(target, model_kwargs, generation_config.max_length + len(draft.config.tree_shape))
+        tree, config = draft.config.tree_on(bound.device), generation_config
+        positions = Positions(target, model_kwargs, config.max_length + len(tree))
         if synced_gpus and positions.differ:
             raise ValueError(
                 "LongSpec needs ranks that read alike, got synced_gpus with a text that may cross the end or the "
@@ -78,12 +80,16 @@ def assisted_decoding(
             )
 
         # 2. Text, sampler, cache and draft are made ready.
-        with torch.inference_mode(False):  # or a caller's inference mode would leave the draft unfit for training
-            draft.to(device=bound.device, dtype=bound.dtype)
+        draft = call_ends.enter_context(draft.placed(bound.device, bound.dtype))
         engine, clock = draft.take_engine(bound.device), PhaseClock(draft.config.profile, bound.device)
-        returns_cache = generation_config.return_dict_in_generate or is_user_defined(model_kwargs[CACHE])
-        do_sample, nodes = generation_config.do_sample, 1 + sum(draft.config.tree_shape)
-        vocab, config = draft.config.vocab_size, generation_config
+        returned = model_kwargs.get(CACHE)  # as plain `generate` would return it: none, dynamic or static
+        asked = generation_config.return_dict_in_generate or is_user_defined(returned)
+        returns_cache = returned is not None and asked
+        if not (returns_cache or isinstance(returned, DynamicCache)):
+            own = DynamicCache(config=target.config.get_text_config(decoder=True))
+            model_kwargs |= {CACHE: own, "use_cache": True}
+        do_sample, nodes = generation_config.do_sample, 1 + sum(tree)
+        vocab = draft.config.vocab_size
         together = positions.by_length or streamer is not None
         plan = Plan.of(logits_processor, stopping_criteria, do_sample, input_ids, nodes * vocab, together)
         sampler = Sampler(logits_processor, do_sample, plan, len(input_ids), input_ids.device)
@@ -99,7 +105,7 @@ def assisted_decoding(
                 cache.take_over()
                 prompt = read_prompt(target, text, sampler, cache, generator, generation_config, model_kwargs)
             call = Call(target, text, sampler, cache, generator, backend, engine, positions, clock, *prompt)
-            with switched(target), decoding(target):
+            with decoding(target):
                 call = engine.begin(call, synced_gpus)
                 accept_lengths = decode(call, synced_gpus)
         finally:  # also after a failure all is left as plain `generate` would leave it
@@ -119,8 +125,8 @@ def assisted_decoding(
         return text.sequences
     return LongSpecOutput(
         sequences=text.sequences,
-        **text.records.as_dict(),
-        **{CACHE: cache.past},
+        **text.records.as_dict(whole=returned is None),
+        **{CACHE: None if returned is None else cache.past},
         accept_lengths=accept_lengths,
         phase_seconds=clock.seconds() if draft.config.profile else None,
     )
@@ -197,9 +203,17 @@ def verify(call: Call, tree: TokenTree) -> Verified:
     positions = call.positions.within(roots.positions[:, None] + depths, roots.stopped)
     positions = positions if roots.axes is None else positions + roots.axes[:, :, None]
     cache.begin_round(depths)
-    state = Round(cache, ancestors, call.backend, seen=set())
-    with attending(state.attend), call.engine.layers(call), catching(target, roots.hidden is not None) as caught:
-        outputs = forward(target, tree.tokens, positions, cache, call.extras)
+    undisturbed = False
+    while not undisturbed:  # another thread may set the target's attention in the middle of this forward
+        state = Round(cache, ancestors, call.backend, seen=set())
+        with (
+            switched(target) as stands,
+            attending(state.attend),
+            call.engine.layers(call),
+            catching(target, roots.hidden is not None) as caught,
+        ):
+            outputs = forward(target, tree.tokens, positions, cache, call.extras)
+            undisturbed = stands()
     state.check(target)
     hidden = None if caught is None else caught.every().to(roots.positions.device)
     return Verified(ancestors, depths, outputs.logits, outputs.hidden_states, hidden)

@@ -11,7 +11,9 @@ over the window and the tree. Parameter names are those of the published checkpo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -232,9 +234,25 @@ class LongSpecForCausalLM(PreTrainedModel):
         That is the window, the tree and, for drafts that read it, the target's last hidden state.
         """
         config = self.config
-        slots = config.window + 1 + 1 + sum(tuple(config.tree_shape)[:-1])
+        slots = config.window + 1 + 1 + sum(config.tree_on(self.device)[:-1])
         numbers = 2 * config.num_key_value_heads * slots * config.head_dim
         return (numbers + config.target_hidden_state * config.hidden_size) * self.dtype.itemsize
+
+    @contextmanager
+    def placed(self, device: torch.device, dtype: torch.dtype) -> Iterator[LongSpecForCausalLM]:
+        """Yield the draft on `device` in `dtype` for a call: this one, cast for good, or a copy for this call alone.
+
+        A copy where another thread's call, or one around this call, uses the draft otherwise.
+        """
+        with self._engines.lock, torch.inference_mode(False):  # or a caller's would leave it unfit for training
+            free = not self._engines.calls or (self.device, self.dtype) == (device, dtype)
+            draft = (self if free else copy.deepcopy(self)).to(device=device, dtype=dtype)
+            draft._engines.calls += 1
+        try:
+            yield draft
+        finally:
+            with draft._engines.lock:
+                draft._engines.calls -= 1
 
     def take_engine(self, device: torch.device) -> Engine:
         """Return an engine of the kind that the config asks for, for one call on `device`."""
@@ -256,6 +274,14 @@ class LongSpecForCausalLM(PreTrainedModel):
         """Free the memory that the last call has left for the next call: one cache of the target, and graphs."""
         self.keep_engine(None)
 
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, **more: Any
+    ) -> Any:
+        """Save as transformers does. Raises `ValueError` for weights that are not finite; then nothing is written."""
+        if name := not_finite(self.state_dict() if state_dict is None else state_dict):
+            raise ValueError(f"a draft is saved with finite weights only, got NaN or infinity in {name}")
+        return super().save_pretrained(save_directory, is_main_process, state_dict, **more)
+
     # `target.generate(assistant_model=draft)` arrives here: see generation_longspec.py
     assisted_decoding = assisted_decoding
     check_generation = check_generation
@@ -265,6 +291,12 @@ class LongSpecForCausalLM(PreTrainedModel):
 
     def generate(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError(_USAGE)
+
+
+def not_finite(weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str | None:
+    """Return the name of the first tensor that holds NaN or infinity, in its own format or as `dtype`; None: none."""
+    floats = {name: x for name, x in weights.items() if x.is_floating_point() and not x.is_meta}
+    return next((name for name, x in floats.items() if not x.to(dtype or x.dtype).isfinite().all()), None)
 
 
 def engine_class(config: LongSpecConfig) -> type[Engine]:

@@ -47,6 +47,7 @@ class Positions:
         self.by_length = self.last_short is not None or self.kept is not None  # and rows have to be of one length
         self.differ = self.by_length or (self.table is not None and self.table < longest)  # for ranks of other lengths
         self.options = {name: model_kwargs[name] for name in ("output_hidden_states",) if name in model_kwargs}
+        self.step = 1 if model_kwargs.get("use_cache", True) else None  # tokens that plain `generate` reads each step
         self.mask, self.positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
 
     def levels(self, most: int, position: int, length: int) -> int:
@@ -74,7 +75,7 @@ class Positions:
     def read_anew(self, text: Text, cache: SpeculativeCache) -> Any:
         """Read what plain `generate` reads anew of `text` into the emptied cache. Returns the target's outputs.
 
-        That is the whole text from transformers 5.18 on; 5.17 forgets the text here, and we with it.
+        That is the whole text without a cache, and from transformers 5.18 on; 5.17 forgets the text here, and we with it.
         """
         inputs = self._inputs(text.sequences, cache)
         cache.restart(DynamicCache(config=self.target.config.get_text_config(decoder=True)))
@@ -88,4 +89,4 @@ class Positions:
             behind = torch.arange(1, 1 + ids.shape[1] - positions.shape[1], device=positions.device)
             positions = torch.cat([positions, positions[:, -1:] + behind], dim=1)
         own = {CACHE: cache, "use_cache": True, "attention_mask": mask, "position_ids": positions}
-        return self.target.prepare_inputs_for_generation(ids, next_sequence_length=1, **own)
+        return self.target.prepare_inputs_for_generation(ids, next_sequence_length=self.step, **own)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from helpers import VOCAB, tiny_draft, tiny_target
+from helpers import CACHE, VOCAB, tiny_draft, tiny_target
 from observation import Play, Seen, differences, observe
 from packaging import version
 from torch import Tensor
@@ -156,6 +156,6 @@ def verdict(plain: Seen, other: Seen | None, draws: bool = False) -> str:
         return "equal"
     if "sequences" in found[0]:
         return "other random draws" if draws else "other text"
-    parts = [("past_key_values", "cache"), ("cache", "cache"), ("log", "calls"), ("random", "random state")]
+    parts = [(CACHE, "cache"), ("cache", "cache"), ("log", "calls"), ("random", "random state")]
     named = [name for word, name in parts if any(word in line for line in found)]
     return "other " + " and ".join(dict.fromkeys(named) or ["outputs"])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from contract_cell import Case, Options, Row, group
+from helpers import CACHE
 from probes import (
     AfterTokens,
     Counting,
@@ -112,7 +113,7 @@ def calls_that_end_otherwise() -> list[Row]:
     def interrupted(generate: Callable, case: Case) -> None:
         stop = Interrupting(case.ids.shape[1] + 11)
         past = DynamicCache(config=case.target.config)
-        own = {"past_key_values": past, "stopping_criteria": [stop], "do_sample": True, "streamer": Streamed(case.log)}
+        own = {CACHE: past, "stopping_criteria": [stop], "do_sample": True, "streamer": Streamed(case.log)}
         with contextlib.suppress(KeyboardInterrupt):
             generate(**case.defaults() | own)
 

@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 from contract_cell import OLD, PAD, Case, Options, Row, group
+from helpers import CACHE
 from transformers import DynamicCache, StaticCache
 
 
 def caches() -> list[Row]:
     def no_config(case: Case) -> dict[str, Any]:
-        return {"past_key_values": DynamicCache()}
+        return {CACHE: DynamicCache()}
 
     def with_config(case: Case) -> dict[str, Any]:
-        return {"past_key_values": DynamicCache(config=case.target.config)}
+        return {CACHE: DynamicCache(config=case.target.config)}
 
     def one_prefix(generate: Callable, case: Case) -> None:
         """Write several answers over one prefilled prefix."""
@@ -24,24 +25,24 @@ def caches() -> list[Row]:
         for token in (3, 5, 7):
             ids = torch.cat([case.ids, torch.full_like(case.ids[:, :1], token)], dim=1)
             mask = {} if case.mask is None else {"attention_mask": (ids != PAD).long()}
-            own = {"input_ids": ids, **mask, "past_key_values": copy.deepcopy(prefix)}
+            own = {"input_ids": ids, **mask, CACHE: copy.deepcopy(prefix)}
             generate(**case.defaults() | own)
 
     def only_new_tokens(case: Case) -> dict[str, Any]:
         mask = torch.ones_like(case.ids) if case.mask is None else case.mask
-        return {"input_ids": case.ids[:, 4:], "attention_mask": mask, "past_key_values": prefilled(case, 5)}
+        return {"input_ids": case.ids[:, 4:], "attention_mask": mask, CACHE: prefilled(case, 5)}
 
     def whole_prompt(case: Case) -> dict[str, Any]:
         ids = torch.nn.functional.pad(case.ids, (2, 0), value=PAD)
         mask = (ids != PAD).long()
         past = prefilled(case._replace(ids=ids, mask=mask), 0)
-        return {"input_ids": ids, "attention_mask": mask, "past_key_values": past}
+        return {"input_ids": ids, "attention_mask": mask, CACHE: past}
 
     def long_prompt(case: Case) -> dict[str, Any]:
-        return {"input_ids": case.ids.repeat(1, 2), "attention_mask": None, "past_key_values": DynamicCache()}
+        return {"input_ids": case.ids.repeat(1, 2), "attention_mask": None, CACHE: DynamicCache()}
 
     def static(case: Case) -> dict[str, Any]:
-        return {"past_key_values": StaticCache(config=case.target.config, max_cache_len=64)}
+        return {CACHE: StaticCache(config=case.target.config, max_cache_len=64)}
 
     shared: dict[str, Options] = {
         "DynamicCache() passed": no_config,
@@ -49,9 +50,22 @@ def caches() -> list[Row]:
         "prefill_chunk_size": {"prefill_chunk_size": 4},
         "prefill_chunk_size and a prefilled prefix": lambda case: {
             "prefill_chunk_size": 2,
-            "past_key_values": prefilled(case, 4),
+            CACHE: prefilled(case, 4),
         },
         "a prefilled prefix, only the new tokens passed": only_new_tokens,
+    }
+    kept: dict[str, Options] = {
+        "use_cache=False": {"use_cache": False},
+        "cache_implementation static": {"cache_implementation": "static"},
+    }
+    without = kept | {
+        "use_cache=False, the hidden states": {"use_cache": False, "output_hidden_states": True},
+        "cache_implementation hybrid": {"cache_implementation": "hybrid"},
+        "cache_implementation sliding_window": {"cache_implementation": "sliding_window"},
+        "cache_implementation static and prefill_chunk_size": {
+            "cache_implementation": "static",
+            "prefill_chunk_size": 4,
+        },
     }
     chunked = "prefill_chunk_size and a prefilled prefix"
     twice = "prefill_chunk_size" if OLD else None  # in those versions stock reads the prompt twice
@@ -70,11 +84,17 @@ def caches() -> list[Row]:
         Row("caches", "five turns of a chat with one cache", chat),
         Row("caches", "five turns of a chat with one cache, sliding windows", chat, family="mistral"),
         *group("caches", {"StaticCache passed": static}, refused="got a StaticCache"),
-        *group("caches", {"use_cache=False": {"use_cache": False}}, refused="got use_cache=False"),
+        *group("caches", without),
+        *group("caches", {f"{name}, sliding windows": own for name, own in kept.items()}, family="gemma3_text"),
+        *group(
+            "caches",
+            {"use_cache=False and prefill_chunk_size": {"use_cache": False, "prefill_chunk_size": 4}},
+            refused="expected use_cache=True",
+        ),
     ]
-    for kind in ("static", "offloaded", "offloaded_static", "quantized"):
+    for kind in ("offloaded", "offloaded_static", "quantized"):
         own = {f"cache_implementation {kind}": {"cache_implementation": kind}}
-        rows += group("caches", own, refused=f"None or 'dynamic', got '{kind}'")
+        rows += group("caches", own, refused=f"'static', .*got '{kind}'")
     return [row._replace(refused=twice) if row.name.startswith(chunked) else row for row in rows]
 
 
@@ -85,14 +105,14 @@ def prefilled(case: Case, short_of: int) -> DynamicCache:
     mask = case.mask if case.mask is None else case.mask[:, :held]
     positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        case.target(case.ids[:, :held], past_key_values=past, attention_mask=mask, position_ids=positions)
+        case.target(case.ids[:, :held], **{CACHE: past}, attention_mask=mask, position_ids=positions)
     return past
 
 
 def chat(generate: Callable, case: Case) -> None:
     past, ids, mask = DynamicCache(config=case.target.config), case.ids, case.mask
     for turn in range(5):
-        own = {"input_ids": ids, "past_key_values": past, "max_new_tokens": 8, "do_sample": turn % 2 == 1}
+        own = {"input_ids": ids, CACHE: past, "max_new_tokens": 8, "do_sample": turn % 2 == 1}
         mask_of_turn = {} if mask is None else {"attention_mask": mask}
         out = generate(**case.defaults() | own | mask_of_turn)
         question = torch.tensor([[2 + turn, 11 - turn, 5]]).expand(len(ids), -1)

@@ -110,6 +110,22 @@ TRAINING_FAULTS = [
         tests=("test_training_run.py::test_accumulated_batches_are_one_large_one",),
     ),
     Fault(
+        name="bad-checkpoint",
+        file="hf_longspec/training/trainer.py",
+        what="a checkpoint of NaN takes the place of a good one",
+        old="        self.weights()  # raises before",
+        new="        # raises before",
+        tests=("test_training_run.py::test_a_run_that_diverges_keeps_its_good_checkpoint",),
+    ),
+    Fault(
+        name="diverged-unseen",
+        file="hf_longspec/training/trainer.py",
+        what="a loss of NaN is logged like any other",
+        old="if not math.isfinite(logs.get(name, 0.0))",
+        new="if math.isinf(logs.get(name, 0.0))",
+        tests=("test_training_run.py::test_a_run_that_diverges_ends_with_one_error",),
+    ),
+    Fault(
         name="teacher-without-window",
         file="hf_longspec/training/teacher.py",
         what="keys of a sliding layer are trained on as if all were seen",

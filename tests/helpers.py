@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from hf_longspec import LongSpecConfig, LongSpecForCausalLM
 from hf_longspec.evaluation.tiny_models import randomized
 from hf_longspec.modeling.cache_longspec import SpeculativeCache
+from hf_longspec.modeling.interface_longspec import CACHE as CACHE  # what this transformers calls the cache's argument
 
 VOCAB = 13
 SHAPE = {
@@ -98,13 +99,13 @@ def commit(cache: SpeculativeCache, path: torch.Tensor, counts: torch.Tensor, em
 
 
 def interprets_triton() -> bool:
-    """Return whether to try kernels on the CPU: older interpreters fail with numpy 2.4, and a GPU runs the kernels."""
+    """Return whether to try kernels on the CPU: triton 3.6's interpreter fails with numpy 2.4, and a GPU runs them."""
     if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return False
-    return Version(importlib.metadata.version("triton")) >= Version("3.9")
+    return Version(importlib.metadata.version("triton")) >= Version("3.7")
 
 
-interpreted = pytest.mark.skipif(not interprets_triton(), reason="needs Triton 3.9 and no CUDA device")
+interpreted = pytest.mark.skipif(not interprets_triton(), reason="needs Triton 3.7 and no CUDA device")
 
 
 def is_one_line(stderr: str) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from helpers import CACHE
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
@@ -44,7 +45,7 @@ def observe(target: PreTrainedModel, play: Play, case: Any, seed: int = 11, **as
         try:
             out = target.generate(**options, **assistant)
         finally:
-            calls.append({"output": contents(out), "cache passed": contents(options.get("past_key_values"))})
+            calls.append({"output": contents(out), "cache passed": contents(options.get(CACHE))})
         accepted.extend(getattr(out, "accept_lengths", None) or [])
         return out
 

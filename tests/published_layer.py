@@ -1,7 +1,7 @@
 """The layer of the published LongSpec drafts as plain equations, for one text: no transformers, none of our code.
 
     x = embed(token)
-    x = x + O · attention(x)         over the last 512 tokens; queries, keys and values with bias, O without
+    x = x + O · attention(x)         over the last 513 tokens; queries, keys and values with bias, O without
     x = x + O · cross_attention(x)   queries with bias, over the target's cached keys and values
     x = x + down(silu(gate(x)) · up(x))
 
@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-WINDOW = 512
+WINDOW = 513  # flash-attn's `window_size=(512, -1)`: 512 keys to the left, and the token's own
 
 
 class PublishedLayer:

@@ -13,7 +13,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import VOCAB, commit, tiny_draft, tiny_target
+from helpers import CACHE, VOCAB, commit, tiny_draft, tiny_target
 from serials import DIM, HEADS, serials_in, states, states_of_rows
 from transformers import DynamicCache
 
@@ -83,7 +83,7 @@ class Reference:
     @functools.lru_cache(maxsize=2)  # noqa: B019  every node of a tree asks for the same
     def target_keys_and_values(self, prefix: tuple[int, ...]) -> list[torch.Tensor]:
         """Keys and values (prefix, K, D) of the target layer that the draft looks at."""
-        past = self.target(torch.tensor([prefix]), past_key_values=DynamicCache()).past_key_values
+        past = self.target(torch.tensor([prefix]), **{CACHE: DynamicCache()})[CACHE]
         layer = past.layers[self.config.target_layer]
         return [states[0].transpose(0, 1) for states in (layer.keys, layer.values)]
 
@@ -138,7 +138,7 @@ class Session:
         mask = (torch.arange(prompt) >= pads[:, None]).long()
         self.cache.hide_padding(mask)
         positions = (torch.arange(prompt) - pads[:, None]).clamp(min=0)
-        target(ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache)
+        target(ids, attention_mask=mask, position_ids=positions, **{CACHE: self.cache})
         self.generator.fill_window(self.bound.embed(ids), self.root_position - 1, mask.bool())
 
     @property
@@ -166,7 +166,7 @@ class Session:
         self.cache.begin_round(step.expand(len(rows), -1))
         state = Round(self.cache, ancestor_mask(chain, steps), self.backend, set())
         with switched(self.target), attending(state.attend):
-            self.target(tokens, position_ids=positions, past_key_values=self.cache)
+            self.target(tokens, position_ids=positions, **{CACHE: self.cache})
         commit(self.cache, step.expand(len(rows), -1), counts, emitted)
         for text, new in zip(self.texts, accepted, strict=True):
             text += new

@@ -9,6 +9,7 @@ import transformers
 from contract import LIMITS, PAGE, Line, lines, put, read_table, summary, table
 from contract_cell import Case, Row, models, observe, once, prompts, run
 from contract_rows import all_rows
+from helpers import CACHE
 from observation import differences
 from transformers.generation import stopping_criteria
 
@@ -105,7 +106,7 @@ def test_a_sight_of_a_call_shows_every_difference():
     assert differences(plain, plain._replace(log=[["called"], ["called"]])) == ["log: 1 entries, not 2"]
     assert differences(plain, plain._replace(random=torch.get_rng_state() + 1))
     assert differences(plain, plain._replace(error=ValueError()))
-    for path in (["scores", 3], ["past_key_values", "layers", 2, "keys"], ["past_key_values", "layers", 0, "values"]):
+    for path in (["scores", 3], [CACHE, "layers", 2, "keys"], [CACHE, "layers", 0, "values"]):
         other = look()
         holder = other.calls[0]["output"]
         for step in path:

@@ -158,6 +158,18 @@ def test_the_data_is_a_source(folder, greedy):
     assert len(train) and len(held_out)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_target_of_nan_writes_no_data(folder, tmp_path, temperature):
+    target = AutoModelForCausalLM.from_pretrained(folder / "target")
+    torch.nn.init.constant_(target.model.norm.weight, float("nan"))
+    target.save_pretrained(tmp_path / "target")
+    byte_tokenizer().save_pretrained(tmp_path / "target")
+    options = {"target": tmp_path / "target", "temperature": temperature}
+    result = CliRunner().invoke(cli.app, command(folder, tmp_path / "out", **options))
+    assert result.exit_code == 2 and not (tmp_path / "out").exists()
+    assert "the target cannot answer: expected logits that are numbers in torch.float32, got NaN" in result.stderr
+
+
 def test_texts_go_on_from_their_beginnings(folder, tmp_path):
     run(folder, tmp_path / "one", prompts="texts.jsonl", kind="text", max_prompt_tokens=8)
     run(folder, tmp_path / "more", prompts="texts.jsonl", kind="text", max_prompt_tokens=8, stride=10)

@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import quick_or_slow, tiny_draft, tiny_target
+from helpers import CACHE, quick_or_slow, tiny_draft, tiny_target
 from probes import Stops
 from texts import prompt_of
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
@@ -30,7 +30,7 @@ def assert_same(target, draft, ids, seed=3, own_cache=False, **options):
     texts = []
     for assistant in ({}, {"assistant_model": draft}):
         torch.manual_seed(seed)
-        own = {"past_key_values": DynamicCache()} if own_cache else {}
+        own = {CACHE: DynamicCache()} if own_cache else {}
         out = target.generate(ids, **options, **own, **assistant)
         texts.append(out.sequences.tolist() if options.get("return_dict_in_generate") else out.tolist())
     assert texts[0] == texts[1]
@@ -295,11 +295,11 @@ def test_a_cache_that_is_returned_takes_its_memory_along(captures, pair):
     kept = draft._engines.kept.memory[0][0].data_ptr()
     out = target.generate(prompt_of(9), return_dict_in_generate=True, **options)
     assert captures == [True] * 4, "memory and graphs serve it"
-    assert out.past_key_values.layers[0].keys.data_ptr() == kept and draft._engines.kept is None
-    held = [(layer.keys.clone(), layer.values.clone()) for layer in out.past_key_values.layers]
+    assert out[CACHE].layers[0].keys.data_ptr() == kept and draft._engines.kept is None
+    held = [(layer.keys.clone(), layer.values.clone()) for layer in out[CACHE].layers]
     for length in (9, 20):
         assert_same(target, draft, prompt_of(length))
-    for layer, (keys, values) in zip(out.past_key_values.layers, held, strict=True):
+    for layer, (keys, values) in zip(out[CACHE].layers, held, strict=True):
         assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
 
 

@@ -5,7 +5,7 @@ Random drafts are right seldom, so the vocabulary is tiny (13) and the trees wid
 
 import pytest
 import torch
-from helpers import quick_or_slow, tiny_draft, tiny_target
+from helpers import CACHE, quick_or_slow, tiny_draft, tiny_target
 from observation import TOLERANCE, contents
 from pairs import assert_same
 from texts import prompt_of
@@ -20,6 +20,7 @@ from transformers import (
 
 from hf_longspec.evaluation.tiny_models import tiny_model
 from hf_longspec.modeling.candidate_generator_longspec import LongSpecCandidateGenerator
+from hf_longspec.modeling.configuration_longspec import CPU_TREE
 
 WINDOW = 8
 SHAPES = [(), (1, 1, 1, 1), (2, 3), (4, 8, 8, 8), (4, 16, 16, 16, 16)]
@@ -119,6 +120,21 @@ def test_every_sampler_on_every_tree(llama, shape, sampler):
         assert_same(llama, draft, prompt_of(length), **SAMPLERS[sampler])
 
 
+def test_the_default_tree_of_a_cpu_is_small(llama):
+    """And a tree that is set is verified whole, be it the default of a GPU."""
+    draft, read = tiny_draft(llama, window=WINDOW, tree_shape=None), []
+    large = (4, 16, 16, 16, 16)
+    hook = llama.model.register_forward_hook(lambda *call: read.append(call[-1][0].shape[1]))
+    for shape, nodes in ((None, 1 + sum(CPU_TREE)), (large, 1 + sum(large))):
+        draft.config.tree_shape = shape
+        read.clear()
+        out = llama.generate(prompt_of(11), assistant_model=draft, max_new_tokens=12, return_dict_in_generate=True)
+        assert read[0] == 11 and set(read[1:]) == {nodes}
+        assert max(out.accept_lengths[0]) <= 1 + len(CPU_TREE if shape is None else large)
+        assert draft.state_bytes == 2 * 4 * 8 * 4 * (WINDOW + 2 + nodes - 1 - (shape or CPU_TREE)[-1])
+    hook.remove()
+
+
 @pytest.mark.parametrize("size", [1, 2, 7, 30])
 def test_pruned_trees(llama, size):
     draft = tiny_draft(llama, window=WINDOW, tree_shape=(4, 8, 8, 8), verify_tokens=size)
@@ -159,8 +175,8 @@ def test_cache_is_left_as_plain_generate_leaves_it():
         target = tiny_target(family)
         draft = tiny_draft(target, window=WINDOW, tree_shape=(4, 8, 8))
         options = {"max_new_tokens": 20, "return_dict_in_generate": True, "pad_token_id": 0}
-        plain = target.generate(prompt_of(9), **options).past_key_values
-        ours = target.generate(prompt_of(9), assistant_model=draft, **options).past_key_values
+        plain = target.generate(prompt_of(9), **options)[CACHE]
+        ours = target.generate(prompt_of(9), assistant_model=draft, **options)[CACHE]
         assert type(ours) is type(plain) and len(ours.layers) == len(plain.layers)
         for layer, expected in zip(ours.layers, plain.layers, strict=True):
             assert layer.get_seq_length() == expected.get_seq_length() == 28
@@ -178,7 +194,7 @@ def test_a_cache_passed_in_is_continued_over_turns(family, with_config):
         cache = DynamicCache(config=target.config) if with_config else DynamicCache()
         ids, texts = prompt_of(7), []
         for turn in range(4):
-            ids = target.generate(ids, past_key_values=cache, max_new_tokens=6, pad_token_id=0, **assistant)
+            ids = target.generate(ids, **{CACHE: cache}, max_new_tokens=6, pad_token_id=0, **assistant)
             texts.append(ids.tolist())
             ids = torch.cat([ids, prompt_of(3, seed=turn)], dim=1)
         return texts
@@ -253,11 +269,11 @@ def test_a_draft_that_fails_leaves_a_whole_cache(monkeypatch, call):
     options = {"max_new_tokens": 24, "pad_token_id": 0}
     draft = tiny_draft(target, tree_shape=(13, 80, 80))
     with pytest.raises(MemoryError, match="no room"):
-        target.generate(prompt_of(9), assistant_model=draft, past_key_values=past, **options)
+        target.generate(prompt_of(9), assistant_model=draft, **{CACHE: past}, **options)
     text, expected = target.generate(prompt_of(9), **options), DynamicCache(config=target.config)
     assert past.get_seq_length() >= 9
     with torch.no_grad():
-        target(text[:, : past.get_seq_length()], past_key_values=expected)
+        target(text[:, : past.get_seq_length()], **{CACHE: expected})
     for layer, other in zip(past.layers, expected.layers, strict=True):
         torch.testing.assert_close(layer.keys, other.keys, **TOLERANCE)
         torch.testing.assert_close(layer.values, other.values, **TOLERANCE)
@@ -339,8 +355,8 @@ def test_a_sliding_window_wider_than_the_text():
     draft = tiny_draft(target, window=WINDOW, tree_shape=(4, 8, 8))
     assert_same(target, draft, prompt_of(9))
     options = {"max_new_tokens": 20, "return_dict_in_generate": True, "pad_token_id": 0}
-    plain = target.generate(prompt_of(9), **options).past_key_values
-    ours = target.generate(prompt_of(9), assistant_model=draft, **options).past_key_values
+    plain = target.generate(prompt_of(9), **options)[CACHE]
+    ours = target.generate(prompt_of(9), assistant_model=draft, **options)[CACHE]
     for layer, expected in zip(ours.layers, plain.layers, strict=True):
         assert layer.cumulative_length == expected.cumulative_length
         torch.testing.assert_close(layer.keys, expected.keys, rtol=1e-4, atol=1e-5)
@@ -427,7 +443,7 @@ def test_state_after_an_interrupted_call(llama):
                 prompt_of(6),
                 max_new_tokens=12,
                 stopping_criteria=[Interrupt()],
-                past_key_values=cache,
+                **{CACHE: cache},
                 do_sample=True,
                 pad_token_id=0,
                 **assistant,

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import tiny_draft, tiny_target
+from helpers import CACHE, tiny_draft, tiny_target
 from probes import Stops
 
 from hf_longspec.modeling import fast_graphs_longspec
@@ -165,7 +165,7 @@ def test_returned_caches_between(captures):
         out = target.generate(
             prompt_of(9), assistant_model=draft, return_dict_in_generate=True, max_new_tokens=20, pad_token_id=0
         )
-        caches.append((out.past_key_values, [layer.keys.clone() for layer in out.past_key_values.layers]))
+        caches.append((out[CACHE], [layer.keys.clone() for layer in out[CACHE].layers]))
     assert_same(target, draft, prompt_of(20))
     for cache, keys in caches:
         assert all(torch.equal(layer.keys, held) for layer, held in zip(cache.layers, keys, strict=True))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import tiny_draft, tiny_target
+from helpers import CACHE, tiny_draft, tiny_target
 from transformers.utils import logging
 
 from hf_longspec.modeling.target_longspec import bind
@@ -66,7 +66,7 @@ def assert_same(target, draft, inputs, **options):
             torch.testing.assert_close(getattr(ours, name), getattr(plain, name), rtol=1e-4, atol=1e-4)
     if plain.hidden_states is not None:
         torch.testing.assert_close(ours.hidden_states, plain.hidden_states, rtol=1e-3, atol=1e-3)
-    for layer, theirs in zip(ours.past_key_values.layers, plain.past_key_values.layers, strict=True):
+    for layer, theirs in zip(ours[CACHE].layers, plain[CACHE].layers, strict=True):
         torch.testing.assert_close(layer.keys, theirs.keys, rtol=1e-3, atol=1e-3)  # of the same device, too
 
 

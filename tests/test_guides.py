@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from hf_longspec import LongSpecConfig, LongSpecForCausalLM, cli
 from hf_longspec.hub.card import About
+from hf_longspec.modeling.configuration_longspec import TREE
 from hf_longspec.modeling.target_longspec import check_fit
 from hf_longspec.training.recipe import Recipe
 
@@ -111,8 +112,8 @@ MISTAKES = {
     "training mode": lambda: decode(tiny_target("llama", attention_dropout=0.1).train()),
     "beams": lambda: decode(num_beams=4),
     "two assistants": lambda: decode(prompt_lookup_num_tokens=3),
-    "no cache": lambda: decode(use_cache=False),
-    "a static cache": lambda: decode(cache_implementation="static"),
+    "no cache": lambda: decode(use_cache=False, prefill_chunk_size=4),
+    "an offloaded cache": lambda: decode(cache_implementation="offloaded"),
     "attention weights": lambda: decode(output_attentions=True, return_dict_in_generate=True),
     "an option of the draft": lambda: decode(tree_shape=(2, 2)),
     "a tree": lambda: decode(fields={"tree_shape": (4, 0)}),
@@ -183,7 +184,7 @@ def test_the_card_in_the_guide_is_complete(tmp_path):
 
 def test_the_recipe_in_the_guide_is_one():
     recipe = Recipe.from_dict(yaml.safe_load(code_block("TRAIN", "yaml")))
-    assert recipe.evaluates and len(recipe.draft.config["tree_shape"]) <= recipe.signal.max_lag
+    assert recipe.evaluates and len(TREE) <= recipe.signal.max_lag
 
 
 def command_says(*arguments: str) -> list[str]:

@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 import transformers
-from helpers import quick_or_slow, tiny_draft, tiny_target
+from helpers import CACHE, quick_or_slow, tiny_draft, tiny_target
 from packaging import version
 from pairs import assert_same
 from test_positions_longspec import phi3_with_switch_at
@@ -198,7 +198,7 @@ def test_a_cache_passed_in_is_continued_over_turns(family, grown):
         for turn in range(3):
             grown.rounds.clear()
             options = OPTIONS | {"max_new_tokens": 9, "attention_mask": torch.ones_like(ids)}  # no token is padding
-            texts.append(target.generate(ids, past_key_values=cache, **options, **assistant))
+            texts.append(target.generate(ids, **{CACHE: cache}, **options, **assistant))
             if assistant:
                 grown.assert_right(target, texts[-1], (ids.shape[1],))
             ids = torch.cat([texts[-1], prompt_of(3, seed=turn)[:, turn:]], dim=1)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import quick_or_slow, tiny_draft
+from helpers import CACHE, quick_or_slow, tiny_draft
 from observation import Seen, differences, observe
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, DynamicCache, PreTrainedModel
 
@@ -151,7 +151,7 @@ def assert_same(target: PreTrainedModel, draft: Any, *turns: dict, **options: An
         cache, inputs, sequences = DynamicCache(config=target.config.get_text_config()), {}, None
         for turn in turns:
             inputs = turn if sequences is None else next_turn(inputs, sequences, turn)
-            sequences = generate(**inputs, past_key_values=cache, **options).sequences
+            sequences = generate(**inputs, **{CACHE: cache}, **options).sequences
 
     plain = observe(target, play, SimpleNamespace(log=[]))
     if plain.error is not None:

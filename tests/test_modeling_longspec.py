@@ -68,6 +68,19 @@ def test_angles_of_a_loaded_draft(overrides, tmp_path):
         assert torch.equal(loaded, saved)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_draft_of_broken_weights_is_not_saved(tmp_path, value):
+    draft = tiny_draft(tiny_target("llama"))
+    draft.set_draft_vocab([3, 4, 5, 6])
+    draft.bfloat16().save_pretrained(tmp_path / "good")
+    torch.nn.init.constant_(draft.cross_attn.q_proj.bias[3:4], value)
+    with pytest.raises(ValueError, match=r"with finite weights only, got NaN or infinity in cross_attn.q_proj.bias$"):
+        draft.save_pretrained(tmp_path / "bad")
+    given = draft.state_dict() | {"cross_attn.q_proj.bias": torch.zeros(draft.cross_attn.q_proj.bias.shape)}
+    draft.save_pretrained(tmp_path / "given", state_dict=given)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["given", "good"]
+
+
 @pytest.mark.parametrize("dims", [8, 4])
 def test_rotation_is_a_complex_product(dims):
     """Pairs are (i, i + dims/2); what lies beyond the rotary dimensions stays."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import tiny_draft, tiny_target
+from helpers import CACHE, tiny_draft, tiny_target
 from pairs import assert_same
 from texts import prompt_of
 from transformers import DynamicCache
@@ -59,10 +59,10 @@ def test_longrope_leaves_a_dropped_cache_to_its_owner(length):
     for assistant in ({}, {"assistant_model": draft}):
         cache = DynamicCache(config=target.config)
         with torch.no_grad():
-            target(prompt_of(length)[:, :5], past_key_values=cache)
+            target(prompt_of(length)[:, :5], **{CACHE: cache})
         options = {"max_new_tokens": 25, "return_dict_in_generate": True, "pad_token_id": 0}
-        out = target.generate(prompt_of(length), past_key_values=cache, **options, **assistant)
-        caches.append((cache, out.past_key_values))
+        out = target.generate(prompt_of(length), **{CACHE: cache}, **options, **assistant)
+        caches.append((cache, out[CACHE]))
     for mine, theirs in zip(caches[1], caches[0], strict=True):
         assert mine.get_seq_length() == theirs.get_seq_length()
         for layer, expected in zip(mine.layers, theirs.layers, strict=True):
@@ -80,5 +80,5 @@ def test_longrope_switch_is_real():
 def test_longrope_beside_other_ranks_is_refused():
     """Near the switch ranks would guess different numbers of levels, and wait for each other for ever."""
     target = phi3_with_switch_at(16)
-    with pytest.raises(ValueError, match="ranks that read alike, got synced_gpus with a target of longrope"):
+    with pytest.raises(ValueError, match="ranks that read alike, got synced_gpus with a text that may cross"):
         target.generate(prompt_of(9), assistant_model=tiny_draft(target), synced_gpus=True, max_new_tokens=3)

@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from helpers import CACHE
 from published_format import DRAFTS, TARGETS, random_weights, tiny, write_checkpoint, write_config
 from published_layer import WINDOW, PublishedLayer
 from test_candidate_generator_longspec import Session
@@ -15,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from hf_longspec import LongSpecForCausalLM
 from hf_longspec.evaluation.tiny_models import randomized
 from hf_longspec.hub.convert import convert
+
+TREE = (4, 16, 16, 16, 16)  # of the paper
 
 
 class Pair:
@@ -36,7 +39,7 @@ class Pair:
     def read(self, tokens: list[int], dtype: torch.dtype) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """Embeddings of the tokens, and the keys and values of the target's last layer, (T, K, D)."""
         target, ids = copy.deepcopy(self.target).to(dtype), torch.tensor([tokens])
-        layer = target(ids, past_key_values=DynamicCache()).past_key_values.layers[-1]
+        layer = target(ids, **{CACHE: DynamicCache()})[CACHE].layers[-1]
         return target.get_input_embeddings()(ids)[0], tuple(s[0].transpose(0, 1) for s in (layer.keys, layer.values))
 
 
@@ -82,7 +85,8 @@ def test_layer_over_a_text(pair, lag):
 def test_window_and_trees(pair):
     """A prompt longer than the window is read, trees of the paper's shape grow, one path is accepted, and again."""
     text = torch.randint(101, (WINDOW + 40,)).tolist()
-    assert (pair.draft.config.window, pair.draft.config.tree_shape) == (WINDOW, (4, 16, 16, 16, 16))
+    assert (pair.draft.config.window, pair.draft.config.tree_on(torch.device("cuda"))) == (WINDOW, TREE)
+    pair.draft.config.tree_shape = TREE
     session = Session(pair.target, pair.draft, [text])
     for accepted in ([7, 8, 9], [3], None):
         check_window(pair, session)

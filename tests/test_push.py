@@ -5,6 +5,7 @@ import threading
 import time
 
 import pytest
+import torch
 from hub_folders import REPO, STRANGER, client, connect, contents, hub_folders, server
 from hub_server import Cut, Damage, Drop, Lose, Status
 from typer.testing import CliRunner
@@ -211,3 +212,11 @@ def test_push_to_hub_of_a_draft(hub, folders):
     draft.push_to_hub(REPO, revision="few")
     changed = {name for name, data in repo.files("few").items() if data != repo.files()[name]}
     assert changed == {"config.json", "model.safetensors"}
+
+
+def test_a_draft_of_nan_is_not_sent(hub, folders):
+    draft = LongSpecForCausalLM.from_pretrained(folders / "draft")
+    torch.nn.init.constant_(draft.mlp.down_proj.weight, float("nan"))
+    with pytest.raises(ValueError, match="a draft is saved with finite weights only, .* in mlp.down_proj.weight"):
+        draft.push_to_hub(REPO, target=str(folders / "target"))
+    assert REPO not in hub.store.repos

@@ -4,12 +4,13 @@ import functools
 
 import pytest
 import torch
-from helpers import tiny_draft, tiny_target
+from helpers import CACHE, tiny_draft, tiny_target
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     DynamicCache,
     GPTJConfig,
+    GPTNeoConfig,
     MambaConfig,
     StaticCache,
     T5Config,
@@ -20,6 +21,7 @@ from hf_longspec.modeling.configuration_longspec import LongSpecConfig
 from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM
 
 IDS = torch.arange(2, 9)[None]
+TOKENS = {"vocab_size": 13, "bos_token_id": 1, "eos_token_id": None}
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +100,10 @@ def test_options_set_on_a_loaded_draft(llama, no_forward, field, value, message)
         ({"assistant_early_exit": 2}, "LongSpec draft or assistant_early_exit, got both"),
         ({"prompt_lookup_num_tokens": 0}, "LongSpec draft or prompt_lookup_num_tokens, got both"),
         ({"dola_layers": "high"}, "LongSpec draft or dola_layers, got both, dola_layers='high'"),
-        ({"cache_implementation": "static"}, "cache_implementation None or 'dynamic', got 'static'"),
-        ({"cache_implementation": "quantized"}, "got 'quantized'"),
+        ({"cache_implementation": "quantized"}, "cache_implementation None, 'dynamic', .*, got 'quantized'"),
         ({"cache_implementation": "offloaded"}, "got 'offloaded'"),
-        ({"use_cache": False}, "use_cache=False"),
+        ({"use_cache": False, "prefill_chunk_size": 4}, "expected use_cache=True .* prefill_chunk_size, got use_cache"),
+        ({"use_cache": False, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])}, "with position_ids that jump"),
         (
             {"output_attentions": True, "return_dict_in_generate": True},
             "no attention weights, got output_attentions=True",
@@ -130,11 +132,11 @@ def test_options_of_a_batch(llama, no_forward, options):
 def test_a_cache_of_another_batch_is_refused(llama, rows, prompts):
     cache = DynamicCache(config=llama.config)
     with torch.no_grad():
-        llama(IDS[:, :4].repeat(rows, 1), past_key_values=cache)
+        llama(IDS[:, :4].repeat(rows, 1), **{CACHE: cache})
     held = [layer.keys.clone() for layer in cache.layers]
-    message = f"expected past_key_values of the prompts' batch size {prompts}, got {rows}"
+    message = f"expected {CACHE} of the prompts' batch size {prompts}, got {rows}"
     with pytest.raises(ValueError, match=message):
-        llama.generate(IDS.repeat(prompts, 1), assistant_model=tiny_draft(llama), past_key_values=cache)
+        llama.generate(IDS.repeat(prompts, 1), assistant_model=tiny_draft(llama), **{CACHE: cache})
     assert all(torch.equal(layer.keys, before) for layer, before in zip(cache.layers, held, strict=True))
 
 
@@ -163,7 +165,7 @@ def test_activated_lora_is_refused(llama, no_forward):
     "options, message",
     [
         ({"num_beams": 2}, "needs num_beams=1"),  # before anything is allocated
-        ({"output_attentions": True}, "makes no attention weights"),  # once inputs are known
+        ({"use_cache": False, "prefill_chunk_size": 4}, "expected use_cache=True"),  # once inputs are known
     ],
 )
 def test_the_reader_of_a_streamer_is_told_the_end(llama, no_forward, options, message):
@@ -184,8 +186,13 @@ def test_the_reader_of_a_streamer_is_told_the_end(llama, no_forward, options, me
 
 def test_a_static_cache_object_is_refused(llama, no_forward):
     cache = StaticCache(config=llama.config, max_cache_len=64)
-    with pytest.raises(ValueError, match="expected past_key_values=DynamicCache, got a StaticCache"):
-        llama.generate(IDS, assistant_model=tiny_draft(llama), past_key_values=cache)
+    with pytest.raises(ValueError, match=f"expected {CACHE}=DynamicCache, got a StaticCache"):
+        llama.generate(IDS, assistant_model=tiny_draft(llama), **{CACHE: cache})
+
+
+def test_a_cache_that_is_not_to_be_used_is_refused(llama, no_forward):
+    with pytest.raises(ValueError, match=f"expected use_cache=True with {CACHE}"):
+        llama.generate(IDS, assistant_model=tiny_draft(llama), use_cache=False, **{CACHE: DynamicCache()})
 
 
 def test_an_encoder_decoder_target_is_refused(llama):
@@ -214,21 +221,26 @@ def test_dynamic_ntk_is_refused(llama):
         target.generate(IDS, assistant_model=tiny_draft(llama))
 
 
-def test_a_target_outside_the_attention_interface_is_refused_and_left_as_it_was():
-    target = AutoModelForCausalLM.from_config(
-        GPTJConfig(
-            vocab_size=13,
-            n_embd=32,
-            n_layer=2,
-            n_head=4,
-            rotary_dim=4,
-            n_positions=64,
-            bos_token_id=1,
-            eos_token_id=None,
-        )
-    )
-    with pytest.raises(ValueError, match="attention module that uses transformers' attention interface"):
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (
+            GPTNeoConfig(hidden_size=32, num_layers=2, attention_types=[[["global"], 2]], num_heads=4, **TOKENS),
+            "attention module that uses transformers' attention interface, got GPTNeoModel",
+        ),
+        (  # uses the interface since transformers 5.24
+            GPTJConfig(n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64, **TOKENS),
+            "attention module that uses .* got GPTJModel|does not know how GPTJAttention rotates its queries",
+        ),
+    ],
+    ids=["gpt_neo", "gptj"],
+)
+def test_a_target_that_draft_or_interface_does_not_know_is_refused(config, message):
+    target = AutoModelForCausalLM.from_config(config)
+    implementation = target.config._attn_implementation
+    with pytest.raises(ValueError, match=message):
         target.generate(IDS, assistant_model=LongSpecForCausalLM(LongSpecConfig.from_target(target.config)))
+    assert target.config._attn_implementation == implementation
 
 
 @pytest.mark.parametrize("method", ["forward", "generate", "__call__"])

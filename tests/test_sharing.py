@@ -1,12 +1,14 @@
 """Targets and drafts are shared: by threads, by several drafts or targets, by the call after one that was cut off."""
 
+import copy
+import pickle
 import random
 import sys
 import threading
 
 import pytest
 import torch
-from helpers import tiny_draft, tiny_target
+from helpers import CACHE, tiny_draft, tiny_target
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, DynamicCache
 
@@ -71,6 +73,78 @@ def test_threads_share_a_draft(eager_switching):
         for length in (5, 17)
     ]
     assert in_threads(*calls) == alone
+
+
+def test_threads_share_a_draft_over_targets_of_two_formats(eager_switching):
+    """The draft is cast for one target while the other's call runs: that call has the draft as it began with it."""
+    targets = [tiny_target("llama"), tiny_target("llama").to(torch.float64)]
+    draft = tiny_draft(targets[0], window=8, tree_shape=(2, 2))
+    alone = [target.generate(prompt_of(9), **OPTIONS).tolist() for target in targets]
+
+    def texts(target):
+        return [target.generate(prompt_of(9), assistant_model=draft, **OPTIONS).tolist() for _ in range(3)]
+
+    texts_of = in_threads(*(lambda target=target: texts(target) for target in targets))
+    assert texts_of == [[text] * 3 for text in alone]
+    assert draft._engines.calls == 0 and all(p.dtype == draft.dtype for p in draft.parameters())
+
+
+def test_a_call_within_a_call_casts_no_draft_under_it():
+    target, other = tiny_target("llama"), tiny_target("llama").to(torch.float64)
+    draft = tiny_draft(target, window=8, tree_shape=(2, 2))
+    options, inner = OPTIONS | {"max_new_tokens": 4}, []
+
+    def processor(ids, scores):
+        inner.append(other.generate(prompt_of(5), assistant_model=draft, **options).tolist())
+        return scores
+
+    text = target.generate(prompt_of(9), assistant_model=draft, logits_processor=[processor], **options)
+    assert text.tolist() == target.generate(prompt_of(9), **options).tolist() and draft.dtype == torch.float32
+    assert inner == [other.generate(prompt_of(5), **options).tolist()] * 4
+
+
+def in_a_round(target, act, at=2):
+    """Call `act` once in another thread, in the middle of the target's `at`-th forward of a round."""
+    rounds = []
+
+    def hook(module, inputs, output):
+        if AttentionInterface._longspec.attention.get() is not None:
+            rounds.append(None)
+            if len(rounds) == at:
+                handle.remove()
+                thread = threading.Thread(target=act)
+                thread.start()
+                thread.join()
+
+    handle = target.model.layers[1].register_forward_hook(hook)
+
+
+def test_an_attention_set_while_another_thread_is_in_a_round_stays():
+    target = tiny_target("llama")
+    draft = tiny_draft(target, window=8)
+    text = target.generate(prompt_of(9), **OPTIONS).tolist()
+    in_a_round(target, lambda: target.set_attn_implementation("eager"))
+    assert target.generate(prompt_of(9), assistant_model=draft, **OPTIONS).tolist() == text
+    assert target.config._attn_implementation == "eager"
+    assert AttentionInterface._longspec.switched == {}
+    assert target.generate(prompt_of(9), assistant_model=draft, **OPTIONS).tolist() == text
+    assert target.config._attn_implementation == "eager"
+
+
+def test_what_is_copied_or_pickled_during_a_round_has_the_targets_own_attention():
+    target = tiny_target("llama")
+    made = []
+
+    def act():
+        assert target.config._attn_implementation != "sdpa"
+        folded = pickle.dumps(target)
+        made.extend([copy.deepcopy(target), pickle.loads(folded), copy.deepcopy(target.config)])
+        assert b"longspec|" not in folded
+
+    in_a_round(target, act)
+    target.generate(prompt_of(9), assistant_model=tiny_draft(target), **OPTIONS)
+    configs = [getattr(one, "config", one) for one in made]
+    assert [(type(one._attn_implementation), one._attn_implementation) for one in configs] == [(str, "sdpa")] * 3
 
 
 def assert_same(target, draft, length=9):
@@ -180,16 +254,16 @@ def test_a_cache_outlives_a_round_that_failed(family):
         for at in (2, 3, 6):
             cache = DynamicCache(config=target.config)
             with torch.no_grad():
-                target(first, past_key_values=cache, use_cache=True)
+                target(first, **{CACHE: cache}, use_cache=True)
             fails = Fails(module, at)
             with pytest.raises(RuntimeError, match="out of memory"):
-                target.generate(ids, past_key_values=cache, assistant_model=draft, max_new_tokens=20, pad_token_id=0)
+                target.generate(ids, **{CACHE: cache}, assistant_model=draft, max_new_tokens=20, pad_token_id=0)
             fails.handle.remove()
             held = {layer.get_seq_length() for layer in cache.layers}
             assert len(held) == 1 and ids.shape[1] <= min(held) < text.shape[1], name
             for assistant in ({}, {"assistant_model": draft}):
                 so_far = text[:, : cache.get_seq_length() + 1]
-                options = {"max_length": so_far.shape[1] + 2, "pad_token_id": 0, "past_key_values": cache}
+                options = {"max_length": so_far.shape[1] + 2, "pad_token_id": 0, CACHE: cache}
                 options["attention_mask"] = torch.ones_like(so_far)  # the text has pad tokens of its own
                 rest = target.generate(so_far, **options, **assistant)
                 assert rest.tolist() == text[:, : rest.shape[1]].tolist(), name

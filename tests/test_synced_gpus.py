@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import tiny_draft, tiny_target
+from helpers import CACHE, tiny_draft, tiny_target
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
@@ -58,7 +58,7 @@ def compare(rank, target, *options_of_ranks, do_sample=False, **shared):
         calls.remove()
         runs.append({"text": out.sequences.tolist(), "draw": torch.rand(1).item()})
     # plain `generate` leaves what an idle rank forwards in its cache
-    lengths = {layer.get_seq_length() for layer in out.past_key_values.layers}
+    lengths = {layer.get_seq_length() for layer in out[CACHE].layers}
     clean = lengths == {out.sequences.shape[1] - 1}
     return {"plain": runs[0], "ours": runs[1], "calls": calls.count, "clean": clean, "accepted": out.accept_lengths}
 

@@ -34,6 +34,12 @@ def test_more_steps_give_a_smaller_kl(tmp_path):
     assert many.kl < 0.8 * few.kl and many.agreement > few.agreement
 
 
+def test_a_layer_whose_draft_diverges_is_an_error(tmp_path):
+    """A KL of NaN ranks anywhere."""
+    with pytest.raises(ValueError, match=r"layer 1 diverged: .* got others in .*; lower trainer.learning_rate"):
+        study(recipe(tmp_path, trainer__learning_rate=1e30, trainer__max_steps=3), [1], 1)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

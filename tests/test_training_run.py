@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -13,7 +15,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from full_disk import full_disk
 from helpers import tiny_target
 from recipes import losses, tiny_recipe
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_folders import ALPHABET
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, TrainerState
 from typer.testing import CliRunner
@@ -23,6 +25,7 @@ from hf_longspec.training.checkpoints import CheckpointError, last_complete
 from hf_longspec.training.learning_curve import draw, read_log
 from hf_longspec.training.recipe import Recipe
 from hf_longspec.training.run import Outcome, WallClock, train
+from hf_longspec.training.trainer import DraftTrainer
 
 # peft asks transformers under a name that is going out of use
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -130,6 +133,94 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(tmp_path):
     with full_disk(20_000), pytest.raises(CheckpointError, match=lost):
         run(tmp_path)
     assert run(tmp_path)[0].complete
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({}, r"expected finite numbers, got loss nan"),
+        ({"trainer__logging_nan_inf_filter": True}, r"expected finite numbers, got .*grad_norm nan"),
+        ({"trainer__logging_steps": 100}, r"expected weights that are finite in torch.float32, got others in "),
+        (
+            {"trainer__logging_steps": 100, "trainer__save_strategy": "no"},
+            r"expected finite numbers, got train_loss nan",
+        ),
+        (
+            {"trainer__logging_steps": 100, "trainer__save_strategy": "no", **EVALUATED},
+            r"expected weights that are finite in torch.float32, got others in ",
+        ),
+        ({"trainer__optim": "muon", "trainer__max_grad_norm": 0.0}, r"expected finite numbers, got loss nan"),
+    ],
+    ids=["log", "filtered log", "checkpoint", "end", "evaluation", "muon"],
+)
+def test_a_run_that_diverges_ends_with_one_error(tmp_path, settings, reason):
+    path = tiny_recipe(tmp_path, trainer__learning_rate=1e30, **settings)
+    result = CliRunner().invoke(cli.app, ["train", str(path)])
+    assert result.exit_code == 2 and '"complete"' not in result.stdout, result.output
+    (told,) = (line for line in result.stderr.splitlines() if line.startswith("hf-longspec: "))
+    assert re.search(f"training diverged by step .: {reason}.*; last checkpoint: .*trainer.learning_rate$", told), told
+    assert not (tmp_path / "run" / "draft").exists()
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_a_run_that_diverges_keeps_its_good_checkpoint(tmp_path, plain, monkeypatch, every):
+    """From its fourth step on the loss is NaN, whether steps are logged or not."""
+    sound = DraftTrainer.compute_loss
+
+    def broken(self, *arguments, **options):
+        loss = sound(self, *arguments, **options)
+        return loss * math.nan if self.state.global_step == 3 else loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DraftTrainer, "compute_loss", broken)
+        with pytest.raises(ValueError, match=r"training diverged by step 4: .* last checkpoint: .*checkpoint-2\."):
+            run(tmp_path, trainer__save_total_limit=1, trainer__logging_steps=every)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert all(x.isfinite().all() for x in weights(tmp_path / "run").values())
+    outcome, _ = run(tmp_path, trainer__save_total_limit=1)
+    assert outcome.complete
+    ours, theirs = (load_file(f"{each.draft}/model.safetensors") for each in (outcome, plain.outcome))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_weights_that_are_not_finite_are_not_gone_on_from(tmp_path, plain):
+    """A checkpoint of an earlier release, and the draft of an earlier stage."""
+    run(tmp_path, max_seconds=0.0)
+    checkpoint = last_complete(tmp_path / "run") / "model.safetensors"
+    broken = load_file(checkpoint)
+    broken["mlp.up_proj.weight"][0, 0] = math.nan
+    save_file(broken, checkpoint, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"checkpoint-1/model.safetensors: expected finite .* mlp.up_proj.weight"):
+        run(tmp_path)
+    with pytest.raises(ValueError, match=r"draft .*checkpoint-1: expected finite weights .* in mlp.up_proj.weight"):
+        run(tmp_path, "next", draft__init=str(checkpoint.parent))
+
+
+def test_steps_that_a_loss_scaler_passes_over_are_no_error():
+    """Until their scale says that all overflow. accelerate scales losses on GPUs only: here the scaler is on a CPU."""
+    weight = torch.zeros(1, requires_grad=True)
+    optimizer, scaler = torch.optim.SGD([weight], lr=1.0), torch.amp.GradScaler("cpu")
+    accelerator = SimpleNamespace(mixed_precision="fp16", scaler=scaler)
+    trainer = SimpleNamespace(accelerator=accelerator, _diverged=ValueError)
+
+    def step(gradient):
+        scaler.scale((weight * gradient).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    for gradient in (1.0, math.inf, math.nan, 1.0):
+        step(gradient)
+        DraftTrainer.check_steady(trainer, {"loss": math.nan, "grad_norm": math.inf})
+    assert weight.item() == -2
+    for _ in range(28):
+        step(math.inf)
+    with pytest.raises(ValueError, match="expected steps without overflow, got a loss scale of 6e-05"):
+        DraftTrainer.check_steady(trainer, {"loss": 1.0})
+    accelerator.mixed_precision = "no"
+    with pytest.raises(ValueError, match="expected finite numbers, got grad_norm inf"):
+        DraftTrainer.check_steady(trainer, {"loss": 1.0, "grad_norm": math.inf})
+    DraftTrainer.check_steady(trainer, {"eval_loss": math.nan})
 
 
 @pytest.mark.slow

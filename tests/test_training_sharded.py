@@ -132,6 +132,17 @@ def test_a_cut_run_goes_on(shared):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("every", [1, 100])
+@pytest.mark.parametrize("sharded", SHARDED)
+def test_a_run_that_diverges_ends_in_every_process(tmp_path, sharded, every):
+    """By its log, or by the weights that a checkpoint would hold."""
+    result = on_two(tmp_path, trainer__learning_rate=1e30, trainer__logging_steps=every, **sharded)
+    assert result.returncode != 0 and '"complete"' not in result.stdout
+    assert result.stderr.count("hf-longspec: training diverged by step 2: ") >= 1, result.stderr
+    assert not (tmp_path / "run" / "draft").exists() and last_complete(tmp_path / "run") is None
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [SHARDED[0], SHARDED[-1]])
 def test_adapters(tmp_path, alone, sharded):
     settings = LORA | {"draft__init": str(alone / "draft")}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_draft, tiny_target
+from helpers import CACHE, tiny_draft, tiny_target
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -36,7 +36,7 @@ def test_states_are_those_of_the_plain_model(family):
     ids = torch.randint(13, (2, LENGTH))
     states = read_target(target, layer, ids, plain_positions(2, LENGTH))
     with torch.no_grad():
-        plain = target(ids, past_key_values=(cache := DynamicCache()), output_hidden_states=True)
+        plain = target(ids, **{CACHE: (cache := DynamicCache())}, output_hidden_states=True)
     torch.testing.assert_close(states.hidden, plain.hidden_states[-1])
     torch.testing.assert_close(states.key, cache.layers[layer].keys)
     torch.testing.assert_close(states.value, cache.layers[layer].values)
@@ -88,7 +88,7 @@ def test_training_sees_what_a_decoding_step_sees(family, lag, reads):
 
 def decoding_step(target, draft, bound, ids, t, lag):
     cache = DynamicCache()  # made without a config it keeps the whole past of sliding layers
-    read = target(ids[:, : t - lag + 1], past_key_values=cache, output_hidden_states=True) if t >= lag else None
+    read = target(ids[:, : t - lag + 1], **{CACHE: cache}, output_hidden_states=True) if t >= lag else None
     past = cache.layers[bound.layer] if read is not None else None
     first = 0 if states_window(target, bound) is None else max(0, t - states_window(target, bound) + 1)
     window = slice(max(0, t - draft.config.window + 1), t + 1)

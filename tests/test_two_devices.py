@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import quick_or_slow, tiny_draft, tiny_target
+from helpers import CACHE, quick_or_slow, tiny_draft, tiny_target
 from observation import differences, observe
 from second_device import THERE, second_device
 from torch.utils._pytree import tree_leaves, tree_map
@@ -70,8 +70,8 @@ def assert_same(target, draft, inputs, **options):
 
         def play(generate, case):
             output = generate(**inputs, **options)
-            places.append([layer.keys.device for layer in output.past_key_values.layers if layer.is_initialized])
-            cache, output["past_key_values"] = output.past_key_values, None
+            places.append([layer.keys.device for layer in output[CACHE].layers if layer.is_initialized])
+            cache, output[CACHE] = output[CACHE], None
             case.log += [moved([layer.keys, layer.values], HERE) for layer in cache.layers if layer.is_initialized]
 
         seen.append(observe(target, play, SimpleNamespace(log=[]), **assistant))

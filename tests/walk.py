@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from contract_cell import OLD, target_of
-from helpers import VOCAB, tiny_draft
+from helpers import CACHE, VOCAB, tiny_draft
 from observation import Seen, differences, observe
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -49,7 +49,7 @@ def cache_of(step: Step, target: PreTrainedModel, prompt: Prompt) -> DynamicCach
         mask = None if prompt.mask is None else prompt.mask[:, : step.prefix]
         positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
         with torch.no_grad():
-            target(prompt.ids[:, : step.prefix], attention_mask=mask, position_ids=positions, past_key_values=past)
+            target(prompt.ids[:, : step.prefix], attention_mask=mask, position_ids=positions, **{CACHE: past})
     return past
 
 
@@ -68,7 +68,7 @@ def options_of(step: Step, target: PreTrainedModel, log: list) -> dict[str, Any]
     if step.positions is not None:
         options["position_ids"] = torch.arange(prompt.ids.shape[1]).expand_as(prompt.ids) + step.positions
     if (past := cache_of(step, target, prompt)) is not None:
-        options["past_key_values"] = past
+        options[CACHE] = past
     if step.chunk is not None:
         options["prefill_chunk_size"] = step.chunk
     if step.eos:

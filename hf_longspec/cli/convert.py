@@ -24,7 +24,7 @@ def convert(
     target: Annotated[str, typer.Option(help="Folder or Hub id of its target; only the config is read.")],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="New folder for the draft.")],
     dtype: Annotated[
-        WeightFormat, typer.Option(help="Number format of the weights; they are published in float16.")
+        WeightFormat, typer.Option(help="Number format of the new weights. A call casts them to the target's.")
     ] = WeightFormat.float16,
 ) -> None:
     """A published LongSpec draft as one that `generate` takes.

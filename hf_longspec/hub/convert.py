@@ -22,7 +22,7 @@ from ..modeling.configuration_longspec import LongSpecConfig
 from ..modeling.modeling_longspec import LongSpecForCausalLM
 from ..provenance import versions
 from ..writing import MachineError
-from .published import UNUSED, config_mismatches, draft_config, weight_mismatches
+from .published import UNUSED, WINDOW, config_mismatches, draft_config, weight_mismatches
 from .weight_files import read_weights, sha256, weight_files
 from .whole_folder import check_new, whole_folder
 
@@ -118,7 +118,9 @@ def check_config(source: str, target: str, ours: LongSpecConfig) -> None:
     """Raise `ValueError` where the config beside the checkpoint does not fit this target."""
     published = read_config("draft", source)
     if published.model_type == "longspec":
-        raise ValueError(f"draft {source} is in our format already, there is nothing to convert")
+        earlier = published.window < WINDOW and (Path(source) / RECORD).is_file()  # converted before 2026-12
+        mend = f'; set "window": {WINDOW} in its config.json, where it has {published.window}' if earlier else ""
+        raise ValueError(f"draft {source} is in our format already, there is nothing to convert{mend}")
     theirs = config_for("draft", source, published)
     if mismatches := config_mismatches(theirs, ours):
         raise ValueError(f"{source} is no draft for {target}:\n  " + "\n  ".join(mismatches))

@@ -33,6 +33,7 @@ PUBLISHED = tuple(
         ("Qwen", "QwQ-32B-Preview"),
     )
 )
+WINDOW = 513  # keys: the reference's left edge of 512 tokens counts, and the token itself
 # The model types that the format was written for.
 FAMILIES = ("llama", "qwen2")
 # The reference's cross-attention has the projections of a self-attention, but takes the target's keys and values.
@@ -68,8 +69,9 @@ def published_draft(repo_id: str) -> PublishedDraft | None:
 def draft_config(target_config: Any) -> LongSpecConfig:
     """Return the config of a published draft for a target with this config.
 
-    The reference reads the target's last layer, attends to its own last 512 tokens, has no final norm and guesses a
-    tree of 4 · 16 · 16 · 16 · 16. Raises `ValueError` for model types without a published draft.
+    The reference reads the target's last layer, attends to a token and the 512 before it, has no final norm and
+    guesses a tree of 4 · 16 · 16 · 16 · 16, our default but for a CPU. Raises `ValueError` for model types without a
+    published draft.
     """
     text = target_config.get_text_config(decoder=True)
     if text.model_type not in FAMILIES:
@@ -79,9 +81,8 @@ def draft_config(target_config: Any) -> LongSpecConfig:
     return LongSpecConfig.from_target(
         target_config,
         target_layer=text.num_hidden_layers - 1,
-        window=512,
+        window=WINDOW,
         final_norm=False,
-        tree_shape=(4, 16, 16, 16, 16),
     )
 
 

@@ -71,8 +71,17 @@ def without_guesses(target: PreTrainedModel) -> LongSpecForCausalLM:
 def try_once(
     target: PreTrainedModel, prompts: Sequence[Prompt], answering: Answering, draft: LongSpecForCausalLM
 ) -> None:
-    """Generate one token, before anything is written. Raises what `generate` has against target, draft or options."""
+    """Generate one token, before anything is written. Raises what `generate` has against target, draft or options.
+
+    Raises `ValueError` for a target whose logits are NaN, of which `generate` would make an answer.
+    """
     shortest = min(prompts, key=lambda prompt: len(prompt.ids))
+    ids = torch.from_numpy(shortest.ids.astype(np.int64))[None].to(target.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "assistant_model": draft}
+    options = replace(answering, max_new_tokens=1, temperature=0.0).options()
+    found = target.generate(**inputs, **options, pad_token_id=0, output_logits=True, return_dict_in_generate=True)
+    if any(logits.isnan().any() for logits in found.logits):
+        raise ValueError(f"the target cannot answer: expected logits that are numbers in {target.dtype}, got NaN")
     answer(target, [shortest.ids], replace(answering, max_new_tokens=1), draft)
 
 

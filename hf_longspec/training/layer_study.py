@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, TrainingArguments, get_scheduler, set_
 
 from hf_longspec.modeling.configuration_longspec import layer_kinds
 from hf_longspec.modeling.fast_compiled_longspec import compiled_layers
-from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM
+from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM, not_finite
 
 from ..evaluation.room import positions_of
 from .batch import Batch, batch_of
@@ -93,6 +93,12 @@ class Study:
                 optimizers[index].step()
                 optimizers[index].zero_grad()
                 schedules[index].step()
+        for layer, draft in zip(self.layers, self.drafts, strict=True):
+            if name := not_finite(draft.state_dict()):
+                raise ValueError(
+                    f"the draft of layer {layer} diverged: expected finite weights, got others in {name}; "
+                    "lower trainer.learning_rate"
+                )
 
     @torch.no_grad()
     def scores(self, held_out: Any, count: int) -> list[Score]:

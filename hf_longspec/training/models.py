@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hf_longspec.modeling.configuration_longspec import LongSpecConfig
-from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM
+from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM, not_finite
 
 from ..evaluation.room import positions_of
 from ..loading import loading
@@ -79,6 +79,8 @@ def make_draft(draft: Draft, target: PreTrainedModel, device: torch.device) -> L
                 if "ignore_mismatched_sizes" not in str(error):
                     raise
                 raise ValueError(f"recipe.draft.config: {draft.config} does not fit the weights") from error
+        if name := not_finite(model.state_dict()):
+            raise ValueError(f"draft {draft.init}: expected finite weights to go on with, got others in {name}")
     return model.to(device, torch.float32)
 
 

@@ -15,8 +15,11 @@ from typing import Any, NamedTuple
 
 import yaml
 from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file
 from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
+
+from hf_longspec.modeling.modeling_longspec import not_finite
 
 from ..evaluation.room import positions_of
 from ..writing import whole_file, writing
@@ -133,7 +136,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
 def resume_point(recipe: Recipe, args: TrainingArguments) -> Path | None:
     """Return the run's last whole checkpoint, or None.
 
-    Raises `ValueError` if the checkpoint is of a run with another recipe, or lacks what a run needs to continue.
+    Raises `ValueError` if the checkpoint is of a run with another recipe, lacks what a run needs to continue, or is of
+    an earlier release and diverged.
     """
     run = Path(str(args.output_dir))
     checkpoint = last_complete(run)
@@ -144,6 +148,9 @@ def resume_point(recipe: Recipe, args: TrainingArguments) -> Path | None:
                 f"{run} holds a run with another recipe: {', '.join(sorted(changed))} differ; "
                 "choose another `trainer.output_dir`, or the same recipe"
             )
+        for file in sorted(checkpoint.glob("*.safetensors")):
+            if name := not_finite(load_file(file)):
+                raise ValueError(f"{file}: expected finite weights to go on with, got others in {name}")
         states = [path.stem for path in checkpoint.glob("rng_state*.pth")]
         # `Trainer` would continue with an empty optimizer, and warm up again
         if step_of(checkpoint) < args.max_steps and not states:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel, Trainer, TrainerControl, TrainingArgum
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM
+from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM, not_finite
 
 from ..writing import first_line
 from .checkpoints import CheckpointError, last_complete, mark_complete, mark_unfinished
@@ -33,11 +34,18 @@ from .optimizer import make_muon
 from .recipe import Recipe
 from .samples import Collator
 
+# What a record of training steps or of a whole run has that is not finite in a run that diverged.
+STEADY = ("loss", "grad_norm", "train_loss")
+# A loss in float16 is scaled, and each step that overflows is passed over and halves the scale. The scale begins at
+# 65,536, so below this one at least 30 more steps were passed over than brought anything.
+LEAST_SCALE = 1e-4
+
 
 class DraftTrainer(Trainer):
     """Train `draft`, or a new adapter on it where the recipe says so.
 
-    Raises `ValueError` if the draft does not fit the target, or if `held_out` is too small for the evaluation.
+    Raises `ValueError` if the draft does not fit the target, or if `held_out` is too small for the evaluation; while
+    it trains, in every process, if the loss, the gradients or the weights are not finite.
     """
 
     control: TrainerControl
@@ -92,19 +100,47 @@ class DraftTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self.check_steady(logs)
         if "grad_norm" in logs:  # the log of training steps
             sums = self.accelerator.reduce(self.recent.sums, "sum")
             logs |= self.recent.summary(sums, self.accelerator.num_processes)
             self.recent = RecentBatches(self.recipe.signal.max_lag, self.args.device)
         super().log(logs, start_time)
 
+    def check_steady(self, logs: dict[str, float]) -> None:
+        """Raise `ValueError` for a record of a run that diverged. The record is the same in all processes."""
+        if self.accelerator.mixed_precision != "fp16":
+            if wrong := [f"{name} {logs[name]}" for name in STEADY if not math.isfinite(logs.get(name, 0.0))]:
+                raise self._diverged(f"expected finite numbers, got {', '.join(wrong)}")
+        elif (scaler := self.accelerator.scaler) is not None and scaler.get_scale() < LEAST_SCALE:
+            raise self._diverged(f"expected steps without overflow, got a loss scale of {scaler.get_scale():.0e}")
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """Return the draft's whole weights in the first process, None in the others; all processes must call.
+
+        Raises `ValueError`, in every process, for weights that are not finite in the target's format.
+        """
+        state = self.accelerator.get_state_dict(self.model_wrapped)
+        first = self.is_world_process_zero()
+        wrong = not_finite(state, self.target.dtype) if first else None
+        if name := broadcast_object_list([wrong])[0]:
+            raise self._diverged(f"expected weights that are finite in {self.target.dtype}, got others in {name}")
+        return state if first else None
+
+    def _diverged(self, reason: str) -> ValueError:
+        last = last_complete(Path(str(self.args.output_dir))) or "none"
+        return ValueError(
+            f"training diverged by step {self.state.global_step}: {reason}; last checkpoint: {last}. "
+            "Start another run with a smaller trainer.learning_rate"
+        )
+
     def snapshot(self) -> Any:
         """Return a copy of the draft as it would be used: in eval mode and in the target's format.
 
         All processes must call this method; only the first gets the draft, the others get None.
         """
-        state = self.accelerator.get_state_dict(self.model_wrapped)
-        if not self.is_world_process_zero():
+        state = self.weights()
+        if state is None:
             return None
         return self._assembled(state).to(self.target.device, self.target.dtype).eval()
 
@@ -152,6 +188,7 @@ class DraftTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save as `Trainer` does, but count a folder as a checkpoint only when it is whole, and delete none before."""
+        self.weights()  # raises before an older checkpoint is given up for one of no use
         run = Path(str(self.args.output_dir))
         folder = run / f"checkpoint-{self.state.global_step}"
         writes = self.args.should_save
