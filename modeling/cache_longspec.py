@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer
 
 from .attention_longspec import Memo, Move, Span, Spans, move_slots
-from .cache_layers_longspec import FullLayer, Placement, SharedLayer, SlidingLayer, Stores
+from .cache_layers_longspec import FullLayer, Placement, SharedLayer, SlidingLayer, Stores, compacted, widened
 from .configuration_longspec import layer_kinds
 
 # Tokens. A ring takes its memory at once, and some windows (phi3: 262,144) are wider than any text.
@@ -173,10 +173,11 @@ class SpeculativeCache(Cache):
     def restart(self, successor: Cache) -> None:
         """Start empty where plain `generate` drops its cache for `successor`: `past` keeps what it has."""
         self.hand_back()
+        self.compact()
         self.past = successor
         self._row_lengths = self.bounds = None
         for layer in self.owners:
-            layer.length, layer.is_initialized = 0, False  # the memory is the old cache's now
+            layer.length = 0
 
     def take_over(self) -> None:
         """Take over what `past` holds, layer by layer, so that no more than one layer exists twice."""
@@ -188,6 +189,17 @@ class SpeculativeCache(Cache):
                 ours.lazy_initialization(theirs.keys, theirs.values)
                 ours.update(theirs.keys, theirs.values)
                 theirs.keys = theirs.values = None
+
+    def compact(self) -> None:
+        """Let what `hand_back` gave own no more memory than it fills, so that a saved or copied cache has no reserve.
+
+        Tensor by tensor: no more than one exists twice.
+        """
+        for ours, theirs in zip(self.layers, self.past.layers, strict=False):
+            if ours.is_initialized:
+                ours.is_initialized = False
+                theirs.keys, ours.keys = compacted(theirs.keys), None
+                theirs.values, ours.values = compacted(theirs.values), None
 
     def hand_back(self) -> None:
         """Give `past` what plain decoding would have left there: all rows as long as the shortest."""
@@ -208,6 +220,8 @@ class SpeculativeCache(Cache):
             if getattr(theirs, "is_sliding", False):
                 kept = slice(1 - theirs.sliding_window, None) if theirs.sliding_window > 1 else slice(None)
                 keys, values = keys[:, :, kept], values[:, :, kept]
+            if theirs.values is not None:  # new: before transformers 5.24 it takes values in the format of the keys
+                values = widened(values, theirs.values)
             theirs.keys, theirs.values = keys, values
             if hasattr(theirs, "cumulative_length"):
                 theirs.cumulative_length = layer.length

@@ -17,7 +17,7 @@ from .candidate_generator_longspec import LongSpecCandidateGenerator
 from .engine_longspec import Backend, Engine
 from .interface_longspec import CACHE, prefill, step_inputs
 from .output_longspec import PhaseClock
-from .rope_switch_longspec import RopeSwitch
+from .positions_longspec import Positions
 from .sampling_longspec import Sampler
 from .target_longspec import catching, check_cached
 from .text_longspec import Text
@@ -58,14 +58,15 @@ class Roots(NamedTuple):
 
     def follow(self, text: Text) -> None:
         """Take over from the host the newest tokens and which rows have stopped; the host does not know positions."""
-        self.tokens.copy_(torch.tensor(text.newest))
-        self.stopped.copy_(torch.tensor(text.stopped))
+        self.tokens.copy_(torch.tensor(text.newest, device="cpu"))
+        self.stopped.copy_(torch.tensor(text.stopped, device="cpu"))
 
 
 class Call(NamedTuple):
     """What all rounds of a call have in common.
 
-    roots: moved on in place by each round; extras: unusual inputs of every forward of the target, see `step_inputs`.
+    roots: moved on in place by each round; extras: unusual inputs of every forward of the target, see `step_inputs`;
+    shift: the largest position of a root less the length of the cache; levels: of the trees of the present round.
     """
 
     target: PreTrainedModel
@@ -75,10 +76,19 @@ class Call(NamedTuple):
     generator: LongSpecCandidateGenerator
     backend: Backend
     engine: Engine
-    rope_switch: RopeSwitch
+    positions: Positions
     clock: PhaseClock
     roots: Roots
     extras: dict[str, Any]
+    shift: int
+    levels: int = 0
+
+    def next_round(self) -> Call:
+        """Return the call for a round behind what is cached. Only rows that have not stopped need their positions."""
+        rows = zip(self.cache.lengths, self.text.ends, strict=True)
+        position = max((length for length, end in rows if end is None), default=0) + self.shift
+        most = len(self.generator.shape)
+        return self._replace(levels=self.positions.levels(most, position, self.cache.length))
 
 
 def make_cache(
@@ -116,8 +126,8 @@ def read_prompt(
     generator: LongSpecCandidateGenerator,
     generation_config: GenerationConfig,
     model_kwargs: dict[str, Any],
-) -> tuple[Roots, dict[str, Any]]:
-    """Read the prompt, write the first token, fill the draft's window. Returns the roots and `Call.extras`."""
+) -> tuple[Roots, dict[str, Any], int]:
+    """Read the prompt, write the first token, fill the draft's window. Returns the last three fields of `Call`."""
     draft, bound = generator.draft, generator.target
     prompt = text.sequences
     reads_hidden = bool(generator.shape) and draft.config.target_hidden_state
@@ -144,4 +154,4 @@ def read_prompt(
         embeds = bound.embed(ids.masked_fill(ids >= vocab, 0))  # some targets have no embedding for an image's tokens
     index = torch.arange(cache.length - embeds.shape[1], cache.length, device=bound.device)
     generator.fill_window(embeds, roots.positions - 1, index >= starts[:, None])
-    return roots, extras
+    return roots, extras, int(roots.positions.max()) - cache.length

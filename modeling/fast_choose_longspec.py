@@ -108,6 +108,8 @@ def triton_misfit(demand: Demand) -> str | None:
         return f"it needs a CUDA device of capability 8.0 or newer, got {torch.cuda.get_device_capability(device)}"
     if head_dim > 256:
         return f"it needs a head dimension of at most 256, got {head_dim}"
+    if demand.dtype == torch.float64:
+        return "it computes in float32, got a target in float64"
     return None
 
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .call_longspec import Call
-from .rope_switch_longspec import last_short_length
+from .positions_longspec import last_short_length
 
 logger = logging.get_logger(__name__)
 

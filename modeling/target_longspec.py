@@ -110,6 +110,8 @@ def check_fit(config: LongSpecConfig, target: PreTrainedModel) -> None:
     """Raise `ValueError` that lists every mismatch between a draft's config and a target."""
     text = target.config.get_text_config(decoder=True)
     kinds = layer_kinds(text)
+    if "sliding" in kinds and text.sliding_window == 1:  # a cache that never slides; each implementation masks otherwise
+        raise ValueError(f"LongSpec does not serve windows of one token, got {text.model_type!r} with sliding_window=1")
     kv_heads, head_dim = kv_shape(layer_config(text, config.target_layer))
     actual = {
         "vocab_size": text.vocab_size,
@@ -313,7 +315,7 @@ def _state(tensor: Tensor) -> tuple[int, int]:
 
 def vocabulary(ids: Tensor | Sequence[int], size: int) -> Tensor:
     """Return a copy of token ids (N,) in int64. Raises `ValueError` for repeated ids and ids beyond `size`."""
-    ids = torch.as_tensor(ids)
+    ids = torch.as_tensor(ids, device="cpu")
     if ids.dim() != 1 or not len(ids) or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"a draft vocabulary is a row of token ids, got {tuple(ids.shape)} of {ids.dtype}")
     lowest, highest, repeated = int(ids.min()), int(ids.max()), len(ids) - len(ids.unique())
