@@ -110,8 +110,12 @@ def check_fit(config: LongSpecConfig, target: PreTrainedModel) -> None:
     """Raise `ValueError` that lists every mismatch between a draft's config and a target."""
     text = target.config.get_text_config(decoder=True)
     kinds = layer_kinds(text)
-    if "sliding" in kinds and text.sliding_window == 1:  # a cache that never slides; each implementation masks otherwise
-        raise ValueError(f"LongSpec does not serve windows of one token, got {text.model_type!r} with sliding_window=1")
+    if (
+        "sliding" in kinds and text.sliding_window == 1
+    ):  # a cache that never slides; each implementation masks otherwise
+        raise ValueError(
+            f"LongSpec does not serve windows of one token, got {text.model_type!r} with sliding_window=1"
+        )
     kv_heads, head_dim = kv_shape(layer_config(text, config.target_layer))
     actual = {
         "vocab_size": text.vocab_size,

@@ -102,7 +102,10 @@ def test_options_set_on_a_loaded_draft(llama, no_forward, field, value, message)
         ({"dola_layers": "high"}, "LongSpec draft or dola_layers, got both, dola_layers='high'"),
         ({"cache_implementation": "quantized"}, "cache_implementation None, 'dynamic', .*, got 'quantized'"),
         ({"cache_implementation": "offloaded"}, "got 'offloaded'"),
-        ({"use_cache": False, "prefill_chunk_size": 4}, "expected use_cache=True .* prefill_chunk_size, got use_cache"),
+        (
+            {"use_cache": False, "prefill_chunk_size": 4},
+            "expected use_cache=True .* prefill_chunk_size, got use_cache",
+        ),
         ({"use_cache": False, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])}, "with position_ids that jump"),
         (
             {"output_attentions": True, "return_dict_in_generate": True},
