@@ -54,7 +54,7 @@ class RopeSwitch:
     def read_anew(self, text: Text, cache: SpeculativeCache) -> Any:
         """Read what plain `generate` reads anew of `text` into the emptied cache. Returns the target's outputs.
 
-        That is the whole text without a cache, and from transformers 5.18 on; 5.17 forgets the text here, and we with it.
+        That is the whole text; with a cache, transformers 5.17 forgets the text here, and we with it.
         """
         inputs = self._inputs(text.sequences, cache)
         cache.restart(DynamicCache(config=self.target.config.get_text_config(decoder=True)))
