@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -28,7 +29,7 @@ from .interface_longspec import (
     prefill,
     step_inputs,
     switched,
-    undisturbed,
+    uncompiled,
 )
 from .output_longspec import PhaseClock
 from .rope_switch_longspec import RopeSwitch
@@ -101,76 +102,73 @@ class Call(NamedTuple):
     extras: dict[str, Any]
 
 
-# What each target was when it was last probed.
-_PROBED: weakref.WeakKeyDictionary[PreTrainedModel, Any] = weakref.WeakKeyDictionary()
+_PROBED: weakref.WeakKeyDictionary[PreTrainedModel, Any] = weakref.WeakKeyDictionary()  # see `probe`
+_PROBING = threading.RLock()
 _STEPS = 8
 
 
 def probe(draft: Any, target: PreTrainedModel, bound: BoundTarget) -> None:
     """Raise `ValueError` for a target of which only forwards tell that it cannot be served.
 
-    It reads one token, and one or two more as in a round, into a cache of its own: once, and again when it has other
-    hooks, or trains otherwise. So a call that is refused has done nothing yet.
+    Reads one token, and one or two more as in a round, into a cache of its own: once, and again when the target has
+    other hooks or trains otherwise. So a call that is refused has not done anything.
     """
     config, hooks = draft.config, foreign_hooks(target)
     recomputes = any(part.training and getattr(part, "gradient_checkpointing", False) for part in target.modules())
     traits = config.target_layer, config.target_hidden_state, frozenset(hooks), recomputes
-    if _PROBED.get(target) == traits:
-        return
-    # PEFT's hooks name an adapter for each row of the call
-    batch = max((len(getattr(hook, "keywords", {}).get("adapter_names") or "1") for hook in hooks.values()), default=1)
-    text_config, device = target.config.get_text_config(decoder=True), bound.device
-    cache = SpeculativeCache(text_config, DynamicCache(config=text_config), _STEPS, 2, longest=_STEPS + 2, batch=batch)
-    ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
-    inputs, backend = first_inputs(target, ids), plain_backend("eager")
-    with undisturbed(device):
-        with catching(target, config.target_hidden_state) as caught:
-            outputs = prefill(target, ids, cache, GenerationConfig(), inputs)
+    with _PROBING, uncompiled():
+        if _PROBED.get(target) == traits:
+            return
+        # PEFT's hooks name an adapter for each row of the call
+        batch = max([len(getattr(hook, "keywords", {}).get("adapter_names") or "1") for hook in hooks.values()] or [1])
+        text_config = target.config.get_text_config(decoder=True)
+        past, longest = DynamicCache(config=text_config), _STEPS + 2
+        cache = SpeculativeCache(text_config, past, longest, tree_size=2, longest=longest, batch=batch)
+        ids = torch.zeros(batch, 1, dtype=torch.long, device=bound.device)
+        inputs, backend = first_inputs(target, ids), plain_backend("eager")
+        try:
+            with catching(target, config.target_hidden_state) as caught:
+                outputs = prefill(target, ids, cache, GenerationConfig(), inputs)
+        except (LookupError, RuntimeError, TypeError, ValueError):
+            return  # it needs more than a token, and the call will tell
         check_cached(cache.layers[bound.layer], config)
         hidden = None if caught is None else caught.of_last_token()
         steps = step_inputs(target, ids, outputs, inputs)
         positions, extras = next(steps)
-        roots = Roots.of(ids[:, 0], torch.zeros_like(ids[:, 0], dtype=torch.bool), positions, 1, hidden)
+        roots = Roots.of(ids[:, 0], torch.zeros_like(ids[:, 0], dtype=torch.bool), positions, cache.length, hidden)
         alone = read_tree(target, roots.stump, roots, cache, backend, extras).logits[:, 0]
         if hooks:
-            chain = TokenTree(ids.expand(-1, 2), ids.expand(-1, 2), roots.stump.scores.expand(-1, 2), levels=1)
+            two = ids.expand(-1, 2)
+            chain = TokenTree(two, two, two.float(), levels=1)
             followed = read_tree(target, chain, roots, cache, backend, extras).logits[:, 0]
-            check_hooks(alone, followed, torch.finfo(bound.dtype).eps)
+            rounding = torch.finfo(bound.dtype).eps ** 0.5 * alone.abs().max()
+            if bool((alone - followed).abs().max() > rounding):
+                raise ValueError(
+                    "LongSpec needs forward hooks that treat all tokens of a forward alike, got some that change a "
+                    "token's logits with the number of tokens, as hooks on output[:, -1] do"
+                )
         for step in range(1, _STEPS):
-            cache.commit(torch.zeros_like(ids), torch.ones_like(ids[:, 0]))
+            cache.commit(ids, torch.ones_like(ids[:, 0]))
             cache.end_round([1] * batch)
             later, later_extras = next(steps)
             moved = None if positions is None else positions + step
             check_steps(target, extras | {"position_ids": moved}, later_extras | {"position_ids": later})
-            cache.begin_round(torch.zeros_like(ids))
-    _PROBED[target] = traits
+            cache.begin_round(ids)
+        _PROBED[target] = traits
 
 
 def check_steps(target: PreTrainedModel, inputs: dict[str, Any], later: dict[str, Any]) -> None:
     """Raise `ValueError` unless a target goes on with the same `inputs` from step to step: a round has many steps."""
-    anew = [name for name in sorted(inputs.keys() | later.keys()) if not _same(inputs.get(name), later.get(name))]
+
+    def same(one: Any, other: Any) -> bool:
+        tensors = isinstance(one, Tensor) and isinstance(other, Tensor)
+        return one is other or bool(torch.equal(one, other) if tensors else one == other)
+
+    anew = [name for name in sorted(inputs.keys() | later.keys()) if not same(inputs.get(name), later.get(name))]
     if anew:
         raise ValueError(
             f"LongSpec needs a target that is given the next position and else the same inputs at each step, got "
             f"{type(target).__name__}, which prepares {', '.join(anew)} anew (see its prepare_inputs_for_generation)"
-        )
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one is other or torch.equal(one, other)
-    return one is other or bool(one == other)
-
-
-def check_hooks(alone: Tensor, followed: Tensor, eps: float) -> None:
-    """Raise `ValueError` if a token's logits (B, vocab) are others where another token follows in the same forward.
-
-    eps: of the target's format; rounding may make a difference of about its root.
-    """
-    if bool((alone - followed).abs().max() > eps**0.5 * alone.abs().max()):
-        raise ValueError(
-            "LongSpec needs forward hooks that treat all tokens of a forward alike, got some that change a token's "
-            "logits with the number of tokens, as hooks on output[:, -1] do"
         )
 
 

@@ -200,13 +200,9 @@ def step_inputs(
         yield None if positions is None else positions[..., -1], extras
 
 
-@contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
-    """Run forwards that nobody asked for: without a trace in random generators, or in torch.compile's caches."""
-    devices = [device] if device.type == "cuda" else []
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    with torch.random.fork_rng(devices), eager:
-        yield
+def uncompiled() -> AbstractContextManager:
+    """Return a context in which what a user has compiled runs as it was written; one thread at a time may enter."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def forward(target: PreTrainedModel, ids: Tensor, positions: Tensor, cache: Cache, extras: dict[str, Any]) -> Any:

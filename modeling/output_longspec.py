@@ -75,7 +75,7 @@ class Records:
                 record.put(rows, steps, states)
 
     def as_dict(self, whole: bool = False) -> dict[str, Any]:
-        """Return them as plain `generate` does; whole: at each step hidden states of all the text, as with no cache."""
+        """Return them as plain `generate` does; whole: each step hidden states of all the text, as without cache."""
         layers = None if self.hidden_states is None else [record.values for record in self.hidden_states]
         if layers is not None and whole:
             layers = [tuple(accumulate(steps, lambda text, new: torch.cat([text, new], dim=-2))) for steps in layers]

@@ -1,6 +1,7 @@
 """A call before its first token: what only a forward tells of a target is told by a probe that leaves no trace."""
 
 import functools
+import threading
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_a_target_is_probed_once():
         assert len(counted) - 1 - len(out.accept_lengths[0]) == expected
 
 
-# --- what a step sees beyond its inputs -------------------------------------------------------------------------------
+# --- what a step sees beyond its inputs ------------------------------------------------------------------------------
 
 
 class Restarting(LlamaForCausalLM):
@@ -190,6 +191,36 @@ def test_a_target_that_prepares_its_inputs_in_its_own_words_is_served():
     target = of_class(Rewritten)
     assert_same(target, tiny_draft(target), prompt_of(9))
     assert_same(target, tiny_draft(target), prompt_of(9), do_sample=True)
+
+
+class Demanding(LlamaForCausalLM):
+    """Cannot be probed: it runs with an argument of its own only."""
+
+    def forward(self, *args, gain, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits * gain
+        return outputs
+
+
+def test_a_target_that_needs_more_than_a_token_is_served():
+    target = of_class(Demanding)
+    assert_same(target, tiny_draft(target), prompt_of(9), gain=0.5)
+    assert_same(target, tiny_draft(target), prompt_of(9), gain=0.5, do_sample=True)
+
+
+def test_threads_probe_one_target_once():
+    target, counted = tiny_target("llama"), []
+    target.model.layers[0].register_forward_hook(lambda module, inputs, output: counted.append(output.shape[1]))
+    drafts = [tiny_draft(target, tree_shape=(3,)) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda draft=draft: target.generate(prompt_of(9), assistant_model=draft, **OPTIONS))
+        for draft in drafts
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert counted.count(9) == 4 and counted.count(1) == counted.count(2) * 2 == 2
 
 
 def steering(places):
