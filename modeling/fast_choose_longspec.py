@@ -97,6 +97,8 @@ def by_size(small: Backend, large: Backend) -> Backend:
 def triton_misfit(demand: Demand) -> str | None:
     """Return why our own kernel cannot serve a target, or None."""
     device, head_dim = demand.device, demand.head_dim
+    if demand.dtype == torch.float64:
+        return "it computes in float32, got a target in float64"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     triton = imported("triton")
@@ -108,8 +110,6 @@ def triton_misfit(demand: Demand) -> str | None:
         return f"it needs a CUDA device of capability 8.0 or newer, got {torch.cuda.get_device_capability(device)}"
     if head_dim > 256:
         return f"it needs a head dimension of at most 256, got {head_dim}"
-    if demand.dtype == torch.float64:
-        return "it computes in float32, got a target in float64"
     return None
 
 

@@ -408,6 +408,15 @@ def test_backend_asked_for_by_name_says_why_it_cannot(device, head_dim, softcap,
         resolve_backend("torch", Demand(device, torch.float32, head_dim, softcap))
 
 
+def test_only_the_reference_computes_in_float64_on_a_gpu():
+    demand = Demand(CUDA, torch.float64, 64, None)
+    for name, reason in (("torch", "for torch.float64 on cuda"), ("triton", "in float32, got a target in float64")):
+        with pytest.raises(ValueError, match=f"{name!r} cannot run here: .*{reason}"):
+            resolve_backend(name, demand)
+    assert resolve_backend("auto", demand).name == "eager"
+    assert resolve_backend("auto", Demand(CPU, torch.float64, 64, None)).name == "torch"
+
+
 def test_the_number_of_queries_chooses_between_two_backends():
     small, large = (
         Backend(name, lambda *given, name=name: (name, len(given)), lambda *given, name=name: (name, len(given)))
