@@ -39,8 +39,6 @@ def check_inputs(input_ids: Tensor, generation_config: GenerationConfig, model_k
     if not isinstance(past, DynamicCache) or type(past) is not DynamicCache or past.offloading:
         raise ValueError(f"LongSpec needs a plain DynamicCache, got {past!r}")
     check_reading(input_ids, generation_config.prefill_chunk_size, model_kwargs)
-    if generation_config.output_attentions:
-        raise ValueError("LongSpec's attention makes no attention weights, got output_attentions=True")
     held = past.layers[0].keys if past.get_seq_length() > 0 else input_ids
     if held is not None and held.shape[0] != input_ids.shape[0]:
         raise ValueError(f"expected {CACHE} of the prompts' batch size {input_ids.shape[0]}, got {held.shape[0]}")
@@ -73,10 +71,26 @@ def check_generation(
     """Raise `ValueError`, before anything is allocated, for what plain `generate` serves and LongSpec cannot."""
     with ended_on_error(mode_kwargs.get("streamer")):
         draft.config.check()
+        check_draft(draft)
         check_target(target)
-        check_options(mode, generation_config, mode_kwargs)
+        check_options(target, mode, generation_config, mode_kwargs)
         bound = draft.bind(target)
+        draft.config.check_tree_shape(getattr(bound.head, "out_features", None))
+        if draft.config.tree_shape:
+            draft.head_rows(bound)
         draft.check_engine(target, bound.device, bool(mode_kwargs.get("synced_gpus")))
+
+
+def check_draft(draft: Any) -> None:
+    """Raise `ValueError` for a draft that cannot follow its target to another device or format."""
+    devices = set((getattr(draft, "hf_device_map", None) or {}).values())
+    if len(devices) > 1 or any(weight.is_meta for weight in draft.parameters()):
+        got = "one that accelerate offloads or spreads over devices; load it without device_map"
+    elif getattr(draft, "quantization_method", None) == "bitsandbytes":
+        got = "one that bitsandbytes quantized; load it without quantization_config"
+    else:
+        return
+    raise ValueError(f"LongSpec moves a draft to its target's device and number format, got {got}")
 
 
 def check_target(target: PreTrainedModel) -> None:
@@ -90,14 +104,24 @@ def check_target(target: PreTrainedModel) -> None:
     check_steadiness(target)
 
 
-def check_options(mode: GenerationMode, generation_config: GenerationConfig, mode_kwargs: dict[str, Any]) -> None:
+def check_options(
+    target: PreTrainedModel, mode: GenerationMode, generation_config: GenerationConfig, mode_kwargs: dict[str, Any]
+) -> None:
     """Raise `ValueError` for options of `generate` that LongSpec cannot serve."""
-    if generation_config.num_beams != 1:
-        raise ValueError(f"LongSpec needs num_beams=1, got num_beams={generation_config.num_beams}")
+
+    def origin(name: str, instead: Any) -> str:  # a call takes from the target what it leaves open
+        own = getattr(target.generation_config, name, None) == getattr(generation_config, name)
+        return f", as target.generation_config has it: set {name} = {instead} there" if own else ""
+
+    if (beams := generation_config.num_beams) != 1:
+        raise ValueError(f"LongSpec needs num_beams=1, got num_beams={beams}{origin('num_beams', 1)}")
+    if generation_config.output_attentions:
+        where = origin("output_attentions", False)
+        raise ValueError(f"LongSpec's attention makes no attention weights, got output_attentions=True{where}")
     for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "dola_layers"):
         value = getattr(generation_config, name, None)
         if value is not None and value is not False:
-            raise ValueError(f"expected a LongSpec draft or {name}, got both, {name}={value!r}")
+            raise ValueError(f"expected a LongSpec draft or {name}, got both, {name}={value!r}{origin(name, None)}")
     if generation_config.cache_implementation not in (None, "dynamic"):
         raise ValueError(
             "LongSpec keeps its own cache in place; expected cache_implementation None or 'dynamic', got "
