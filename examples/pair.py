@@ -24,7 +24,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--target", help="folder or Hub id of a chat model; default: SmolLM2-135M-Instruct")
     options.add_argument("--draft", help="folder or Hub id of its LongSpec draft; default: SmolLM2's, shipped here")
     options.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; default: the target's own")
-    options.add_argument("--tree", type=int, nargs="*", help="nodes of each tree level; default: 2 2 2 2 on a CPU")
+    options.add_argument("--tree", type=int, nargs="*", help="nodes of each tree level; default: the draft's")
     return options
 
 
@@ -39,8 +39,6 @@ def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokeni
     draft = AutoModelForCausalLM.from_pretrained(options.draft or DRAFT)  # moves to the target's device by itself
     if options.tree is not None:
         draft.config.tree_shape = tuple(options.tree)
-    elif device == "cpu":  # there, many guesses cost more than they win
-        draft.config.tree_shape = (2, 2, 2, 2)
     return target, tokenizer, draft
 
 

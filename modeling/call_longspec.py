@@ -97,7 +97,7 @@ def make_cache(
     embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
     prompt = past.get_seq_length() + (text.prompt if embeds is None else embeds.shape[1])
     answer = max(generation_config.max_length - text.prompt, 0)
-    tree_size = 1 + sum(draft.config.tree_shape)
+    tree_size = 1 + sum(draft.config.tree_on(device))
     text_config = target.config.get_text_config(decoder=True)
     reserve = prompt + min(answer, HEADROOM) + tree_size
     longest = prompt + answer + tree_size

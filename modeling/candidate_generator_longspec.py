@@ -98,7 +98,7 @@ class LongSpecCandidateGenerator:
     def __init__(self, draft: Any, target: BoundTarget, backend: Backend, batch: int):
         config, device = draft.config, target.device
         self.draft, self.target, self.backend = draft, target, backend
-        self.shape = tuple(config.tree_shape)
+        self.shape = config.tree_on(device)
         self.head_rows = draft.head_rows(target) if self.shape else None
         self.vocab = draft.draft_vocab
         self.verify_tokens = config.verify_tokens

@@ -73,6 +73,8 @@ def _lost_names() -> Iterator[str]:
 check_release(_lost_names())
 from transformers import AutoConfig, DynamicCache, PreTrainedConfig  # noqa: E402
 
+# What a draft guesses by default: a CPU has no arithmetic to spare, so there only what is nearly sure pays.
+TREE, CPU_TREE = (4, 16, 16, 16, 16), (1, 1)
 ATTENTION_BACKENDS = ("auto", "eager", "torch", "triton", "flash_attn_2", "flash_attn_3")
 
 
@@ -91,8 +93,8 @@ class LongSpecConfig(PreTrainedConfig):
         draft_vocab_size (`int`, *optional*): how many tokens the draft guesses among, see
             `LongSpecForCausalLM.set_draft_vocab`. `None`: all.
         final_norm (`bool`): an RMSNorm before the target's LM head; the published drafts have none.
-        tree_shape (`tuple[int, ...]`): nodes of each tree level below the root. `(1, 1, 1)` is a chain, `()` means
-            nothing to guess: one token a round.
+        tree_shape (`tuple[int, ...]`, *optional*): nodes of each tree level below the root. `(1, 1, 1)` is a chain,
+            `()` means nothing to guess: one token a round. `None`: `CPU_TREE` on a CPU, elsewhere `TREE`.
         verify_tokens (`int`, *optional*): rows fed to the target, root included: the tree's best. `None`: all of it.
         attention_backend (`str`): how the target attends while it verifies: one of `ATTENTION_BACKENDS`. "auto" is
             "triton" on a GPU, with "flash_attn_3" for large trees if that is installed; "torch" elsewhere; "eager"
@@ -132,7 +134,7 @@ class LongSpecConfig(PreTrainedConfig):
     target_num_hidden_layers: int = 32
     target_layer: int = 31
     target_hidden_state: bool = False
-    tree_shape: tuple | list = (4, 16, 16, 16, 16)
+    tree_shape: tuple | list | None = None
     verify_tokens: int | None = None
     attention_backend: str = "auto"
     cuda_graphs: str | bool = "auto"
@@ -178,6 +180,7 @@ class LongSpecConfig(PreTrainedConfig):
             raise ValueError(f"`draft_vocab_size` must be None or in 1..{self.vocab_size}, got {size!r}")
         self.check_tree_shape()
 
+<<<<<<< HEAD
     def check_tree_shape(self, rows: int | None = None) -> None:
         """Raise `ValueError` for a tree that cannot be grown; rows: of the target's LM head, which may be pruned."""
         if not isinstance(self.tree_shape, (tuple, list)) or not all(_is_int(width) for width in self.tree_shape):
@@ -186,6 +189,20 @@ class LongSpecConfig(PreTrainedConfig):
         vocab = min(known, rows or known)
         head = " of the target's LM head" if vocab < known else ""
         for level, width in enumerate(self.tree_shape, start=1):
+=======
+    def tree_on(self, device: Any) -> tuple[int, ...]:
+        """Return the nodes of each tree level of a draft that runs on `device`."""
+        if self.tree_shape is None:
+            return CPU_TREE if device.type == "cpu" else TREE
+        return tuple(self.tree_shape)
+
+    def _check_tree_shape(self) -> None:
+        shape = TREE if self.tree_shape is None else self.tree_shape
+        if not isinstance(shape, (tuple, list)) or not all(_is_int(width) for width in shape):
+            raise ValueError(f"`tree_shape` must be a tuple of integers, one width a level, got {shape!r}")
+        parents, vocab = 1, self.draft_vocab_size or self.vocab_size
+        for level, width in enumerate(shape, start=1):
+>>>>>>> main
             if width < 1:
                 raise ValueError(f"`tree_shape` widths must be at least 1, got {width} at level {level}")
             if width > parents * vocab:
@@ -250,8 +267,14 @@ def layer_kinds(text_config: PreTrainedConfig) -> list[str]:
         raise ValueError(f"LongSpec does not serve chunked attention, got {family!r}")
     if getattr(own, "kv_lora_rank", None) is not None:
         raise ValueError(f"LongSpec does not serve latent attention, got {family!r} with a `kv_lora_rank`")
+    width = getattr(own, "word_embed_proj_dim", None)  # of embedding and LM head, in opt-350m
+    if width is not None and width != own.hidden_size:
+        raise ValueError(f"LongSpec needs embeddings of the hidden size {own.hidden_size}, got {family!r} with {width}")
     names = {"DynamicLayer": "full", "DynamicSlidingWindowLayer": "sliding", "DummyLayer": "shared"}
-    layers = [type(layer).__name__ for layer in DynamicCache(config=text_config).layers]
+    try:
+        layers = [type(layer).__name__ for layer in DynamicCache(config=text_config).layers]
+    except KeyError as kind:  # of a layer that transformers knows once the family's modeling file was imported
+        layers = [kind.args[0]]
     if not layers or set(layers) - set(names):
         raise ValueError(
             "LongSpec needs a target with standard per-layer key/value caches, got "

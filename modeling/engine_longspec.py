@@ -86,21 +86,22 @@ class Engine:
 
 
 class Engines:
-    """Keep the engine of a draft's last call for the next one."""
+    """Keep the engine of a draft's last call for the next one; calls: how many calls use the draft's weights now."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self.kept: Engine | None = None
+        self.calls = 0
 
     def take(self, kind: type[Engine], device: torch.device) -> Engine:
         """Return an engine of this kind for a call on `device`: the kept one if it suits. It serves no other call."""
-        with self._lock:
+        with self.lock:
             kept, self.kept = self.kept, None
         return kept if type(kept) is kind and kept.suits(device) else kind(device)
 
     def keep(self, engine: Engine | None) -> None:
         """Keep `engine` for the next call; None frees what is kept."""
-        with self._lock:
+        with self.lock:
             self.kept = engine
 
     def __reduce__(self) -> tuple[type, tuple]:

@@ -6,6 +6,7 @@ work on the device alone. Knows the draft by its methods only.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def assisted_decoding(
     `model_kwargs` goes to the target's forward, and accelerate's hooks move all of that, a draft too, to each layer's
     device. Raises `ValueError` for what speculation cannot serve, before any work is done.
     """
-    with ended_on_error(streamer):
+    with ended_on_error(streamer), ExitStack() as call_ends:
         # 1. What cannot be served is refused.
         check_inputs(input_ids, generation_config, model_kwargs)
         bound = draft.bind(target)
@@ -75,11 +76,10 @@ def assisted_decoding(
             raise ValueError("LongSpec needs ranks that read alike, got synced_gpus with a target of longrope")
 
         # 2. Text, sampler, cache and draft are made ready.
-        with torch.inference_mode(False):  # or a caller's inference mode would leave the draft unfit for training
-            draft.to(device=bound.device, dtype=bound.dtype)
+        draft = call_ends.enter_context(draft.placed(bound.device, bound.dtype))
         engine, clock = draft.take_engine(bound.device), PhaseClock(draft.config.profile, bound.device)
         returns_cache = generation_config.return_dict_in_generate or is_user_defined(model_kwargs[CACHE])
-        do_sample, nodes = generation_config.do_sample, 1 + sum(draft.config.tree_shape)
+        do_sample, nodes = generation_config.do_sample, 1 + sum(draft.config.tree_on(bound.device))
         together = rope_switch.last_short is not None or streamer is not None
         tree_logits = nodes * target.config.get_text_config(decoder=True).vocab_size
         plan = Plan.of(logits_processor, stopping_criteria, do_sample, input_ids, tree_logits, together)
@@ -97,7 +97,7 @@ def assisted_decoding(
                 cache.take_over()
                 prompt = read_prompt(target, text, sampler, cache, generator, generation_config, model_kwargs)
             call = Call(target, text, sampler, cache, generator, backend, engine, rope_switch, clock, *prompt)
-            with switched(target), decoding(target):
+            with decoding(target):
                 call = engine.begin(call, synced_gpus)
                 accept_lengths = decode(call, synced_gpus)
         finally:  # also after a failure all is left as plain `generate` would leave it
@@ -189,9 +189,17 @@ def verify(call: Call, tree: TokenTree) -> Verified:
     positions = roots.positions[:, None] + depths
     positions = positions if roots.axes is None else positions + roots.axes[:, :, None]
     cache.begin_round(depths)
-    state = Round(cache, ancestors, call.backend, seen=set())
-    with attending(state.attend), call.engine.layers(call), catching(target, roots.hidden is not None) as caught:
-        outputs = forward(target, tree.tokens, positions, cache, call.extras)
+    undisturbed = False
+    while not undisturbed:  # another thread may set the target's attention in the middle of this forward
+        state = Round(cache, ancestors, call.backend, seen=set())
+        with (
+            switched(target) as stands,
+            attending(state.attend),
+            call.engine.layers(call),
+            catching(target, roots.hidden is not None) as caught,
+        ):
+            outputs = forward(target, tree.tokens, positions, cache, call.extras)
+            undisturbed = stands()
     state.check(target)
     hidden = None if caught is None else caught.every().to(roots.positions.device)
     return Verified(ancestors, depths, outputs.logits, outputs.hidden_states, hidden)

@@ -161,9 +161,19 @@ def registered_mask(original: str, *args: Any, **kwargs: Any) -> Any:
     return None if _SHARED.attention.get() is not None or own is None else own(*args, **kwargs)
 
 
-def register(original: str) -> str:
+_OURS = "longspec|"
+
+
+class OurName(str):
+    """Our attention name. What is copied or pickled during a round takes the target's own name along instead."""
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return str, (self.removeprefix(_OURS),)
+
+
+def register(original: str) -> OurName:
     """Return the attention name for targets that otherwise run on `original`; registered on first use."""
-    name = f"longspec|{original}"
+    name = OurName(_OURS + str(original))
     if name not in AttentionInterface().valid_keys():
         AttentionInterface.register(name, functools.partial(registered_attention, original))
         AttentionMaskInterface.register(name, functools.partial(registered_mask, original))
@@ -171,22 +181,29 @@ def register(original: str) -> str:
 
 
 @contextmanager
-def switched(target: PreTrainedModel) -> Iterator[None]:
-    """Run `target` under our attention name; the last of several users restores the target's own name."""
+def switched(target: PreTrainedModel) -> Iterator[Callable[[], bool]]:
+    """Run `target` under our attention name; the last of several users restores the target's own name.
+
+    Yields a function that tells whether our name has stood since. `set_attn_implementation` in another thread takes it
+    away, and what is set so stays.
+    """
     config = target.get_decoder().config
     with _SHARED.lock:
-        users, original, _ = _SHARED.switched.get(id(config), (0, config._attn_implementation, None))
+        name = config._attn_implementation
+        users, original, _ = _SHARED.switched.get(id(config), (0, name, None))
+        if not str(name).startswith(_OURS):  # nobody's round has switched it, or a user has set it in between
+            # what `set_attn_implementation` sets after its checks; those would walk all modules and warn
+            original, name = name, register(name)
+            config._attn_implementation_internal = name
         _SHARED.switched[id(config)] = (users + 1, original, config)  # keeps the config, and so its id, alive
-        # what `set_attn_implementation` sets after its checks; those would walk all modules and warn
-        config._attn_implementation_internal = register(original)
     try:
-        yield
+        yield lambda: config._attn_implementation is name
     finally:
         with _SHARED.lock:
             users, original, _ = _SHARED.switched.pop(id(config))
             if users > 1:
                 _SHARED.switched[id(config)] = (users - 1, original, config)
-            else:
+            elif str(config._attn_implementation).startswith(_OURS):
                 config._attn_implementation_internal = original
 
 

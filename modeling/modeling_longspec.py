@@ -11,8 +11,10 @@ over the window and the tree. Parameter names are those of the published checkpo
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -242,9 +244,25 @@ class LongSpecForCausalLM(PreTrainedModel):
         That is the window, the tree and, for drafts that read it, the target's last hidden state.
         """
         config = self.config
-        slots = config.window + 1 + 1 + sum(tuple(config.tree_shape)[:-1])
+        slots = config.window + 1 + 1 + sum(config.tree_on(self.device)[:-1])
         numbers = 2 * config.num_key_value_heads * slots * config.head_dim
         return (numbers + config.target_hidden_state * config.hidden_size) * self.dtype.itemsize
+
+    @contextmanager
+    def placed(self, device: torch.device, dtype: torch.dtype) -> Iterator[LongSpecForCausalLM]:
+        """Yield the draft on `device` in `dtype` for a call: this one, cast for good, or a copy for this call alone.
+
+        A copy where another thread's call, or one around this call, uses the draft otherwise.
+        """
+        with self._engines.lock, torch.inference_mode(False):  # or a caller's would leave it unfit for training
+            free = not self._engines.calls or (self.device, self.dtype) == (device, dtype)
+            draft = (self if free else copy.deepcopy(self)).to(device=device, dtype=dtype)
+            draft._engines.calls += 1
+        try:
+            yield draft
+        finally:
+            with draft._engines.lock:
+                draft._engines.calls -= 1
 
     def take_engine(self, device: torch.device) -> Engine:
         """Return an engine of the kind that the config asks for, for one call on `device`."""

@@ -7,6 +7,14 @@ from faults import Fault
 CORE_FAULTS = [
     # --- trees, verification, sampling, text -------------------------------------------------------------------------
     Fault(
+        name="one-default-tree",
+        file="modeling/configuration_longspec.py",
+        what="a CPU guesses as much as a GPU",
+        old='return CPU_TREE if device.type == "cpu" else TREE',
+        new="return TREE",
+        tests=("test_configuration_longspec.py::test_the_default_tree_is_that_of_the_device",),
+    ),
+    Fault(
         name="prune-ties",
         file="modeling/tree_longspec.py",
         what="of equal scores the later node is kept, so that a child is kept without its parent",

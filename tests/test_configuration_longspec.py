@@ -3,11 +3,17 @@
 import json
 
 import pytest
+import torch
 from helpers import FAMILIES, SHAPE
 from transformers import AutoConfig, DynamicCache
 
 from hf_longspec import LongSpecConfig
-from hf_longspec.modeling.configuration_longspec import default_target_layer, layer_kinds, main_rope_parameters
+from hf_longspec.modeling.configuration_longspec import (
+    CPU_TREE,
+    default_target_layer,
+    layer_kinds,
+    main_rope_parameters,
+)
 
 
 def family_config(family: str, **overrides):
@@ -57,8 +63,23 @@ def test_fields_override_the_targets():
 
 def test_defaults():
     config = LongSpecConfig.from_target(family_config("llama", vocab_size=100))
-    assert (config.window, config.tree_shape, config.verify_tokens) == (512, (4, 16, 16, 16, 16), None)
+    assert (config.window, config.tree_shape, config.verify_tokens) == (512, None, None)
     assert (config.attention_backend, config.final_norm, config.profile) == ("auto", False, False)
+
+
+def test_the_default_tree_is_that_of_the_device(tmp_path):
+    """A tree that is set, the default of another device too, is the tree everywhere."""
+    config = LongSpecConfig.from_target(family_config("llama", vocab_size=100))
+    cpu, others = torch.device("cpu"), [torch.device(name) for name in ("cuda:1", "mps", "xpu")]
+    large = (4, 16, 16, 16, 16)
+    assert config.tree_on(cpu) == CPU_TREE and all(config.tree_on(device) == large for device in others)
+    config.save_pretrained(tmp_path)
+    assert LongSpecConfig.from_pretrained(tmp_path).tree_on(cpu) == CPU_TREE
+    for tree in (large, CPU_TREE, (), [2, 2]):
+        config.tree_shape = tree
+        config.save_pretrained(tmp_path)
+        for device in (cpu, *others):
+            assert config.tree_on(device) == LongSpecConfig.from_pretrained(tmp_path).tree_on(device) == tuple(tree)
 
 
 def test_text_config_of_a_model_of_several_modalities():
@@ -131,6 +152,9 @@ def test_target_without_rope_gets_the_default():
 
 # --- refusals ------------------------------------------------------------------------------------------------------
 
+# transformers makes a cache with such a layer only once the family's modeling file was imported: else a KeyError
+SPARSE = ["minimax_m3_sparse", "full_attention"]
+
 
 @pytest.mark.parametrize(
     "config, message",
@@ -139,6 +163,11 @@ def test_target_without_rope_gets_the_default():
         (AutoConfig.for_model("mamba"), "standard per-layer key/value caches, got 'mamba' with"),
         (AutoConfig.for_model("jamba"), "standard per-layer key/value caches, got 'jamba' with"),
         (AutoConfig.for_model("llama4_text"), "chunked attention, got 'llama4_text'"),
+        (AutoConfig.for_model("minimax_m3_vl_text", num_hidden_layers=2, layer_types=SPARSE), "caches, got 'minimax_m3"),
+        (
+            AutoConfig.for_model("opt", hidden_size=32, word_embed_proj_dim=16),
+            "embeddings of the hidden size 32, got 'opt' with 16",
+        ),
         (
             family_config("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
             "RoPE depends on the length, got rope_type 'dynamic'",

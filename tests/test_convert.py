@@ -44,7 +44,7 @@ def test_all_published_drafts(name, pickled, shards, tmp_path):
     assert set(ours) == set(weights) - UNUSED
     assert all(torch.equal(ours[key], weights[key]) for key in ours)
     fields = draft.config
-    assert (fields.window, fields.tree_shape, fields.target_layer) == (513, (4, 16, 16, 16, 16), 1)
+    assert (fields.window, fields.tree_shape, fields.target_layer) == (513, None, 1)
     assert (fields.head_dim, fields.final_norm, fields.mlp_bias) == (8, False, False)
     assert fields.rope_parameters.get("factor") == config.get("rope_scaling", {}).get("factor")
     assert (draft.config.target_model_type, draft.config.rms_norm_eps) == (
@@ -180,7 +180,7 @@ def test_sources_that_are_no_published_draft(folders):
     assert_refused(folders, "is in our format already, there is nothing to convert$")
 
 
-@pytest.mark.parametrize("window, told", [(512, '; set "window": 513 in its config.json, where it has 512'), (513, "")])
+@pytest.mark.parametrize("window, told", [(512, '; set "window": 513 in its .*json, where it has 512'), (513, "")])
 def test_drafts_that_were_converted_before(folders, window, told):
     """With one key too few; only `conversion.json` tells them from drafts that were trained with this window."""
     convert(folders, out="earlier")

@@ -20,6 +20,7 @@ from transformers import (
 
 from hf_longspec.evaluation.tiny_models import tiny_model
 from hf_longspec.modeling.candidate_generator_longspec import LongSpecCandidateGenerator
+from hf_longspec.modeling.configuration_longspec import CPU_TREE
 
 WINDOW = 8
 SHAPES = [(), (1, 1, 1, 1), (2, 3), (4, 8, 8, 8), (4, 16, 16, 16, 16)]
@@ -117,6 +118,21 @@ def test_every_sampler_on_every_tree(llama, shape, sampler):
     draft = tiny_draft(llama, window=WINDOW, tree_shape=shape)
     for length in LENGTHS:
         assert_same(llama, draft, prompt_of(length), **SAMPLERS[sampler])
+
+
+def test_the_default_tree_of_a_cpu_is_small(llama):
+    """And a tree that is set is verified whole, be it the default of a GPU."""
+    draft, read = tiny_draft(llama, window=WINDOW, tree_shape=None), []
+    large = (4, 16, 16, 16, 16)
+    hook = llama.model.register_forward_hook(lambda *call: read.append(call[-1][0].shape[1]))
+    for shape, nodes in ((None, 1 + sum(CPU_TREE)), (large, 1 + sum(large))):
+        draft.config.tree_shape = shape
+        read.clear()
+        out = llama.generate(prompt_of(11), assistant_model=draft, max_new_tokens=12, return_dict_in_generate=True)
+        assert read[0] == 11 and set(read[1:]) == {nodes}
+        assert max(out.accept_lengths[0]) <= 1 + len(CPU_TREE if shape is None else large)
+        assert draft.state_bytes == 2 * 4 * 8 * 4 * (WINDOW + 2 + nodes - 1 - (shape or CPU_TREE)[-1])
+    hook.remove()
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 30])

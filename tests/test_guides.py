@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from hf_longspec import LongSpecConfig, LongSpecForCausalLM, cli
 from hf_longspec.hub.card import About
+from hf_longspec.modeling.configuration_longspec import TREE
 from hf_longspec.modeling.target_longspec import check_fit
 from hf_longspec.training.recipe import Recipe
 
@@ -183,7 +184,7 @@ def test_the_card_in_the_guide_is_complete(tmp_path):
 
 def test_the_recipe_in_the_guide_is_one():
     recipe = Recipe.from_dict(yaml.safe_load(code_block("TRAIN", "yaml")))
-    assert recipe.evaluates and len(recipe.draft.config["tree_shape"]) <= recipe.signal.max_lag
+    assert recipe.evaluates and len(TREE) <= recipe.signal.max_lag
 
 
 def command_says(*arguments: str) -> list[str]:

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import commit, interpreted, tiny_target
+from helpers import CACHE, commit, interpreted, tiny_draft, tiny_target
 from reference_attention import assert_as_good_as_plain
 from serials import add
-from transformers import AttentionInterface, AutoConfig, DynamicCache
+from transformers import AttentionInterface, AutoConfig, DynamicCache, LlamaForCausalLM
 
 from hf_longspec.modeling.cache_longspec import SpeculativeCache
 from hf_longspec.modeling.fast_choose_longspec import load_backend
@@ -239,3 +239,50 @@ def test_name_is_registered_once():
     function = AttentionInterface()[name]
     assert register("sdpa") == name
     assert AttentionInterface()[name] is function
+
+
+# --- the name of the cache -----------------------------------------------------------------------------------------
+
+OLD_NAME = "past_key_values"  # which transformers 5.24 still takes, with a warning
+renamed = pytest.mark.skipif(CACHE == OLD_NAME, reason="the cache has one name before transformers 5.24")
+
+
+class BothNames(LlamaForCausalLM):
+    """A target written for transformers before and after 5.24; what it is given under the two names is in `given`."""
+
+    def forward(self, input_ids=None, past_key_values=None, cache=None, **kwargs):
+        self.given.append((past_key_values, cache))
+        return super().forward(input_ids, **{CACHE: past_key_values if cache is None else cache}, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [(CACHE,), pytest.param((OLD_NAME,), marks=renamed), pytest.param((CACHE, OLD_NAME), marks=renamed)],
+    ids=" and ".join,
+)
+@pytest.mark.parametrize("both", [False, True], ids=["a forward of one name", "a forward of both"])
+@pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")
+def test_every_forward_gets_our_cache_under_one_name(names, both):
+    target = tiny_target("llama")
+    if both:
+        target.__class__ = BothNames
+    target.given, draft = [], tiny_draft(target)
+    given = []
+    target.register_forward_pre_hook(
+        lambda module, args, inputs: given.append({n: inputs.get(n) for n in ("cache", OLD_NAME)}), with_kwargs=True
+    )
+    held = []
+    for assistant in ({}, {"assistant_model": draft}):
+        caches = {name: DynamicCache(config=target.config) for name in names}
+        options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        target.given.clear(), given.clear()
+        text = target.generate(IDS, **caches, **options, **assistant)
+        used, *unused = caches.values()  # of two, the one of the new name
+        assert used.get_seq_length() == text.shape[1] - 1 and not any(cache.get_seq_length() for cache in unused)
+        held.append((text, *(states for layer in used.layers for states in (layer.keys, layer.values))))
+    for plain, ours in zip(*held, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    assert {name for inputs in given for name, cache in inputs.items() if cache is not None} == {CACHE}
+    assert {type(inputs[CACHE]) for inputs in given} == {SpeculativeCache}
+    caches = [cache for cache in sum(target.given, ()) if cache is not None]
+    assert {type(cache) for cache in caches} == ({SpeculativeCache} if both else set())

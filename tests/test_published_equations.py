@@ -17,6 +17,8 @@ from hf_longspec import LongSpecForCausalLM
 from hf_longspec.evaluation.tiny_models import randomized
 from hf_longspec.hub.convert import convert
 
+TREE = (4, 16, 16, 16, 16)  # of the paper
+
 
 class Pair:
     """A tiny target of a family, a published checkpoint for it, and the draft made from that."""
@@ -83,7 +85,8 @@ def test_layer_over_a_text(pair, lag):
 def test_window_and_trees(pair):
     """A prompt longer than the window is read, trees of the paper's shape grow, one path is accepted, and again."""
     text = torch.randint(101, (WINDOW + 40,)).tolist()
-    assert (pair.draft.config.window, pair.draft.config.tree_shape) == (WINDOW, (4, 16, 16, 16, 16))
+    assert (pair.draft.config.window, pair.draft.config.tree_on(torch.device("cuda"))) == (WINDOW, TREE)
+    pair.draft.config.tree_shape = TREE
     session = Session(pair.target, pair.draft, [text])
     for accepted in ([7, 8, 9], [3], None):
         check_window(pair, session)

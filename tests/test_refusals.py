@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     DynamicCache,
     GPTJConfig,
+    GPTNeoConfig,
     MambaConfig,
     StaticCache,
     T5Config,
@@ -20,6 +21,7 @@ from hf_longspec.modeling.configuration_longspec import LongSpecConfig
 from hf_longspec.modeling.modeling_longspec import LongSpecForCausalLM
 
 IDS = torch.arange(2, 9)[None]
+TOKENS = {"vocab_size": 13, "bos_token_id": 1, "eos_token_id": None}
 
 
 @pytest.fixture(scope="module")
@@ -214,21 +216,26 @@ def test_dynamic_ntk_is_refused(llama):
         target.generate(IDS, assistant_model=tiny_draft(llama))
 
 
-def test_a_target_outside_the_attention_interface_is_refused_and_left_as_it_was():
-    target = AutoModelForCausalLM.from_config(
-        GPTJConfig(
-            vocab_size=13,
-            n_embd=32,
-            n_layer=2,
-            n_head=4,
-            rotary_dim=4,
-            n_positions=64,
-            bos_token_id=1,
-            eos_token_id=None,
-        )
-    )
-    with pytest.raises(ValueError, match="attention module that uses transformers' attention interface"):
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (
+            GPTNeoConfig(hidden_size=32, num_layers=2, attention_types=[[["global"], 2]], num_heads=4, **TOKENS),
+            "attention module that uses transformers' attention interface, got GPTNeoModel",
+        ),
+        (  # uses the interface since transformers 5.24
+            GPTJConfig(n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64, **TOKENS),
+            "attention module that uses .* got GPTJModel|does not know how GPTJAttention rotates its queries",
+        ),
+    ],
+    ids=["gpt_neo", "gptj"],
+)
+def test_a_target_that_draft_or_interface_does_not_know_is_refused(config, message):
+    target = AutoModelForCausalLM.from_config(config)
+    implementation = target.config._attn_implementation
+    with pytest.raises(ValueError, match=message):
         target.generate(IDS, assistant_model=LongSpecForCausalLM(LongSpecConfig.from_target(target.config)))
+    assert target.config._attn_implementation == implementation
 
 
 @pytest.mark.parametrize("method", ["forward", "generate", "__call__"])

@@ -1,5 +1,7 @@
 """Targets and drafts are shared: by threads, by several drafts or targets, by the call after one that was cut off."""
 
+import copy
+import pickle
 import random
 import sys
 import threading
@@ -71,6 +73,78 @@ def test_threads_share_a_draft(eager_switching):
         for length in (5, 17)
     ]
     assert in_threads(*calls) == alone
+
+
+def test_threads_share_a_draft_over_targets_of_two_formats(eager_switching):
+    """The draft is cast for one target while the other's call runs: that call has the draft as it began with it."""
+    targets = [tiny_target("llama"), tiny_target("llama").to(torch.float64)]
+    draft = tiny_draft(targets[0], window=8, tree_shape=(2, 2))
+    alone = [target.generate(prompt_of(9), **OPTIONS).tolist() for target in targets]
+
+    def texts(target):
+        return [target.generate(prompt_of(9), assistant_model=draft, **OPTIONS).tolist() for _ in range(3)]
+
+    texts_of = in_threads(*(lambda target=target: texts(target) for target in targets))
+    assert texts_of == [[text] * 3 for text in alone]
+    assert draft._engines.calls == 0 and all(p.dtype == draft.dtype for p in draft.parameters())
+
+
+def test_a_call_within_a_call_casts_no_draft_under_it():
+    target, other = tiny_target("llama"), tiny_target("llama").to(torch.float64)
+    draft = tiny_draft(target, window=8, tree_shape=(2, 2))
+    options, inner = OPTIONS | {"max_new_tokens": 4}, []
+
+    def processor(ids, scores):
+        inner.append(other.generate(prompt_of(5), assistant_model=draft, **options).tolist())
+        return scores
+
+    text = target.generate(prompt_of(9), assistant_model=draft, logits_processor=[processor], **options)
+    assert text.tolist() == target.generate(prompt_of(9), **options).tolist() and draft.dtype == torch.float32
+    assert inner == [other.generate(prompt_of(5), **options).tolist()] * 4
+
+
+def in_a_round(target, act, at=2):
+    """Call `act` once in another thread, in the middle of the target's `at`-th forward of a round."""
+    rounds = []
+
+    def hook(module, inputs, output):
+        if AttentionInterface._longspec.attention.get() is not None:
+            rounds.append(None)
+            if len(rounds) == at:
+                handle.remove()
+                thread = threading.Thread(target=act)
+                thread.start()
+                thread.join()
+
+    handle = target.model.layers[1].register_forward_hook(hook)
+
+
+def test_an_attention_set_while_another_thread_is_in_a_round_stays():
+    target = tiny_target("llama")
+    draft = tiny_draft(target, window=8)
+    text = target.generate(prompt_of(9), **OPTIONS).tolist()
+    in_a_round(target, lambda: target.set_attn_implementation("eager"))
+    assert target.generate(prompt_of(9), assistant_model=draft, **OPTIONS).tolist() == text
+    assert target.config._attn_implementation == "eager"
+    assert AttentionInterface._longspec.switched == {}
+    assert target.generate(prompt_of(9), assistant_model=draft, **OPTIONS).tolist() == text
+    assert target.config._attn_implementation == "eager"
+
+
+def test_what_is_copied_or_pickled_during_a_round_has_the_targets_own_attention():
+    target = tiny_target("llama")
+    made = []
+
+    def act():
+        assert target.config._attn_implementation != "sdpa"
+        folded = pickle.dumps(target)
+        made.extend([copy.deepcopy(target), pickle.loads(folded), copy.deepcopy(target.config)])
+        assert b"longspec|" not in folded
+
+    in_a_round(target, act)
+    target.generate(prompt_of(9), assistant_model=tiny_draft(target), **OPTIONS)
+    configs = [getattr(one, "config", one) for one in made]
+    assert [(type(one._attn_implementation), one._attn_implementation) for one in configs] == [(str, "sdpa")] * 3
 
 
 def assert_same(target, draft, length=9):

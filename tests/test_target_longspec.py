@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import FAMILIES, tiny_draft, tiny_target
-from transformers import AutoConfig, AutoModelForCausalLM, GPTJConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_longspec import LongSpecConfig
@@ -253,9 +253,9 @@ def test_layer_without_keys_of_its_own_is_refused():
 
 
 def test_target_outside_the_attention_interface_is_refused():
-    config = GPTJConfig(vocab_size=13, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, bos_token_id=1, eos_token_id=None)
+    config = GPTNeoConfig(vocab_size=13, hidden_size=32, num_layers=2, attention_types=[[["global"], 2]], num_heads=4)
     target = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match="needs a target whose layers hold an attention module .*, got GPTJModel"):
+    with pytest.raises(ValueError, match="needs a target whose layers hold an attention module .*, got GPTNeoModel"):
         tiny_draft(target).bind(target)
 
 

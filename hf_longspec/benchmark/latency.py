@@ -152,7 +152,7 @@ class Bench:
         static: whether to time plain `generate` over a static cache too, which transformers compiles on a GPU.
         """
         target, draft = self.target, self.draft
-        tree = tuple(draft.config.tree_shape)
+        tree = draft.config.tree_on(target.device)
         ids = torch.randint(1, target.config.vocab_size, (1, context + 1), device=target.device)
         prompt = Prompt(ids, shapes.filled(target, context))
         steps = list(self._plain(prompt))

@@ -240,7 +240,7 @@ def text(
         "dtype": str(model.dtype),
         "backend": backend,
         "compile_target": compile_target,
-        "tree": list(its_draft.config.tree_shape),
+        "tree": list(its_draft.config.tree_on(model.device)),
         "batches": [each.as_dict() for each in compared],
     }
     show([tables.text_table(compared)] + ([tables.phases_table(compared)] if profile else []), result, model.device)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 TASK_HELP = (
     "What to measure; repeatable. With PATH (file, folder, or hf://datasets/OWNER/NAME/FILE) from there. "
     "gov_report, qmsum, multi_news, lcc, repobench-p: rows as in LongBench, from the Hub by default. aime: problems. "
+    "paper/gov_report, ..., paper/aime24: as LongSpec's authors measure. "
     "needle=PATH: a number hidden in a text. prompts=PATH: rows with `prompt` or `messages`, or text files. "
     "text=PATH: go on with a text. code, books, math: those of the suite, with other text."
 )
@@ -28,11 +29,17 @@ def evaluate(
     target: Target,
     draft: Draft,
     suite: Annotated[
-        str | None, typer.Option(help="held-out: code, books and mathematics from packages; needs no Hub.")
+        str | None,
+        typer.Option(
+            help="held-out: code, books and mathematics from packages; needs no Hub. "
+            "paper: the five tasks of the paper's table."
+        ),
     ] = None,
     task: Annotated[list[str] | None, typer.Option(metavar="NAME[=PATH]", help=TASK_HELP)] = None,
     contexts: Annotated[Any, numbers("Buckets of prompt lengths, in tokens.")] = "1024,4096,7168",
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each task and context.")] = 4,
+    prompts: Annotated[
+        int | None, typer.Option(min=1, help="Prompts of each task and context.  [default: 4; all of paper/...]")
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens to write.  [default: the task's]")] = None,
     tree: Tree = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; above 0 samples.")] = 0.0,
@@ -60,7 +67,7 @@ def evaluate(
     from ..demo.weights import cache_folder
     from ..evaluation import plan as planning
     from ..evaluation.records import Records
-    from ..evaluation.room import check_room
+    from ..evaluation.room import check_room, positions_of
     from ..evaluation.settings import pair_settings, run_settings
     from ..evaluation.task import Wanted
     from ..provenance import provenance
@@ -74,9 +81,10 @@ def evaluate(
             its_draft.config.tree_shape = tree
         its_draft.config.check()
         its_draft.bind(model)  # a pair that does not fit fails here, before anything is fetched or measured
+        wanted = Wanted(tokenizer, contexts, prompts or 0, positions_of(model.config))
         for each, _ in tasks:
-            check_room(model.config, contexts[-1], each.max_new_tokens, f"task {each.name}: ")
-        made = planning.plan(tasks, Wanted(tokenizer, contexts, prompts), cache_folder())
+            check_room(model.config, each.longest(wanted), each.max_new_tokens, f"task {each.name}: ")
+        made = planning.plan(tasks, wanted, cache_folder())
         for name, reason in made.left_out.items():
             typer.echo(f"hf-longspec: {name} left out: {reason}", err=True)
         setting = {

@@ -15,6 +15,12 @@ tokens tie within rounding: the last column counts texts that are equal, that pa
 sampled texts, where rounding may move a draw, only whether they are equal is known)."""
 
 
+WITH_PREFILL = """\
+τ with prefill is the τ of LongSpec's authors: the prefill of each prompt counts as one more forward, which brings one
+token."""
+PAPER = "paper/"  # how the names of their tasks begin
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table; the first column holds words, the other columns hold figures."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
@@ -24,13 +30,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def speed_table(report: Mapping[str, Any]) -> str:
     """Return a table with a row for each task and context, and peaks of memory where they were measured."""
     buckets = report["buckets"]
-    head = ["task", "context", "prompts", "τ", "of a prompt"]
+    theirs = counts_prefill(report)
+    head = ["task", "context", "prompts", "τ", *(["with prefill"] if theirs else []), "of a prompt"]
     head += ["plain, tokens/s", "with the draft", "speed-up", "= / ~ / ≠"]
     on_gpu = any(bucket["peak_bytes"] for bucket in buckets)
     rows = []
     for bucket in buckets:
         cells = ["**all**" if bucket["task"] == ALL else bucket["task"]]
         cells += [f"{bucket['context']:,}", str(bucket["prompts"]), f"{bucket['accept_length']:.2f}"]
+        cells += [f"{bucket['with_prefill']:.2f}"] if theirs else []
         cells += [f"{bucket['lowest']:.1f} – {bucket['highest']:.1f}"]
         speeds = bucket["plain_tokens_per_second"], bucket["tokens_per_second"]
         cells += [f"{speed:.1f}" if speed else "" for speed in speeds]
@@ -40,6 +48,15 @@ def speed_table(report: Mapping[str, Any]) -> str:
             cells += [f"{bucket[name] / 2**30:.2f}" for name in ("plain_peak_bytes", "peak_bytes")]
         rows.append(cells)
     return table(head + (["peak, GiB", "with the draft"] if on_gpu else []), rows)
+
+
+def counts_prefill(report: Mapping[str, Any]) -> bool:
+    return any(bucket["task"].startswith(PAPER) for bucket in report["buckets"])
+
+
+def explanation(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Return what the columns of the speed tables of these reports mean."""
+    return f"{EXPLANATION} {WITH_PREFILL}" if any(map(counts_prefill, reports)) else EXPLANATION
 
 
 def level_table(report: Mapping[str, Any]) -> str:
@@ -99,7 +116,7 @@ def page(report: Mapping[str, Any], picture: bool) -> str:
         f"# {draft['name']}, evaluated",
         setting_sentence(report),
         speed_table(report),
-        EXPLANATION,
+        explanation([report]),
         *([f"![τ, speed-up and acceptance by level]({PICTURE})"] if picture else []),
         "## Acceptance by level of the tree",
         "Of the rounds that came to a level, the share in which one of its guesses was accepted:",

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..packages import PackageError
-from . import held_out
+from . import held_out, paper
 from .rows import local_path
 from .task import Sample, Task, Wanted
 from .tasks import TASKS, parse_task
 
-SUITES = (held_out.FOLDER,)
+SUITES = {held_out.FOLDER: held_out.TASKS, "paper": tuple(task.name for task in paper.TABLE)}
 
 
 @dataclass
@@ -36,7 +36,7 @@ def chosen(suite: str | None, specs: Sequence[str], max_new_tokens: int | None) 
     """
     if suite is not None and suite not in SUITES:
         raise ValueError(f"unknown suite {suite!r}; known are {', '.join(SUITES)}")
-    tasks: list[tuple[Task, str | None]] = [(TASKS[name], None) for name in held_out.TASKS if suite is not None]
+    tasks = [(TASKS[name], TASKS[name].place) for name in SUITES[suite]] if suite is not None else []
     tasks += [parse_task(spec) for spec in specs]
     if not tasks:
         raise ValueError("nothing to measure: expected --suite held-out, or --task NAME or NAME=PATH")
@@ -64,7 +64,7 @@ def plan(tasks: Sequence[tuple[Task, str | None]], wanted: Wanted, cache: Path) 
         else:
             path = local_path(place)
             sources = [source(task, place, path)]
-        built = task.make(task, path, wanted)
+        built = task.make(task, path, wanted if wanted.prompts else replace(wanted, prompts=task.prompts))
         made.samples += built.samples
         made.sources += sources
         if built.left_out:

@@ -69,8 +69,8 @@ def local_path(place: str) -> Path:
 def read_rows(path: Path, name: str, fields: Sequence[str]) -> list[Row]:
     """Read the rows of task `name` from the file `path`, or from `name`.jsonl in a folder or zip archive.
 
-    The file may lie anywhere in an archive. A row without an `_id` gets the number of its line. Raises `ValueError`
-    for malformed rows, and for rows that lack one of `fields`, all of which are texts.
+    A file has a JSON object a line, or is Parquet; it may lie anywhere in an archive. A row without an `_id` gets the
+    number of its line. Raises `ValueError` for malformed rows, and for rows that lack one of `fields`, which are texts.
     """
     if path.is_dir():
         path = path / f"{name}.jsonl"
@@ -78,6 +78,8 @@ def read_rows(path: Path, name: str, fields: Sequence[str]) -> list[Row]:
             raise ValueError(f"{path}: no such file, where the rows of task {name} were expected")
     if path.suffix == ".zip":
         return parse_rows(*zip_member(path, f"{name}.jsonl"), partial(check_fields, fields))
+    if path.suffix == ".parquet":
+        return parse_rows(parquet_lines(path), str(path), partial(check_fields, fields))
     return parse_rows(path.read_bytes(), str(path), partial(check_fields, fields))
 
 
@@ -101,6 +103,19 @@ def zip_member(path: Path, name: str) -> tuple[bytes, str]:
             return archive.read(members[0]), f"{path}, {members[0]}"
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is no zip archive: {error}") from error
+
+
+def parquet_lines(path: Path) -> bytes:
+    """Return the rows of a Parquet file as JSON lines. Raises `ValueError` without pyarrow, and for any other file."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise ValueError(f"{path}: rows in Parquet need pyarrow: pip install 'hf-longspec[train]'") from error
+    try:
+        found = parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{path} is no Parquet file: {first_line(error)}") from error
+    return "\n".join(json.dumps(row, default=str) for row in found).encode()
 
 
 def parse_rows(content: bytes, place: str, check: Callable[[Any], None]) -> list[Row]:

@@ -20,8 +20,8 @@ def options_of(sample: Sample, temperature: float) -> dict[str, Any]:
     options: dict[str, Any] = {"max_new_tokens": sample.max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         options["temperature"] = temperature
-    if not sample.stops:
-        options["eos_token_id"] = None
+    if sample.end is not None or not sample.stops:
+        options["eos_token_id"] = sample.end
     return options
 
 

@@ -32,7 +32,7 @@ def pair_settings(
             "sha256": weights_sha256(draft),
             "parameters": sum(parameter.numel() for parameter in parameters),
             "weights_bytes": sum(parameter.nbytes for parameter in parameters),
-            "tree": list(config.tree_shape),
+            "tree": list(config.tree_on(target.device)),
             "verify_tokens": config.verify_tokens,
             "backend": config.attention_backend,
             "cuda_graphs": config.cuda_graphs,

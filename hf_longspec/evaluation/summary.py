@@ -18,7 +18,8 @@ ALL = "all"
 class Bucket:
     """The figures of one task and context.
 
-    accept_length: τ, tokens per round over all prompts; lowest, highest: τ of a single prompt. acceptance_by_level:
+    accept_length: τ, tokens per round over all prompts; lowest, highest: τ of a single prompt. with_prefill: τ as
+    LongSpec's authors count it, with each prompt's prefill as a round of one token. acceptance_by_level:
     the share of the rounds that came to a level of the tree in which a guess of the level was accepted; None where no
     round came. tokens_per_second: the speed of decoding, all tokens over all time; speed_up: the ratio of the two
     speeds; both are None where every text ended at its first token. prefill_seconds: means. peak_bytes: the
@@ -31,6 +32,7 @@ class Bucket:
     prompt_tokens: float
     cut: int
     accept_length: float
+    with_prefill: float
     lowest: float
     highest: float
     acceptance_by_level: list[float | None]
@@ -74,6 +76,7 @@ def bucket(task: str, context: int, records: Sequence[Record], levels: int) -> B
         prompt_tokens=fmean(record["prompt_tokens"] for record in records),
         cut=sum(record["cut"] > 0 for record in records),
         accept_length=fmean([length for lengths in rounds for length in lengths] or [1.0]),
+        with_prefill=fmean([length for lengths in rounds for length in (1, *lengths)]),
         lowest=min(own),
         highest=max(own),
         acceptance_by_level=acceptance_by_level(rounds, levels),

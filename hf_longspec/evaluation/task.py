@@ -17,7 +17,8 @@ class Sample(NamedTuple):
     """One prompt.
 
     context: the bucket of the prompt in reports. stops: whether the text ends where the target ends it, or only at
-    `max_new_tokens`. cut: number of tokens that were taken out of the prompt's middle.
+    `max_new_tokens`. cut: number of tokens that were taken out of the prompt's middle. end: the one token that ends
+    the text, in place of the target's own.
     """
 
     task: str
@@ -27,6 +28,7 @@ class Sample(NamedTuple):
     max_new_tokens: int
     stops: bool
     cut: int = 0
+    end: int | None = None
 
     @property
     def key(self) -> tuple[str, int, str]:
@@ -35,11 +37,16 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Wanted:
-    """The prompts wanted of every task: contexts in rising order, and so many prompts for each."""
+    """The prompts wanted of every task: contexts in rising order, and so many prompts for each.
+
+    prompts: 0 where each task's own number is wanted. positions: the target's number of positions, None where that is
+    not known.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     contexts: tuple[int, ...]
     prompts: int
+    positions: int | None = None
 
 
 class Built(NamedTuple):
@@ -55,7 +62,8 @@ class Task:
 
     instructions: a template with fields of a row in braces. fields: the fields that a row must have. long: the field
     whose middle may be cut out. chat: whether the prompt is a user's message, where the tokenizer has a template.
-    stops: see `Sample`. place: where the rows lie if nothing else is said.
+    stops: see `Sample`. place: where the rows lie if nothing else is said. prompts: how many of each context if
+    nothing else is said. room: positions of the target that a prompt leaves free at least; with it, there is one bucket.
     """
 
     name: str
@@ -67,6 +75,19 @@ class Task:
     chat: bool = True
     stops: bool = True
     place: str | None = None
+    prompts: int = 4
+    room: int | None = None
+
+    @property
+    def stem(self) -> str:
+        """The name of the file of this task's rows, without its ending."""
+        return self.name.rpartition("/")[2]
+
+    def longest(self, wanted: Wanted) -> int:
+        """Return the number of tokens that a prompt of this task may have."""
+        if self.room is None or wanted.positions is None:
+            return wanted.contexts[-1]
+        return max(wanted.positions - max(self.room, self.max_new_tokens), 0)
 
     def sample(self, name: object, context: int, ids: list[int], cut: int = 0) -> Sample:
         return Sample(self.name, str(name), context, ids, self.max_new_tokens, self.stops, cut)

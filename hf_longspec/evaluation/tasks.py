@@ -1,16 +1,16 @@
 """The known tasks, as data.
 
 Quality of answers is not measured: with and without a draft, the text is the target's own. The five tasks of LongBench
-are read in LongBench's format, with `context`, `input` and more fields; the wording is ours.
+are read in LongBench's format, with `context`, `input` and more fields; the wording is ours, but for `paper.py`.
 """
 
 from __future__ import annotations
 
 from .from_rows import of_prompts, of_rows
 from .from_text import of_haystack, of_text, of_worked
+from .paper import LONGBENCH, REASONING, TABLE
 from .task import Task
 
-LONGBENCH = "hf://datasets/THUDM/LongBench/data.zip"
 AIME = "hf://datasets/math-ai/aime25/test.jsonl"
 BOTH = ("context", "input")
 
@@ -62,6 +62,8 @@ KNOWN = (
     Task("code", of_text, 128, stops=False),
     Task("books", of_text, 128, stops=False),
     Task("math", of_worked, 128, MATH, ("problem", "solution")),
+    *TABLE,
+    REASONING,
 )
 TASKS = {task.name: task for task in KNOWN}
 

@@ -13,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -143,6 +144,7 @@ def draft_card(
         data,
         template_str=files(__package__).joinpath("card.md.jinja").read_text(encoding="utf-8"),
         config=config,
+        trees=[" · ".join(map(str, config.tree_on(torch.device(name)))) for name in ("cuda", "cpu")],
         about=asdict(about),
         vocabulary=vocabulary,
         results=[
@@ -154,7 +156,7 @@ def draft_card(
             }
             for report in results
         ],
-        explanation=page.EXPLANATION,
+        explanation=page.explanation(results),
         recipe=None if recipe is None else yaml.safe_dump(dict(recipe), sort_keys=False, width=100).strip(),
         place=repo_id or "path/of/this/repository",
         relations=" · ".join(RELATIONS),

@@ -70,7 +70,7 @@ def measure_acceptance(
         metrics[f"accept_length_{context}"] = sum(rounds) / len(rounds)
         every += rounds
     metrics["accept_length"] = sum(metrics.values()) / len(metrics)
-    for level in range(1, len(draft.config.tree_shape) + 1):
+    for level in range(1, len(draft.config.tree_on(target.device)) + 1):
         tried = sum(length >= level for length in every)
         metrics[f"accept_level_{level}"] = sum(length > level for length in every) / max(tried, 1)
     return metrics
