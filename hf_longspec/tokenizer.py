@@ -32,10 +32,11 @@ class DraftTokenizer(PreTrainedTokenizerFast):
         name = os.fspath(pretrained_model_name_or_path)
         if any(_find(name, file, kwargs) for file in _FILES):
             return PreTrainedTokenizerFast.from_pretrained(name, *inputs, **kwargs)
-        card, reason = _find(name, "card.json", kwargs), ""
+        card, target, reason = _find(name, "card.json", kwargs), None, ""
         if card is not None:
             with open(card, encoding="utf-8") as file:
                 target = json.load(file).get("base_model")
+        if target is not None:
             try:
                 return AutoTokenizer.from_pretrained(target, *inputs, **_of_target(kwargs))
             except (OSError, ValueError) as error:
@@ -52,5 +53,5 @@ def _find(name: str, file: str, kwargs: dict[str, Any]) -> str | None:
 
 
 def _of_target(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments that hold for the target too; a commit of the draft's repository is none of the target's."""
+    """Return the arguments that hold for the target too: a commit of the draft's repository does not."""
     return {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder", "_commit_hash")}

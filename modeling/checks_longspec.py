@@ -75,8 +75,9 @@ def check_generation(
         check_target(target)
         check_options(target, mode, generation_config, mode_kwargs)
         bound = draft.bind(target)
-        draft.config.check_tree_shape(getattr(bound.head, "out_features", None))
-        if draft.config.tree_shape:
+        tree = draft.config.tree_on(bound.device)
+        draft.config.check_tree(tree, getattr(bound.head, "out_features", None))
+        if tree:
             draft.head_rows(bound)
         draft.check_engine(target, bound.device, bool(mode_kwargs.get("synced_gpus")))
 

@@ -178,31 +178,22 @@ class LongSpecConfig(PreTrainedConfig):
         size = self.draft_vocab_size
         if size is not None and (not _is_int(size) or not 1 <= size <= self.vocab_size):
             raise ValueError(f"`draft_vocab_size` must be None or in 1..{self.vocab_size}, got {size!r}")
-        self.check_tree_shape()
+        self.check_tree(TREE if self.tree_shape is None else self.tree_shape)
 
-<<<<<<< HEAD
-    def check_tree_shape(self, rows: int | None = None) -> None:
-        """Raise `ValueError` for a tree that cannot be grown; rows: of the target's LM head, which may be pruned."""
-        if not isinstance(self.tree_shape, (tuple, list)) or not all(_is_int(width) for width in self.tree_shape):
-            raise ValueError(f"`tree_shape` must be a tuple of integers, one width a level, got {self.tree_shape!r}")
-        parents, known = 1, self.draft_vocab_size or self.vocab_size
-        vocab = min(known, rows or known)
-        head = " of the target's LM head" if vocab < known else ""
-        for level, width in enumerate(self.tree_shape, start=1):
-=======
     def tree_on(self, device: Any) -> tuple[int, ...]:
         """Return the nodes of each tree level of a draft that runs on `device`."""
         if self.tree_shape is None:
             return CPU_TREE if device.type == "cpu" else TREE
         return tuple(self.tree_shape)
 
-    def _check_tree_shape(self) -> None:
-        shape = TREE if self.tree_shape is None else self.tree_shape
+    def check_tree(self, shape: Any, rows: int | None = None) -> None:
+        """Raise `ValueError` for a tree that cannot be grown; rows: of the target's LM head, which may be pruned."""
         if not isinstance(shape, (tuple, list)) or not all(_is_int(width) for width in shape):
             raise ValueError(f"`tree_shape` must be a tuple of integers, one width a level, got {shape!r}")
-        parents, vocab = 1, self.draft_vocab_size or self.vocab_size
+        parents, known = 1, self.draft_vocab_size or self.vocab_size
+        vocab = min(known, rows or known)
+        head = " of the target's LM head" if vocab < known else ""
         for level, width in enumerate(shape, start=1):
->>>>>>> main
             if width < 1:
                 raise ValueError(f"`tree_shape` widths must be at least 1, got {width} at level {level}")
             if width > parents * vocab:
@@ -269,7 +260,9 @@ def layer_kinds(text_config: PreTrainedConfig) -> list[str]:
         raise ValueError(f"LongSpec does not serve latent attention, got {family!r} with a `kv_lora_rank`")
     width = getattr(own, "word_embed_proj_dim", None)  # of embedding and LM head, in opt-350m
     if width is not None and width != own.hidden_size:
-        raise ValueError(f"LongSpec needs embeddings of the hidden size {own.hidden_size}, got {family!r} with {width}")
+        raise ValueError(
+            f"LongSpec needs embeddings of the hidden size {own.hidden_size}, got {family!r} with {width}"
+        )
     names = {"DynamicLayer": "full", "DynamicSlidingWindowLayer": "sliding", "DummyLayer": "shared"}
     try:
         layers = [type(layer).__name__ for layer in DynamicCache(config=text_config).layers]

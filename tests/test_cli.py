@@ -169,9 +169,7 @@ def test_demo_without_network(monkeypatch):
 def test_demo(folders, monkeypatch, tmp_path):
     """All of it but its model and prompt."""
     monkeypatch.setattr("hf_longspec.demo.weights.smollm2_folder", lambda: folders / "target")
-    monkeypatch.setattr("hf_longspec.cli.side_by_side.PACKAGE", tmp_path)
-    (tmp_path / "demo").mkdir()
-    shutil.copy(folders / "prompt.txt", tmp_path / "demo")
+    monkeypatch.setattr("hf_longspec.demo.PROMPT", folders / "prompt.txt")
     command = ["demo", "--draft", str(folders / "draft"), "--max-new-tokens", "8", "--dtype", "float32"]
     result = runner.invoke(cli.app, command)
     assert result.exit_code == 0, result.output
