@@ -65,8 +65,9 @@ def _lost_names() -> Iterator[str]:
     for module, names in PUBLIC.items():
         for name in names.split():
             try:
-                getattr(importlib.import_module(module), name)
-            except (AttributeError, ImportError):
+                if not hasattr(importlib.import_module(module), name):
+                    importlib.import_module(f"{module}.{name}")
+            except ImportError:
                 yield f"{module} has no {name}"
 
 

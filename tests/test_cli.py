@@ -152,7 +152,7 @@ def test_texts_that_differ_are_an_error(folders, monkeypatch):
 
 
 def test_demo_without_a_draft(monkeypatch, tmp_path):
-    monkeypatch.setattr("hf_longspec.cli.side_by_side.HUB_CONFIGS", tmp_path)
+    monkeypatch.setattr("hf_longspec.demo.DRAFT", tmp_path)
     result = runner.invoke(cli.app, ["demo"])
     assert result.exit_code == 2 and "this installation carries no draft" in result.stderr
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers import FAMILIES, SHAPE
-from transformers import AutoConfig, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from hf_longspec import LongSpecConfig
 from hf_longspec.modeling.configuration_longspec import (
@@ -48,6 +48,17 @@ def test_from_target_takes_the_targets_shape(family):
 def test_from_target_takes_over(family, fields, expected):
     config = LongSpecConfig.from_target(family_config(family, **fields))
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_from_target_takes_a_model_a_folder_and_a_name(tmp_path):
+    config = family_config("llama")
+    config.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_config(config)
+    expected = LongSpecConfig.from_target(config, window=7).to_dict()
+    for target in (model, tmp_path, str(tmp_path)):
+        assert LongSpecConfig.from_target(target, window=7).to_dict() == expected
+    with pytest.raises(ValueError, match="expected a target's config, model, folder or name, got a NoneType"):
+        LongSpecConfig.from_target(None)
 
 
 def test_head_dim_and_kv_heads_that_a_config_leaves_out():
@@ -163,7 +174,10 @@ SPARSE = ["minimax_m3_sparse", "full_attention"]
         (AutoConfig.for_model("mamba"), "standard per-layer key/value caches, got 'mamba' with"),
         (AutoConfig.for_model("jamba"), "standard per-layer key/value caches, got 'jamba' with"),
         (AutoConfig.for_model("llama4_text"), "chunked attention, got 'llama4_text'"),
-        (AutoConfig.for_model("minimax_m3_vl_text", num_hidden_layers=2, layer_types=SPARSE), "caches, got 'minimax_m3"),
+        (
+            AutoConfig.for_model("minimax_m3_vl_text", num_hidden_layers=2, layer_types=SPARSE),
+            "caches, got 'minimax_m3",
+        ),
         (
             AutoConfig.for_model("opt", hidden_size=32, word_embed_proj_dim=16),
             "embeddings of the hidden size 32, got 'opt' with 16",
