@@ -6,7 +6,7 @@ ARGS ?=
 # What meets transformers: the contract, its families, caches, attention interface and targets, what is refused, the
 # releases that a draft's code knows, and drafts loaded as remote code.
 MEETS_TRANSFORMERS := $(addprefix tests/test_, $(addsuffix .py, contract families interface_longspec target_longspec \
-	cache_longspec cache_rows refusals rope_switch_longspec stock_assistants configuration_longspec loading))
+	cache_longspec cache_rows refusals positions_longspec stock_assistants configuration_longspec loading))
 WORKERS ?= -n logical --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test test-all test-transformers test-newest upgrade-transformers round-trip mutants style quality clean

@@ -75,7 +75,7 @@ check_release(_lost_names())
 from transformers import AutoConfig, DynamicCache, PreTrainedConfig  # noqa: E402
 
 # What a draft guesses by default: a CPU has no arithmetic to spare, so there only what is nearly sure pays.
-TREE, CPU_TREE = (4, 16, 16, 16, 16), (1, 1)
+TREE, CPU_TREE = (4, 16, 16, 16, 16), (1, 1, 1)
 ATTENTION_BACKENDS = ("auto", "eager", "torch", "triton", "flash_attn_2", "flash_attn_3")
 
 
@@ -261,9 +261,7 @@ def layer_kinds(text_config: PreTrainedConfig) -> list[str]:
         raise ValueError(f"LongSpec does not serve latent attention, got {family!r} with a `kv_lora_rank`")
     width = getattr(own, "word_embed_proj_dim", None)  # of embedding and LM head, in opt-350m
     if width is not None and width != own.hidden_size:
-        raise ValueError(
-            f"LongSpec needs embeddings of the hidden size {own.hidden_size}, got {family!r} with {width}"
-        )
+        raise ValueError(f"LongSpec needs embeddings of width {own.hidden_size}, got {family!r} with {width}")
     names = {"DynamicLayer": "full", "DynamicSlidingWindowLayer": "sliding", "DummyLayer": "shared"}
     try:
         layers = [type(layer).__name__ for layer in DynamicCache(config=text_config).layers]

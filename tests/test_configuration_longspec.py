@@ -180,7 +180,7 @@ SPARSE = ["minimax_m3_sparse", "full_attention"]
         ),
         (
             AutoConfig.for_model("opt", hidden_size=32, word_embed_proj_dim=16),
-            "embeddings of the hidden size 32, got 'opt' with 16",
+            "embeddings of width 32, got 'opt' with 16",
         ),
         (
             family_config("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
