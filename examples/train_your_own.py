@@ -71,9 +71,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--out", type=Path, required=True, help="folder of the run; a second call goes on with it")
     options.add_argument("--target", help="folder or Hub id of the target; default: SmolLM2-135M-Instruct")
-    options.add_argument(
-        "--init", help="a draft to go on with; default: that of the default target, or none"
-    )
+    options.add_argument("--init", help="a draft to go on with; default: that of the default target, or none")
     options.add_argument("--text", type=Path, default=HEADERS, help="folder to learn from; default: torch's headers")
     options.add_argument("--suffix", default=".h", help="of the files in --text; default: .h")
     options.add_argument("--steps", type=int, default=60, help="steps of training")

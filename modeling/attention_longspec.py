@@ -20,15 +20,16 @@ NEG_INF = float("-inf")
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attend with a mask, in float32, and return the log-sum-exp too: the reference.
+    """Attend with a mask, in float32 or the query's wider format, and return the log-sum-exp too: the reference.
 
     Args:
         query: (B, H, T, D); key, value: (B, K, S, D) with H a multiple of K; not expanded.
         mask: (B, T, S) bool, true where a query may look; None: everywhere.
         scaling: factor of the scores. softcap: scores become `softcap · tanh(scores / softcap)`.
-    Returns: out (B, H, T, D) float32, zero where a row sees nothing; lse (B, H, T) float32, −inf there.
+    Returns: out (B, H, T, D), zero where a row sees nothing; lse (B, H, T), −inf there; both in that format.
     """
-    scores = pack_heads(query, key.shape[1]).float() @ key.float().transpose(-1, -2) * scaling  # (B, K, G·T, S)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = pack_heads(query, key.shape[1]).to(wide) @ key.to(wide).transpose(-1, -2) * scaling  # (B, K, G·T, S)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
@@ -36,11 +37,11 @@ def attend(
         scores = scores.masked_fill(~mask.repeat(1, groups, 1)[:, None], NEG_INF)
     lse = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - lse.masked_fill(lse == NEG_INF, 0.0)[..., None])
-    return unpack_heads(weights @ value.float(), query), lse.reshape(query.shape[:3])
+    return unpack_heads(weights @ value.to(wide), query), lse.reshape(query.shape[:3])
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge the attentions over two disjoint key sets into the attention over their union, in float32.
+    """Merge the attentions over two disjoint key sets into one over their union, in the log-sum-exps' format.
 
     out_a, out_b: (B, H, T, D); lse_a, lse_b: (B, H, T); a side with lse −inf has no keys and no weight.
     Returns: out, lse of the union. Source: LongSpec section 3.3; Dao et al., Flash-Decoding.
@@ -48,12 +49,12 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     lse = torch.logaddexp(lse_a, lse_b)
     shift = lse.masked_fill(lse == NEG_INF, 0.0)
     weight_a, weight_b = torch.exp(lse_a - shift)[..., None], torch.exp(lse_b - shift)[..., None]
-    return out_a.float() * weight_a + out_b.float() * weight_b, lse
+    return out_a * weight_a + out_b * weight_b, lse
 
 
 def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     """Add an attention sink to each head (gpt_oss): one more key with score `sinks` (H,) and value zero."""
-    return out * torch.sigmoid(lse - sinks.float()[None, :, None])[..., None]
+    return out * torch.sigmoid(lse - sinks[None, :, None])[..., None]
 
 
 def pack_heads(query: Tensor, kv_heads: int) -> Tensor:

@@ -93,6 +93,7 @@ class FullLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         end = self.length + key_states.shape[2]
         self.ensure(end)
+        self.keys, self.values = widened(self.keys, key_states), widened(self.values, value_states)
         self.keys[:, :, self.length : end] = key_states
         self.values[:, :, self.length : end] = value_states
         self.length = end
@@ -188,8 +189,9 @@ class SlidingLayer(CacheLayerMixin):
         end = self.length + key_states.shape[2]
         kept = min(self.ring, key_states.shape[2])
         slots = self._slots(end, kept)
-        self.keys[:, :, slots] = key_states[:, :, -kept:]
-        self.values[:, :, slots] = value_states[:, :, -kept:]
+        self.keys, self.values = widened(self.keys, key_states), widened(self.values, value_states)
+        self.keys[:, :, slots] = key_states[:, :, -kept:].to(self.keys.dtype)
+        self.values[:, :, slots] = value_states[:, :, -kept:].to(self.values.dtype)
         self.length = end  # last: states that do not fit leave the layer as it was
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 
@@ -288,6 +290,16 @@ def _too_far(placement: Placement, window: int) -> Tensor:
 
 def _bucket(tokens: int) -> int:
     return -(-tokens // BUCKET) * BUCKET
+
+
+def widened(store: Tensor, states: Tensor) -> Tensor:
+    """Return `store` in a format that holds `states` as well: autocast and what came before it may differ."""
+    return store.to(torch.promote_types(store.dtype, states.dtype))
+
+
+def compacted(states: Tensor) -> Tensor:
+    """Return `states` in memory that they fill."""
+    return states if states.untyped_storage().nbytes() == states.nbytes else states.clone()
 
 
 def _regrown(old: Tensor, capacity: int, length: int) -> Tensor:

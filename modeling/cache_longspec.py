@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers import Cache, PreTrainedConfig
+from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer
 
 from .attention_longspec import Memo, Move, Span, Spans, move_slots
-from .cache_layers_longspec import FullLayer, Placement, SharedLayer, SlidingLayer, Stores
+from .cache_layers_longspec import FullLayer, Placement, SharedLayer, SlidingLayer, Stores, compacted, widened
 from .configuration_longspec import layer_kinds
 
 # Tokens. A ring takes its memory at once, and some windows (phi3: 262,144) are wider than any text.
@@ -30,7 +31,7 @@ class SpeculativeCache(Cache):
     def __init__(
         self,
         text_config: PreTrainedConfig,
-        past: DynamicCache,
+        past: Cache,
         reserve: int,
         tree_size: int,
         longest: int | None = None,
@@ -54,7 +55,8 @@ class SpeculativeCache(Cache):
         layers: list = []
         types = getattr(text_config, "layer_types", None) or [None] * text_config.num_hidden_layers
         for index, kind in enumerate(layer_kinds(text_config)):
-            keeps_all = index >= len(past.layers) or not getattr(past.layers[index], "is_sliding", False)
+            # the window of a static cache holds one token more than a ring
+            keeps_all = index >= len(past.layers) or not isinstance(past.layers[index], DynamicSlidingWindowLayer)
             if kind == "shared":
                 owners = [i for i, layer in enumerate(layers) if not isinstance(layer, SharedLayer)]
                 layers.append(SharedLayer(max(owner for owner in owners if types[owner] == types[index])))
@@ -168,13 +170,14 @@ class SpeculativeCache(Cache):
             layer.length = longest
         self.placement = None
 
-    def restart(self, successor: DynamicCache) -> None:
+    def restart(self, successor: Cache) -> None:
         """Start empty where plain `generate` drops its cache for `successor`: `past` keeps what it has."""
         self.hand_back()
+        self.compact()
         self.past = successor
         self._row_lengths = self.bounds = None
         for layer in self.owners:
-            layer.length, layer.is_initialized = 0, False  # the memory is the old cache's now
+            layer.length = 0
 
     def take_over(self) -> None:
         """Take over what `past` holds, layer by layer, so that no more than one layer exists twice."""
@@ -186,6 +189,17 @@ class SpeculativeCache(Cache):
                 ours.lazy_initialization(theirs.keys, theirs.values)
                 ours.update(theirs.keys, theirs.values)
                 theirs.keys = theirs.values = None
+
+    def compact(self) -> None:
+        """Let what `hand_back` gave own no more memory than it fills, so that a saved or copied cache has no reserve.
+
+        Tensor by tensor: no more than one exists twice.
+        """
+        for ours, theirs in zip(self.layers, self.past.layers, strict=False):
+            if ours.is_initialized:
+                ours.is_initialized = False
+                theirs.keys, ours.keys = compacted(theirs.keys), None
+                theirs.values, ours.values = compacted(theirs.values), None
 
     def hand_back(self) -> None:
         """Give `past` what plain decoding would have left there: all rows as long as the shortest."""
@@ -200,9 +214,14 @@ class SpeculativeCache(Cache):
                 theirs.lazy_initialization(layer.keys, layer.values)
             layer.length = min(self._row_lengths or [layer.length])
             keys, values = layer.stored()
+            if isinstance(theirs, StaticLayer):  # made by `generate` for this call, and empty
+                theirs.update(keys, values)
+                continue
             if getattr(theirs, "is_sliding", False):
                 kept = slice(1 - theirs.sliding_window, None) if theirs.sliding_window > 1 else slice(None)
                 keys, values = keys[:, :, kept], values[:, :, kept]
+            if theirs.values is not None:  # new: before transformers 5.24 it takes values in the format of the keys
+                values = widened(values, theirs.values)
             theirs.keys, theirs.values = keys, values
             if hasattr(theirs, "cumulative_length"):
                 theirs.cumulative_length = layer.length

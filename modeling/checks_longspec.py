@@ -15,7 +15,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.generation import GenerationMode
 
-from .interface_longspec import CACHE, is_stateful
+from .call_longspec import probe
+from .interface_longspec import CACHE, is_stateful, is_user_defined
+
+# What `cache_implementation` may be: names of the ways in which plain `generate` would keep its cache on the device.
+CACHES = (None, "dynamic", "static", "hybrid", "hybrid_chunked", "sliding_window")
 
 
 @contextmanager
@@ -31,19 +35,32 @@ def ended_on_error(streamer: Any) -> Iterator[None]:
 
 def check_inputs(input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
     """Raise `ValueError` for inputs of a call that LongSpec cannot serve."""
-    if not model_kwargs.get("use_cache", True):
-        raise ValueError("LongSpec needs the target's cache, got use_cache=False")
     past = model_kwargs.get(CACHE)
+    if not model_kwargs.get("use_cache", True):
+        check_without_cache(generation_config, model_kwargs)
+        return
     if isinstance(past, StaticCache):
-        raise ValueError(f"LongSpec keeps its own cache in place; expected {CACHE}=DynamicCache, got a StaticCache")
-    if not isinstance(past, DynamicCache) or type(past) is not DynamicCache or past.offloading:
+        if is_user_defined(past):
+            raise ValueError(
+                f"LongSpec keeps its own cache in place; expected {CACHE}=DynamicCache, got a StaticCache"
+            )
+        return
+    if past is None or type(past) is not DynamicCache or past.offloading:
         raise ValueError(f"LongSpec needs a plain DynamicCache, got {past!r}")
     check_reading(input_ids, generation_config.prefill_chunk_size, model_kwargs)
-    if generation_config.output_attentions:
-        raise ValueError("LongSpec's attention makes no attention weights, got output_attentions=True")
     held = past.layers[0].keys if past.get_seq_length() > 0 else input_ids
     if held is not None and held.shape[0] != input_ids.shape[0]:
         raise ValueError(f"expected {CACHE} of the prompts' batch size {input_ids.shape[0]}, got {held.shape[0]}")
+
+
+def check_without_cache(generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    """Raise `ValueError` where plain `generate` without a cache fails, or writes what it would not write with one."""
+    past, mask, positions = (model_kwargs.get(name) for name in (CACHE, "attention_mask", "position_ids"))
+    if past is not None or generation_config.prefill_chunk_size is not None:
+        raise ValueError("expected use_cache=True beside a cache or prefill_chunk_size, got use_cache=False")
+    if mask is None and positions is not None and positions.dim() == 2 and bool((positions.diff() != 1).any()):
+        # without cache and mask transformers takes positions (B, L) that jump for several texts in a row
+        raise ValueError("expected use_cache=True beside position_ids that jump, got use_cache=False")
 
 
 def check_reading(input_ids: Tensor, chunk: int | None, model_kwargs: dict[str, Any]) -> None:
@@ -77,6 +94,7 @@ def check_generation(
         check_options(mode, generation_config, mode_kwargs)
         bound = draft.bind(target)
         draft.check_engine(target, bound.device, bool(mode_kwargs.get("synced_gpus")))
+        probe(draft, target, bound)
 
 
 def check_target(target: PreTrainedModel) -> None:
@@ -98,11 +116,13 @@ def check_options(mode: GenerationMode, generation_config: GenerationConfig, mod
         value = getattr(generation_config, name, None)
         if value is not None and value is not False:
             raise ValueError(f"expected a LongSpec draft or {name}, got both, {name}={value!r}")
-    if generation_config.cache_implementation not in (None, "dynamic"):
+    if (kind := generation_config.cache_implementation) not in CACHES:
         raise ValueError(
-            "LongSpec keeps its own cache in place; expected cache_implementation None or 'dynamic', got "
-            f"{generation_config.cache_implementation!r}"
+            f"LongSpec keeps its own cache in place, on the target's device; expected cache_implementation None, "
+            f"{', '.join(map(repr, CACHES[1:]))}, got {kind!r}"
         )
+    if generation_config.output_attentions:
+        raise ValueError("LongSpec's attention makes no attention weights, got output_attentions=True")
     if mode is not GenerationMode.ASSISTED_GENERATION:
         raise ValueError(f"LongSpec serves greedy decoding and sampling, got generation mode {mode.value!r}")
     if mode_kwargs.get("assistant_tokenizer") is not None:
@@ -110,10 +130,8 @@ def check_options(mode: GenerationMode, generation_config: GenerationConfig, mod
 
 
 def check_steadiness(target: PreTrainedModel) -> None:
-    """Raise `ValueError` for a target that draws at random, works without its cache or sees tokens unknown to us."""
+    """Raise `ValueError` for a target that draws at random or sees tokens unknown to us."""
     for name, module in target.named_modules():
-        if module.training and getattr(module, "gradient_checkpointing", False):
-            raise ValueError("LongSpec needs the target's cache, got a target that trains with gradient checkpointing")
         dropout = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
         if module.training and isinstance(dropout, float) and dropout > 0:
             raise ValueError(f"LongSpec needs target.eval(), got a target in training mode with dropout in {name!r}")

@@ -189,7 +189,7 @@ def layer_kinds(text_config: PreTrainedConfig) -> list[str]:
         raise ValueError(f"LongSpec does not serve latent attention, got {family!r} with a `kv_lora_rank`")
     width = getattr(own, "word_embed_proj_dim", None)  # of embedding and LM head, in opt-350m
     if width is not None and width != own.hidden_size:
-        raise ValueError(f"LongSpec needs embeddings of the hidden size {own.hidden_size}, got {family!r} with {width}")
+        raise ValueError(f"LongSpec needs embeddings of width {own.hidden_size}, got {family!r} with {width}")
     names = {"DynamicLayer": "full", "DynamicSlidingWindowLayer": "sliding", "DummyLayer": "shared"}
     try:
         layers = [type(layer).__name__ for layer in DynamicCache(config=text_config).layers]

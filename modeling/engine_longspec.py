@@ -125,8 +125,8 @@ def torch_misfit(demand: Demand) -> str | None:
     device, head_dim = demand.device, demand.head_dim
     if demand.softcap is not None:
         return f"the target caps its attention scores (softcap={demand.softcap}), torch's flash kernels cannot"
-    if device.type not in ("cpu", "cuda"):
-        return f"no flash kernel with log-sum-exp on {device.type}"
+    if device.type != "cpu" and (device.type != "cuda" or demand.dtype == torch.float64):
+        return f"no flash kernel with log-sum-exp for {demand.dtype} on {device.type}"
     if device.type == "cuda" and (head_dim % 8 or head_dim > 256):
         return f"the CUDA kernels need a head dimension that is a multiple of 8 and at most 256, got {head_dim}"
     return None

@@ -97,6 +97,8 @@ def by_size(small: Backend, large: Backend) -> Backend:
 def triton_misfit(demand: Demand) -> str | None:
     """Return why our own kernel cannot serve a target, or None."""
     device, head_dim = demand.device, demand.head_dim
+    if demand.dtype == torch.float64:
+        return "it computes in float32, got a target in float64"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     triton = imported("triton")

@@ -7,25 +7,25 @@ work on the device alone. Knows the draft by its methods only.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .call_longspec import Call, make_cache, read_prompt
+from .call_longspec import Call, make_cache, read_prompt, read_tree
 from .candidate_generator_longspec import LongSpecCandidateGenerator
 from .checks_longspec import check_inputs, ended_on_error
 from .engine_longspec import Backend, Demand
-from .hybrid_attention_longspec import Round
-from .interface_longspec import CACHE, attending, decoding, forward, has_unfinished, is_user_defined, switched
+from .interface_longspec import CACHE, decoding, has_unfinished, is_user_defined
 from .output_longspec import LongSpecOutput, PhaseClock
-from .rope_switch_longspec import RopeSwitch
+from .positions_longspec import Positions
 from .sampling_longspec import IMPOSSIBLE, Plan, Sampler
 from .target_longspec import BoundTarget, catching
 from .text_longspec import Text
-from .tree_longspec import TokenTree, ancestor_mask, node_depths
+from .tree_longspec import TokenTree
 from .verification_longspec import (
     Accepted,
     RowWalk,
@@ -71,22 +71,30 @@ def assisted_decoding(
         check_inputs(input_ids, generation_config, model_kwargs)
         bound = draft.bind(target)
         backend = choose_backend(draft, target, bound)
-        rope_switch = RopeSwitch(target, model_kwargs)
-        if synced_gpus and rope_switch.last_short is not None:
-            raise ValueError("LongSpec needs ranks that read alike, got synced_gpus with a target of longrope")
+        tree, config = draft.config.tree_on(bound.device), generation_config
+        positions = Positions(target, model_kwargs, config.max_length + len(tree))
+        if synced_gpus and positions.differ:
+            raise ValueError(
+                "LongSpec needs ranks that read alike, got synced_gpus with a text that may cross the end or the "
+                "switch of the target's positions"
+            )
 
         # 2. Text, sampler, cache and draft are made ready.
         draft = call_ends.enter_context(draft.placed(bound.device, bound.dtype))
         engine, clock = draft.take_engine(bound.device), PhaseClock(draft.config.profile, bound.device)
-        returns_cache = generation_config.return_dict_in_generate or is_user_defined(model_kwargs[CACHE])
-        do_sample, nodes = generation_config.do_sample, 1 + sum(draft.config.tree_on(bound.device))
-        together = rope_switch.last_short is not None or streamer is not None
-        tree_logits = nodes * target.config.get_text_config(decoder=True).vocab_size
-        plan = Plan.of(logits_processor, stopping_criteria, do_sample, input_ids, tree_logits, together)
+        returned = model_kwargs.get(CACHE)  # as plain `generate` would return it: none, dynamic or static
+        asked = generation_config.return_dict_in_generate or is_user_defined(returned)
+        returns_cache = returned is not None and asked
+        if not (returns_cache or isinstance(returned, DynamicCache)):
+            own = DynamicCache(config=target.config.get_text_config(decoder=True))
+            model_kwargs |= {CACHE: own, "use_cache": True}
+        do_sample, nodes = generation_config.do_sample, 1 + sum(tree)
+        vocab = draft.config.vocab_size
+        together = positions.by_length or streamer is not None
+        plan = Plan.of(logits_processor, stopping_criteria, do_sample, input_ids, nodes * vocab, together)
         sampler = Sampler(logits_processor, do_sample, plan, len(input_ids), input_ids.device)
-        text = Text(
-            input_ids, stopping_criteria, generation_config, streamer, plan, nodes=nodes, keeps_cache=returns_cache
-        )
+        sizes = {"nodes": nodes, "vocab": vocab}
+        text = Text(input_ids, stopping_criteria, config, streamer, plan, **sizes, keeps_cache=returns_cache)
         cache = make_cache(target, draft, text, generation_config, model_kwargs, bound.device)
         engine.give_memory(cache)
         generator = LongSpecCandidateGenerator(draft, bound, backend, text.batch)
@@ -96,7 +104,7 @@ def assisted_decoding(
             with clock("prefill"):
                 cache.take_over()
                 prompt = read_prompt(target, text, sampler, cache, generator, generation_config, model_kwargs)
-            call = Call(target, text, sampler, cache, generator, backend, engine, rope_switch, clock, *prompt)
+            call = Call(target, text, sampler, cache, generator, backend, engine, positions, clock, *prompt)
             with decoding(target):
                 call = engine.begin(call, synced_gpus)
                 accept_lengths = decode(call, synced_gpus)
@@ -104,7 +112,9 @@ def assisted_decoding(
             sampler.rewind(text.slowest)
             if returns_cache:
                 cache.hand_back()
-        if not returns_cache:
+        if returns_cache:
+            cache.compact()
+        else:
             engine.end(call)
             draft.keep_engine(engine)
 
@@ -115,8 +125,8 @@ def assisted_decoding(
         return text.sequences
     return LongSpecOutput(
         sequences=text.sequences,
-        **text.records.as_dict(),
-        **{CACHE: cache.past},
+        **text.records.as_dict(whole=returned is None),
+        **{CACHE: None if returned is None else cache.past},
         accept_lengths=accept_lengths,
         phase_seconds=clock.seconds() if draft.config.profile else None,
     )
@@ -131,7 +141,12 @@ def decode(call: Call, synced_gpus: bool) -> list[list[int]]:
         if cache.make_room():
             call.engine.moved(call)
         stopped = text.stopped
-        counts = read_anew(call) if call.rope_switch.drops_cache(text, cache) else decode_round(call)
+        if call.positions.drops_cache(text, cache):
+            counts = read_anew(call)
+            shift = int(call.roots.positions.max()) - cache.length
+            call = call.engine.begin(call._replace(shift=shift), synced_gpus)
+        else:
+            counts = decode_round(call.next_round())
         if text.stopped != stopped:
             call.roots.follow(text)
         for lengths, count, padding in zip(accept_lengths, counts, stopped, strict=True):
@@ -176,38 +191,22 @@ def decode_round(call: Call) -> list[int]:
 def grow(call: Call) -> TokenTree:
     """Grow a tree below each root; in rows that have stopped, a chain of padding where padding follows."""
     roots = call.roots
-    levels = call.rope_switch.levels(roots.positions, call.cache)
-    tree = call.generator.grow(roots.tokens, roots.positions, call.cache, levels, roots.hidden)
+    tree = call.generator.grow(roots.tokens, roots.positions, call.cache, call.levels, roots.hidden)
     return tree if call.text.padding is None else tree.forced(roots.stopped, call.text.padding)
 
 
 def verify(call: Call, tree: TokenTree) -> Verified:
     """Run one target forward over the trees. The cache is left inside the round."""
-    target, cache, roots = call.target, call.cache, call.roots
-    ancestors = ancestor_mask(tree.parents, tree.levels)
-    depths = node_depths(ancestors)
-    positions = roots.positions[:, None] + depths
-    positions = positions if roots.axes is None else positions + roots.axes[:, :, None]
-    cache.begin_round(depths)
-    undisturbed = False
-    while not undisturbed:  # another thread may set the target's attention in the middle of this forward
-        state = Round(cache, ancestors, call.backend, seen=set())
-        with (
-            switched(target) as stands,
-            attending(state.attend),
-            call.engine.layers(call),
-            catching(target, roots.hidden is not None) as caught,
-        ):
-            outputs = forward(target, tree.tokens, positions, cache, call.extras)
-            undisturbed = stands()
-    state.check(target)
-    hidden = None if caught is None else caught.every().to(roots.positions.device)
-    return Verified(ancestors, depths, outputs.logits, outputs.hidden_states, hidden)
+    layers, within = partial(call.engine.layers, call), call.positions.within
+    return read_tree(call.target, tree, call.roots, call.cache, call.backend, call.extras, layers, within)
 
 
 def find_greedy_paths(call: Call, tree: TokenTree, verified: Verified) -> Walk:
     """Find how far each tree agrees with the largest logits behind its nodes."""
-    return find_paths(call, tree, verified, verified.logits.argmax(dim=-1))
+    logits = (
+        verified.logits.float() if verified.logits.dtype == torch.float64 else verified.logits
+    )  # as `generate` has
+    return find_paths(call, tree, verified, logits.argmax(dim=-1))
 
 
 def find_paths(call: Call, tree: TokenTree, verified: Verified, picks: Tensor) -> Walk:
@@ -236,13 +235,12 @@ def commit(call: Call, tree: TokenTree, accepted: Accepted, hidden: Tensor | Non
 
 
 def read_anew(call: Call) -> list[int]:
-    """Write one token of each row where plain `generate` reads all of the text anew; see `RopeSwitch`."""
+    """Write one token of each row where plain `generate` reads all of the text anew; see `Positions`."""
     text, roots = call.text, call.roots
     with catching(call.target, roots.hidden is not None) as caught:
-        outputs = call.rope_switch.read_anew(text, call.cache)
-    read = text.sequences[:, -1:]
+        outputs = call.positions.read_anew(text, call.cache)
     emit(text, call.sampler, list(range(text.batch)), outputs.logits[:, -1], outputs.hidden_states)
-    call.generator.advance(read, roots.positions[:, None])
+    call.generator.advance(roots.tokens[:, None], roots.positions[:, None])
     if caught is not None and roots.hidden is not None:
         roots.hidden.copy_(caught.of_last_token())
     roots.positions.add_(1)

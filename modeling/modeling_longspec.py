@@ -118,7 +118,7 @@ class LongSpecForCausalLM(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if module is self and self.draft_vocab is not None:  # of a checkpoint that has none
-            init.copy_(self.draft_vocab, torch.arange(len(self.draft_vocab)))
+            init.copy_(self.draft_vocab, torch.arange(len(self.draft_vocab), device=self.draft_vocab.device))
 
     def get_input_embeddings(self) -> None:
         """None, as `get_output_embeddings` is: both are the target's. FSDP and PEFT ask."""

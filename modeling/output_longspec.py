@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -73,8 +74,11 @@ class Records:
             for record, states in zip(self.hidden_states, layers, strict=True):
                 record.put(rows, steps, states)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self, whole: bool = False) -> dict[str, Any]:
+        """Return them as plain `generate` does; whole: hidden states of all tokens each step, as without a cache."""
         layers = None if self.hidden_states is None else [record.values for record in self.hidden_states]
+        if layers is not None and whole:
+            layers = [tuple(accumulate(steps, lambda text, new: torch.cat([text, new], dim=-2))) for steps in layers]
         return {
             "scores": None if self.scores is None else self.scores.values,
             "logits": None if self.logits is None else self.logits.values,

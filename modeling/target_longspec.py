@@ -110,6 +110,12 @@ def check_fit(config: LongSpecConfig, target: PreTrainedModel) -> None:
     """Raise `ValueError` that lists every mismatch between a draft's config and a target."""
     text = target.config.get_text_config(decoder=True)
     kinds = layer_kinds(text)
+    if (
+        "sliding" in kinds and text.sliding_window == 1
+    ):  # a cache that never slides; each implementation masks otherwise
+        raise ValueError(
+            f"LongSpec does not serve windows of one token, got {text.model_type!r} with sliding_window=1"
+        )
     kv_heads, head_dim = kv_shape(layer_config(text, config.target_layer))
     actual = {
         "vocab_size": text.vocab_size,
@@ -245,7 +251,10 @@ def check_cached(layer: Any, config: LongSpecConfig) -> None:
     expected = (config.num_key_value_heads, config.head_dim)
     held = [states[0, :, 0].shape for states in (layer.keys, layer.values)] if layer.is_initialized else []
     if held != [expected, expected]:
-        found = " and ".join(str(tuple(shape)) for shape in held) or "none"
+        found = (
+            " and ".join(str(tuple(shape)) for shape in held)
+            or "none, as where a target trains with gradient checkpointing"
+        )
         raise ValueError(f"LongSpec needs cached keys and values of (heads, dimension) {expected}, got {found}")
 
 
@@ -313,7 +322,7 @@ def _state(tensor: Tensor) -> tuple[int, int]:
 
 def vocabulary(ids: Tensor | Sequence[int], size: int) -> Tensor:
     """Return a copy of token ids (N,) in int64. Raises `ValueError` for repeated ids and ids beyond `size`."""
-    ids = torch.as_tensor(ids)
+    ids = torch.as_tensor(ids, device="cpu")
     if ids.dim() != 1 or not len(ids) or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"a draft vocabulary is a row of token ids, got {tuple(ids.shape)} of {ids.dtype}")
     lowest, highest, repeated = int(ids.min()), int(ids.max()), len(ids) - len(ids.unique())
@@ -346,6 +355,14 @@ def _head_misfit(head: nn.Module | None) -> str | None:
     if head.weight.device.type == "meta" or head.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"a weight of {head.weight.dtype} on {head.weight.device}"
     return None
+
+
+def foreign_hooks(module: nn.Module) -> dict[int, Any]:
+    """Return the forward hooks of a module and its parts, by their ids, but for transformers' and our own."""
+    tables = [table for part in module.modules() for table in (part._forward_pre_hooks, part._forward_hooks)]
+    hooks = {key: hook for table in tables for key, hook in table.items()}
+    ours = (Caught.catch.__module__, "transformers.")
+    return {key: hook for key, hook in hooks.items() if not (getattr(hook, "__module__", None) or "").startswith(ours)}
 
 
 # --- the last hidden state -------------------------------------------------------------------------------------------

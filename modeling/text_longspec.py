@@ -34,11 +34,13 @@ class Text:
         plan: Plan,
         *,
         nodes: int,
+        vocab: int,
         keeps_cache: bool = True,
     ):
         """Begin with prompts (B, L).
 
-        nodes: of the largest tree. keeps_cache: the user sees the cache, and it holds finished rows' padding.
+        nodes: of the largest tree. vocab: tokens that the target can embed. keeps_cache: the user sees the cache,
+        and it holds finished rows' padding.
         """
         self.batch, self.prompt = input_ids.shape
         self.device = input_ids.device
@@ -46,12 +48,15 @@ class Text:
         self.criteria, self.stops, self.streamer = criteria, Stops.of(criteria), streamer
         ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self.pad = padding_token(generation_config) if ends else None
+        # a token that models can embed in the place of padding that they cannot; no token of a text sees either
+        self.stand_in: dict[int | None, int] = {} if self.pad is None or 0 <= self.pad < vocab else {self.pad: 0}
         self.records = Records(self.batch, generation_config)
         self.keeps_tails = keeps_cache or not self.records.empty or self.pad is None
-        self._ids = input_ids.cpu() if plan.on_host else input_ids  # (B, room)
+        ids = input_ids.long()  # as plain `generate` has them behind its first token
+        self._ids = ids.cpu() if plan.on_host else ids  # (B, room)
         self._fresh: list[list[int]] = [[] for _ in range(self.batch)]  # each row's last tokens, not yet in `_ids`
         self.lead = LEAD + nodes
-        self.newest = [0] * self.batch  # the last token of each row
+        self.newest = [0] * self.batch  # the last token of each row, as a model can embed it
         self.lengths = [self.prompt] * self.batch
         self.ends: list[int | None] = [None] * self.batch  # the length at which each row stopped
 
@@ -63,14 +68,16 @@ class Text:
 
     @property
     def sequences(self) -> Tensor:
-        """All rows (B, L) up to the longest, on the device of the prompt; contiguous, for a user may view it."""
+        """All rows (B, L) up to the longest, on the device of the prompt; a copy without room for more."""
         self._write_fresh()
-        return self._ids[:, : max(self.lengths)].to(self.device).contiguous()
+        return self._ids[:, : max(self.lengths)].to(self.device).clone()
 
     @property
     def padding(self) -> int | None:
-        """The token that rows continue with once they have stopped; None if stopped rows do not continue."""
-        return self.pad if self.batch > 1 and (self.keeps_tails or self.together) else None
+        """The token that trees hold of rows that have stopped and continue; None if such rows do not continue."""
+        return (
+            self.stand_in.get(self.pad, self.pad) if self.batch > 1 and (self.keeps_tails or self.together) else None
+        )
 
     @property
     def stopped(self) -> list[bool]:
@@ -124,7 +131,7 @@ class Text:
     def write(self, rows: list[int], tokens: list[int]) -> list[int]:
         """Append one token to each of `rows`, padding where a row has stopped; ask the criteria, then stream.
 
-        Returns what was appended. Raises what `multinomial` raises for `IMPOSSIBLE`.
+        Returns what was appended, as models can embed it. Raises what `multinomial` raises for `IMPOSSIBLE`.
         """
         if IMPOSSIBLE in tokens:
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
@@ -132,12 +139,12 @@ class Text:
             tokens = [token if self.ends[row] is None else self.pad for row, token in zip(rows, tokens, strict=True)]
         for row, token in zip(rows, tokens, strict=True):
             self._fresh[row].append(token)
-            self.newest[row] = token
+            self.newest[row] = self.stand_in.get(token, token)
             self.lengths[row] += 1
         self._ask(rows)
         if self.streamer is not None:
-            self.streamer.put(torch.tensor(tokens))
-        return tokens
+            self.streamer.put(torch.tensor(tokens, device="cpu"))
+        return [self.newest[row] for row in rows]
 
     def _ask(self, rows: list[int]) -> None:
         """Ask the stopping criteria about the newest tokens; the first length at which they stop a row is its end."""
@@ -168,9 +175,9 @@ class Text:
             longer[:, : self._ids.shape[1]] = self._ids
             self._ids = longer
         if len(set(self.lengths)) == len({len(fresh) for fresh in self._fresh}) == 1:
-            self._ids[:, length - len(self._fresh[0]) : length] = torch.tensor(self._fresh)
+            self._ids[:, length - len(self._fresh[0]) : length] = torch.tensor(self._fresh, device="cpu")
         else:
             for row, (end, fresh) in enumerate(zip(self.lengths, self._fresh, strict=True)):
-                self._ids[row, end - len(fresh) : end] = torch.tensor(fresh, dtype=torch.long)
+                self._ids[row, end - len(fresh) : end] = torch.tensor(fresh, dtype=torch.long, device="cpu")
         for fresh in self._fresh:
             fresh.clear()

@@ -50,7 +50,7 @@ class Accepted(NamedTuple):
             [*path, *[0] * (levels + 1 - len(path)), len(path), token]
             for path, token in zip(paths, newest, strict=True)
         ]
-        table = torch.tensor(rows)
+        table = torch.tensor(rows, device="cpu")
         if device.type == "cuda":
             table = table.pin_memory()
         table = table.to(device, non_blocking=True)
@@ -77,7 +77,7 @@ class Walk(NamedTuple):
         """Read the walks in one transfer, the round's only wait for the device."""
         table = self.table
         if table.device.type == "cuda":
-            table = torch.empty(self.table.shape, dtype=self.table.dtype, pin_memory=True)
+            table = torch.empty(table.shape, dtype=table.dtype, device="cpu", pin_memory=True)
             table.copy_(self.table, non_blocking=True)
             torch.cuda.current_stream(self.table.device).synchronize()
         steps = table.shape[1] // 2

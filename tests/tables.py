@@ -61,7 +61,7 @@ def begin_text(
     """Begin a text as the decoding loop does; `text.sampler` picks its tokens."""
     do_sample = config.do_sample
     plan = Plan.of(processors, criteria, do_sample, ids, nodes * vocab, together or streamer is not None)
-    text = Text(ids, criteria, config, streamer, plan, nodes=nodes, keeps_cache=keeps_cache)
+    text = Text(ids, criteria, config, streamer, plan, nodes=nodes, vocab=vocab, keeps_cache=keeps_cache)
     text.sampler = Sampler(processors, do_sample, plan, len(ids), ids.device)
     return text
 

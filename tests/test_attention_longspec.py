@@ -396,7 +396,7 @@ def test_resolve_backend(name, device, head_dim, softcap, expected):
     "device, head_dim, softcap, reason",
     [
         (CPU, 64, 50.0, r"caps its attention scores \(softcap=50\.0\)"),
-        (META, 64, None, r"no flash kernel with log-sum-exp on meta"),
+        (META, 64, None, r"no flash kernel with log-sum-exp for torch.float32 on meta"),
         (CUDA, 63, None, r"multiple of 8 and at most 256, got 63"),
         (CUDA, 264, None, r"multiple of 8 and at most 256, got 264"),
     ],
@@ -406,6 +406,15 @@ def test_backend_asked_for_by_name_says_why_it_cannot(device, head_dim, softcap,
         ValueError, match=rf"attention_backend='torch' cannot run here: .*{reason}.*use 'auto' or 'eager'"
     ):
         resolve_backend("torch", Demand(device, torch.float32, head_dim, softcap))
+
+
+def test_only_the_reference_computes_in_float64_on_a_gpu():
+    demand = Demand(CUDA, torch.float64, 64, None)
+    for name, reason in (("torch", "for torch.float64 on cuda"), ("triton", "in float32, got a target in float64")):
+        with pytest.raises(ValueError, match=f"{name!r} cannot run here: .*{reason}"):
+            resolve_backend(name, demand)
+    assert resolve_backend("auto", demand).name == "eager"
+    assert resolve_backend("auto", Demand(CPU, torch.float64, 64, None)).name == "torch"
 
 
 def test_the_number_of_queries_chooses_between_two_backends():

@@ -163,10 +163,13 @@ SPARSE = ["minimax_m3_sparse", "full_attention"]
         (AutoConfig.for_model("mamba"), "standard per-layer key/value caches, got 'mamba' with"),
         (AutoConfig.for_model("jamba"), "standard per-layer key/value caches, got 'jamba' with"),
         (AutoConfig.for_model("llama4_text"), "chunked attention, got 'llama4_text'"),
-        (AutoConfig.for_model("minimax_m3_vl_text", num_hidden_layers=2, layer_types=SPARSE), "caches, got 'minimax_m3"),
+        (
+            AutoConfig.for_model("minimax_m3_vl_text", num_hidden_layers=2, layer_types=SPARSE),
+            "caches, got 'minimax_m3",
+        ),
         (
             AutoConfig.for_model("opt", hidden_size=32, word_embed_proj_dim=16),
-            "embeddings of the hidden size 32, got 'opt' with 16",
+            "embeddings of width 32, got 'opt' with 16",
         ),
         (
             family_config("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),

@@ -30,6 +30,17 @@ def test_the_assistants_tokens_with_and_without_marks(template):
     assert mask.tolist() == np.concatenate([[bool(mine)] * len(ids(text)) for text, mine in PARTS]).tolist()
 
 
+def test_another_template_than_the_tokenizers():
+    """Also where the tokenizer has none; `<turn>` is the tokenizer's BOS."""
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    for own in (None, TEMPLATE):
+        tokenizer = byte_tokenizer(own)
+        tokenizer.bos_token = "<turn>"
+        found, mask = ChatEncoder(tokenizer, template).encode_with_mask(CHAT[:2])
+        assert found == ids("<turn>hia:b ") and mask.tolist() == [False] * 3 + [True] * 3 + [False]
+        assert ChatEncoder(tokenizer, template).prompt(CHAT[:2]) == ids("<turn>hi")
+
+
 def test_an_answer_without_a_question_is_not_learned():
     _, mask = ChatEncoder(byte_tokenizer()).encode_with_mask(CHAT[1:])
     assert mask.nonzero()[0].tolist() == list(range(len(mask) - 1 - len(ids("ü<end>")), len(mask) - 1))

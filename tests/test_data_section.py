@@ -51,6 +51,7 @@ def test_a_section_with_all_of_its_keys():
         (section(sources=[{**JSON, "weight": 0}]), r"data.sources\[0\]: `weight` must be positive, got 0"),
         (section(sources=[{**JSON, "loss": "assistant"}]), "`loss: assistant` needs `kind: chat`"),
         (section(sources=[{**JSON, "answer_field": "a"}]), "`answer_field` needs `kind: chat`"),
+        (section(sources=[{**JSON, "chat_template": "a"}]), "`chat_template` needs `kind: chat`"),
         (section(sources=[{**JSON, "document": "package"}]), "`document: package` needs files"),
         (section(sources=[{"path": "x", "format": "text", "kind": "chat"}]), "`kind: chat` needs rows"),
         (section(sources=[JSON, {**JSON, "weight": 1}]), "give all sources a `weight`, or none"),

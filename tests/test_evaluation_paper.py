@@ -70,7 +70,7 @@ def jsonl(rows) -> bytes:
 
 @pytest.mark.parametrize("name", LONG)
 def test_rows_are_taken_whole_or_left_out(name, tokenizer, tmp_path, monkeypatch):
-    """More than 1,200 tokens, and 2,000 of the target's positions stay free, whatever the buckets of other tasks are."""
+    """More than 1,200 tokens, and 2,000 positions stay free, whatever `--contexts` says."""
     (tmp_path / f"{name}.jsonl").write_bytes(jsonl(rows_of(name, 1601, 1600, 1200, 1201, 1300)))
     monkeypatch.setattr(tokenizer, "chat_template", "{{ messages }}")  # their prompts are no chats
     task = TASKS[f"paper/{name}"]
@@ -110,7 +110,7 @@ def test_problems_of_2024(tokenizer, tmp_path):
     wanted = Wanted(tokenizer, (10,), 9, 32_768)
     (task, place) = chosen(None, [f"paper/aime24={tmp_path / 'train.parquet'}"], None)[0]
     samples = task.make(task, Path(place), wanted).samples
-    assert [sample.id for sample in samples] == ["60", "75", "89"] and {sample.context for sample in samples} == {12_768}
+    assert [(sample.id, sample.context) for sample in samples] == [(year, 12_768) for year in ("60", "75", "89")]
     assert "user\nProblem 60?<|im_end|>" in tokenizer.decode(samples[0].ids)
     (tmp_path / "aime24.jsonl").write_bytes(jsonl([{"problem": "?"}]))
     with pytest.raises(ValueError, match="aime24.jsonl: expected each row to have an `id`, a number"):
@@ -143,8 +143,8 @@ def test_one_command_makes_their_table(folders, tmp_path, monkeypatch):
             hub.store.repos[f"{owner}/{repo}"] = Repo("me", private=False)
             hub.store.repos[f"{owner}/{repo}"].commit("main", "rows", {file: Blob(content, large=False)})
         connect(monkeypatch, hub.url, tmp_path / "hub")
-        words = ["evaluate", "--target", str(folders / "target"), "--draft", str(folders / "draft"), "--suite", "paper"]
-        words += ["--task", "paper/aime24", "--no-plot", "--max-new-tokens", "6", "--tree", "200"]
+        words = ["evaluate", "--target", str(folders / "target"), "--draft", str(folders / "draft")]
+        words += ["--suite", "paper", "--task", "paper/aime24", "--no-plot", "--max-new-tokens", "6", "--tree", "200"]
         words += ["--output", str(tmp_path / "out")]
         result = CliRunner().invoke(cli.app, words)
     assert result.exit_code == 0, result.output

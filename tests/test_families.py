@@ -1,6 +1,9 @@
 """Every family of transformers as docs/SUPPORT.md tells of it; made anew by `hf-longspec support`."""
 
 import functools
+import inspect
+import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -8,15 +11,18 @@ import torch
 import transformers
 from full_disk import full_disk
 from helpers import CACHE, quick_or_slow, tiny_draft
-from transformers import LlamaForCausalLM
+from transformers import CONFIG_MAPPING, DynamicCache, LlamaForCausalLM, PreTrainedConfig
+from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from typer.testing import CliRunner
 
 from hf_longspec import LongSpecForCausalLM, cli
 from hf_longspec.evaluation import families as trials_of
-from hf_longspec.evaluation.families import Result, Trial, context_effect, try_families, try_family
+from hf_longspec.evaluation import tiny_models
+from hf_longspec.evaluation.families import Result, Trial, context_effect, try_families, try_family, try_model
 from hf_longspec.evaluation.support_table import read_results, support_table
 from hf_longspec.evaluation.tiny_models import LAYERS, VOCAB, NotBuildable, families, tiny_config, tiny_model
+from hf_longspec.evaluation.tiny_overrides import RELEASED
 from hf_longspec.modeling.target_longspec import attention_module
 
 PAGE = (Path(__file__).parent.parent / "docs" / "SUPPORT.md").read_text(encoding="utf-8")
@@ -66,6 +72,7 @@ REFUSALS = {
     "doge": "makes masks of its own",
 }
 TRIED = quick_or_slow(SERVED, PATHS)
+RELEASES = [(family, name) for family in SERVED for name in RELEASED.get(family, ()) if name != "opt-350m"]
 
 
 def trial(family: str) -> Trial:
@@ -80,15 +87,41 @@ def skip_unless_buildable(result: Trial) -> None:
 
 @pytest.mark.parametrize("family", TRIED)
 def test_served_family_is_served(family):
-    result = trial(family)
+    result = try_model(family)
     skip_unless_buildable(result)
     assert result.result is Result.served, result.reason
+
+
+@pytest.mark.parametrize("released", quick_or_slow(RELEASES, [("exaone4", "EXAONE-4.0-1.2B")]), ids=" as ".join)
+def test_released_model_is_served(released):
+    result = try_model(*released)
+    skip_unless_buildable(result)
+    assert result.result is Result.served, result.reason
+
+
+def test_a_released_model_that_goes_otherwise_than_its_family_is_named(monkeypatch):
+    """The embeddings of opt-350m are half as wide as its hidden states."""
+    monkeypatch.setattr(trials_of, "SETTINGS", trials_of.SETTINGS[:1])
+    result = trial("opt")
+    assert result.result is Result.served
+    assert result.reason == "opt-350m is refused: LongSpec needs embeddings of width 32, got 'opt' with 16"
+
+
+@pytest.mark.parametrize("result, reason", [(Result.served, ""), (Result.wrong, "Mixtral-8x7B is WRONG: odd")])
+def test_a_released_model_that_is_wrong_makes_its_family_wrong(result, reason, monkeypatch):
+    models = {
+        "": Trial("mixtral", "M", "sliding", Result.served),
+        "Mixtral-8x7B": Trial("mixtral", "M", "full", result, "odd" if reason else ""),
+    }
+    monkeypatch.setattr(trials_of, "try_model", lambda family, release="": models[release])
+    kinds = "sliding" if reason else "sliding, full"
+    assert try_family("mixtral") == Trial("mixtral", "M", kinds, result, reason)
 
 
 @pytest.mark.parametrize("family", quick_or_slow(REFUSED, REFUSALS))
 def test_refused_family_is_refused(family):
     """By a `ValueError`: what else a call ends in counts as WRONG."""
-    result = trial(family)
+    result = try_model(family)
     skip_unless_buildable(result)
     assert result.result is Result.refused, result.reason
 
@@ -217,6 +250,79 @@ def test_tiny_config_keeps_what_is_peculiar():
     assert config.text_config.vocab_size == VOCAB <= config.image_token_id
     config = tiny_config("glm4_moe")
     assert (config.n_routed_experts, config.num_experts_per_tok, config.num_key_value_heads) == (4, 2, 2)
+
+
+# What the source of a family names and its tiny models need not have.
+NOT_OF_ITS_TEXT_MODEL = {
+    "deepseek_ocr2": "full_attention sliding_attention",  # of the encoder of pictures
+    "muse_glimmer": "window_attention",
+    "muse_spark": "window_attention",
+    "paddleocr_vl": "sliding_attention",  # its config has no window
+    "qwen3_omni_moe_thinker": "full_attention sliding_attention",  # of the talker
+    "step3p7": "minimax_m3_sparse",  # of another family's config, which it was copied from
+}
+
+
+def lost(family: str) -> list[str]:
+    """Return what released models of a family may have, by its source and its defaults, and no tiny model has."""
+    default = CONFIG_MAPPING[family]().get_text_config(decoder=True)
+    tiny = [tiny_config(family, name).get_text_config(decoder=True) for name in ("", *RELEASED.get(family, ()))]
+    text = "".join(path.read_text("utf-8") for path in Path(inspect.getfile(type(default))).parent.glob("*ing_*.py"))
+    text += Path(inspect.getfile(type(default))).read_text("utf-8")
+    named = set(re.findall(r"[\"'](\w+)[\"']", text)) & set(ALLOWED_LAYER_TYPES)
+    named -= set(NOT_OF_ITS_TEXT_MODEL.get(family, "").split())
+    missing = sorted((named | kinds(default)) - set().union(*map(kinds, tiny)))
+    fields = {name: value for name, value in vars(default).items() if not name.startswith("_")}
+    heads = [name for name in fields if name.endswith("head_dim") and all(vars(config).get(name) for config in tiny)]
+    for one, other in itertools.combinations(heads, 2):
+        if fields[one] != fields[other] and all(vars(config)[one] == vars(config)[other] for config in tiny):
+            missing.append(f"{one} other than {other}")
+    for name, value in fields.items():
+        if value and not re.search(r"token_(id|index)|^tie_|dtype|^architectures|^base_model", name):
+            missing += [name] * (not any(vars(config).get(name) for config in tiny))
+    missing += sorted(rope_types(default) - set().union(*map(rope_types, tiny)))
+    return missing
+
+
+def kinds(config: PreTrainedConfig) -> set[str]:
+    named = {"DynamicLayer": "full_attention", "DynamicSlidingWindowLayer": "sliding_attention"}
+    own = [*(vars(config).get("layer_types") or ()), *(vars(config).get("mlp_layer_types") or ())]
+    # transformers makes some layers only once the family's modeling file was read
+    layers = (
+        [] if "minimax_m3_sparse" in own else [type(layer).__name__ for layer in DynamicCache(config=config).layers]
+    )
+    return {named.get(layer, layer) for layer in layers} | set(own)
+
+
+def rope_types(config: PreTrainedConfig) -> set[str]:
+    parameters = vars(config).get("rope_parameters") or {}
+    each = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    return {str(value[name]) for value in each for name in ("rope_type", "type") if name in value}
+
+
+def test_tiny_models_lose_nothing_of_their_families():
+    assert {family: missing for family in SERVED if (missing := lost(family))} == {}
+
+
+@pytest.mark.parametrize(
+    "family, part, name, without, missing",
+    [
+        ("lfm2", "OVERRIDES", "lfm2", {}, "conv"),
+        ("minimax_m3_vl_text", "OVERRIDES", "minimax_m3_vl_text", {}, "minimax_m3_sparse"),
+        ("gpt_oss", "OVERRIDES", "gpt_oss", {"layer_types": ["full_attention"] * LAYERS}, "sliding_attention"),
+        ("qwen3_moe", "RELEASED", "qwen3_moe", {}, "full_attention"),
+        ("afmoe", "OVERRIDES", "afmoe", {"num_experts": 0}, "num_experts"),
+        ("mimo_v2_flash", "OVERRIDES", "mimo_v2_flash", {"v_head_dim": 16}, "head_dim other than v_head_dim"),
+        ("gpt_oss", "OVERRIDES", "gpt_oss", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "yarn"),
+    ],
+)
+def test_what_a_tiny_model_loses_shows(family, part, name, without, missing, monkeypatch):
+    if family not in KNOWN:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    for module in (tiny_models, inspect.getmodule(lost)):
+        if hasattr(module, part):
+            monkeypatch.setitem(getattr(module, part), name, without)
+    assert missing in lost(family)
 
 
 def test_every_tiny_model_is_the_same_twice():

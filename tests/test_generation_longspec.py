@@ -3,6 +3,10 @@
 Random drafts are right seldom, so the vocabulary is tiny (13) and the trees wide: paths of every length occur.
 """
 
+import copy
+import io
+import pickle
+
 import pytest
 import torch
 from helpers import CACHE, quick_or_slow, tiny_draft, tiny_target
@@ -184,6 +188,36 @@ def test_cache_is_left_as_plain_generate_leaves_it():
             torch.testing.assert_close(layer.values, expected.values, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_is_returned_owns_no_more_memory_than_it_fills(family, rows):
+    """Or a saved, pickled or copied output would take the room along that rounds write into."""
+    target = tiny_target(family)
+    options = {"max_new_tokens": 20, "pad_token_id": 0, "return_dict_in_generate": True}
+    options |= {"output_scores": True, "output_logits": True, "output_hidden_states": True}
+    outputs = []
+    for own in ({}, {"assistant_model": tiny_draft(target)}):
+        passed = DynamicCache(config=target.config)
+        out = target.generate(prompt_of(9).repeat(rows, 1), **options, **own, **{CACHE: passed})
+        assert out[CACHE] is passed
+        outputs.append(out)
+    plain, ours = outputs
+    assert saved_bytes(ours[CACHE]) <= saved_bytes(plain[CACHE])
+    assert saved_bytes(ours.sequences) <= saved_bytes(plain.sequences)
+    for name in ("scores", "logits", "hidden_states"):
+        assert saved_bytes(ours[name]) <= saved_bytes(plain[name]), name
+    for twin in (copy.deepcopy(ours[CACHE]), pickle.loads(pickle.dumps(ours[CACHE]))):
+        for layer, expected in zip(twin.layers, ours[CACHE].layers, strict=True):
+            assert torch.equal(layer.keys, expected.keys) and torch.equal(layer.values, expected.values)
+            assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes
+
+
+def saved_bytes(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.tell()
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
 @pytest.mark.parametrize("with_config", [True, False])
 def test_a_cache_passed_in_is_continued_over_turns(family, with_config):
@@ -344,8 +378,10 @@ def test_the_target_is_told_nothing_that_plain_generate_keeps_from_it(llama):
     llama.register_forward_pre_hook(lambda module, args, kwargs: told.append(set(kwargs)), with_kwargs=True)
     llama.generate(prompt_of(9), max_new_tokens=8)
     plain = told.copy()
+    draft = tiny_draft(llama)
+    llama.generate(prompt_of(9), assistant_model=draft, max_new_tokens=8)  # probes a target with this hook
     told.clear()
-    llama.generate(prompt_of(9), assistant_model=tiny_draft(llama), max_new_tokens=8)
+    llama.generate(prompt_of(9), assistant_model=draft, max_new_tokens=8)
     assert told[0] == plain[0]
     assert set.union(*told[1:]) <= set.union(*plain[1:])
 
@@ -485,12 +521,94 @@ def test_a_draft_that_diverged_changes_no_text(weights, shape, verified):
         assert_same(target, draft, prompt_of(9).expand(3, -1), do_sample=True)
 
 
-@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16], ids=str)
-def test_another_default_format_changes_no_text(default, llama):
-    """Batches sample by noise that is drawn ahead."""
-    draft = tiny_draft(llama)
+CALLS = {
+    "greedy": {},
+    "sampled": {"do_sample": True},
+    "rows that end": {"eos_token_id": [3, 5]},
+    "a penalty": {"repetition_penalty": 1.3, "do_sample": True},
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_another_default_format_changes_no_text(default, call, llama):
+    draft = tiny_draft(llama, draft_vocab_size=9)
     torch.set_default_dtype(default)
     try:
-        assert_same(llama, draft, prompt_of(9).repeat(3, 1), do_sample=True)
+        for rows in (1, 3):
+            assert_same(llama, draft, prompt_of(9).repeat(rows, 1), **CALLS[call])
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_another_default_device_changes_no_text(family, call):
+    """A tensor on "meta" holds no numbers, so one that names no device shows."""
+    target = tiny_target(family)
+    draft = tiny_draft(target, target_hidden_state=family == "llama")
+    prompts, mask = prompt_of(9).repeat(3, 1), torch.ones(3, 9, dtype=torch.long)
+    mask[1, :4] = 0
+
+    class Streamer:
+        def put(self, value):
+            assert value.device.type == "cpu"
+
+        def end(self):
+            pass
+
+    texts = []
+    for own in ({}, {"assistant_model": draft}):
+        options = {"max_new_tokens": 24, "pad_token_id": 0} | CALLS[call] | own
+        torch.manual_seed(7)
+        torch.set_default_device("meta")
+        try:
+            batch = target.generate(prompts, attention_mask=mask, **options)
+            draft.set_draft_vocab(range(9))
+            cache = DynamicCache(config=target.config)
+            alone = target.generate(prompts[:1], streamer=Streamer(), **{CACHE: cache}, **options)
+        finally:
+            torch.set_default_device(None)
+            draft.set_draft_vocab(None)
+        texts.append((batch.tolist(), alone.tolist()))
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("pad", [-1, 13])
+@pytest.mark.parametrize("returns", [False, True], ids=["text", "cache too"])
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+def test_padding_that_no_model_can_embed(pad, returns, do_sample, llama):
+    """Rows of different speed reach the longest length in different rounds; behind a row's end stands the padding."""
+    ids = torch.cat([prompt_of(9, seed=seed) for seed in range(4)])
+    options = {"max_new_tokens": 24, "do_sample": do_sample, "return_dict_in_generate": returns}
+    for shape in ((1, 1, 1), (4, 8, 8)):
+        draft = tiny_draft(llama, tree_shape=shape)
+        for end in (99, 3):  # 99 never comes
+            texts = []
+            for own in ({"pad_token_id": 0}, {"pad_token_id": pad, "assistant_model": draft}):
+                torch.manual_seed(7)
+                out = llama.generate(ids, eos_token_id=end, **options, **own)
+                texts.append((out.sequences if returns else out)[:, 9:])
+            plain, ours = texts
+            ends = plain == end
+            assert ours.tolist() == plain.masked_fill(ends.cumsum(dim=1) > ends, pad).tolist()
+
+
+def test_ids_of_32_bits(llama, draft):
+    """Plain `generate` returns its own tokens' format, whatever the prompt's."""
+    for rows in (1, 3):
+        ids = prompt_of(9).repeat(rows, 1).int()
+        plain = llama.generate(ids, max_new_tokens=12, pad_token_id=0)
+        ours = llama.generate(ids, max_new_tokens=12, pad_token_id=0, assistant_model=draft)
+        assert ours.dtype == plain.dtype == torch.int64 and ours.tolist() == plain.tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_long_answers(family, rows):
+    """2,500 new tokens: caches grow several times, windows slide, noise is drawn and forgotten."""
+    target = tiny_target(family, max_position_embeddings=4096)
+    draft = tiny_draft(target, tree_shape=(4, 8, 8))
+    ids = torch.cat([prompt_of(9, seed=seed) for seed in range(rows)])
+    assert_same(target, draft, ids, max_new_tokens=2500, do_sample=rows == 2)

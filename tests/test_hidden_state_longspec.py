@@ -14,7 +14,7 @@ import transformers
 from helpers import CACHE, quick_or_slow, tiny_draft, tiny_target
 from packaging import version
 from pairs import assert_same
-from test_rope_switch_longspec import phi3_with_switch_at
+from test_positions_longspec import phi3_with_switch_at
 from texts import prompt_of
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 

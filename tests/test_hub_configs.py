@@ -92,7 +92,8 @@ def test_card_names_its_sources(name):
         repo, target = DRAFTS[name]
         assert about.base_model == target and about.source.repo_id == repo
         assert f"hf-longspec convert {repo} --target {target}" in about.source.note
-        assert about.license == "unknown"
+        assert about.license == ("mit" if name == "longchat-13b-16k" else "unknown")  # whose page was read
+        assert about.datasets == ["sail/longspec-data"] and "float16" not in about.source.format
     else:
         assert about.source is None and about.license == "apache-2.0"
     card = draft_card(LongSpecConfig.from_pretrained(HUB_CONFIGS / name), about, [])

@@ -129,7 +129,7 @@ FAILURES = {
     "streamer": ({"fails_at": 8}, OSError, "the reader has gone"),
     "streamer, first token": ({"fails_at": 1}, OSError, "the reader has gone"),
     "refused option": ({"num_beams": 1, "dola_layers": "high"}, ValueError, "dola_layers"),
-    "refused input": ({"use_cache": False}, ValueError, "use_cache=False"),
+    "refused input": ({"use_cache": False, "prefill_chunk_size": 4}, ValueError, "use_cache=False"),
 }
 
 

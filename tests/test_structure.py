@@ -28,6 +28,11 @@ OF_TRANSFORMERS = [
 ]
 
 
+# Functions that make a tensor on the default device, and those that make it in the default format.
+OF_WHOLE_NUMBERS = {"arange", "as_tensor", "tensor"}
+OF_ANY_FORMAT = {"empty", "eye", "full", "linspace", "ones", "rand", "randn", "zeros"}
+
+
 @pytest.fixture(scope="module")
 def found():
     return structure()
@@ -51,6 +56,21 @@ def test_the_package_knows_the_fast_engine_only_to_measure_it_and_to_compile_wha
 
 def test_no_files_import_each_other(found):
     assert found.circles() == []
+
+
+def test_every_tensor_names_its_device_and_format(found):
+    """But for those of a module that is being made, which torch puts where its caller wants it."""
+    loose = []
+    for path in found.part("modeling/"):
+        inits = [node for node in found.sources[path].nodes if getattr(node, "name", "") == "__init__"]
+        own = {id(node) for init in inits if path == DRAFT for node in ast.walk(init)}
+        for node in found.sources[path].nodes:
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("torch.") and id(node) not in own:
+                name, given = ast.unparse(node.func).removeprefix("torch."), {word.arg for word in node.keywords}
+                needed = {"dtype"} if name in OF_ANY_FORMAT else set()
+                needed |= {"device"} if name in OF_ANY_FORMAT | OF_WHOLE_NUMBERS else set()
+                loose += [f"{path}:{node.lineno}: {name}"] * (not needed <= given)
+    assert loose == []
 
 
 def test_files_of_a_draft_say_what_they_do(found):

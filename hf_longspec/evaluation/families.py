@@ -11,7 +11,7 @@ import io
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from hf_longspec import LongSpecConfig, LongSpecForCausalLM
 from hf_longspec.modeling.configuration_longspec import layer_kinds
 
 from .tiny_models import FAILURES, VOCAB, NotBuildable, one_line, randomized, tiny_model
+from .tiny_overrides import RELEASED
 
 NEW_TOKENS = 24
 WIDE_TREE = (13, 80, 80)  # every next token, and about half of the pairs, since random drafts are seldom right
@@ -60,7 +61,7 @@ class Result(str, Enum):
 
 
 class Trial(NamedTuple):
-    """The result for one family; reason: empty where the family is served."""
+    """The result for one family; reason: empty where the family is served in all that was tried."""
 
     family: str
     model: str
@@ -74,18 +75,40 @@ class Different(Exception):
 
 
 def try_families(families: Iterable[str]) -> Iterator[Trial]:
-    """Yield one `Trial` a family, in order; what tiny models print and warn of is kept quiet."""
+    """Yield one `Trial` a family, in order."""
     for family in families:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            trial = try_family(family)
-        yield trial
+        yield try_family(family)
 
 
 def try_family(family: str) -> Trial:
-    """Build a tiny model of `family` and try it with a random draft."""
+    """Try a family, and each of its `RELEASED` models; one that goes otherwise than the family is named."""
+    trial = try_model(family)
+    for release in RELEASED.get(family, ()):
+        other = try_model(family, release)
+        if other.result is trial.result:
+            kinds = f"{trial.attention}, {other.attention}".split(", ")
+            trial = trial._replace(attention=", ".join(dict.fromkeys(kinds)))
+        else:
+            reason = f"{release} is {other.result.value}: {other.reason}"
+            trial = trial._replace(reason=f"{trial.reason}; {reason}" if trial.reason else reason)
+        if other.result is Result.wrong:
+            trial = trial._replace(result=Result.wrong)
+    return trial
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back what tiny models print and warn of, and leave the random generator as it was."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@quiet()
+def try_model(family: str, release: str = "") -> Trial:
+    """Build a tiny model of `family`, or of one of its `RELEASED` ones, and try it with a random draft."""
     try:
-        target = tiny_model(family)
+        target = tiny_model(family, release=release)
     except NotBuildable as error:
         return Trial(family, "", "", Result.not_buildable, str(error))
     name, attention = type(target).__name__, attention_kinds(target.config)

@@ -70,7 +70,7 @@ def read_rows(path: Path, name: str, fields: Sequence[str]) -> list[Row]:
     """Read the rows of task `name` from the file `path`, or from `name`.jsonl in a folder or zip archive.
 
     A file has a JSON object a line, or is Parquet; it may lie anywhere in an archive. A row without an `_id` gets the
-    number of its line. Raises `ValueError` for malformed rows, and for rows that lack one of `fields`, which are texts.
+    number of its line. Raises `ValueError` for malformed rows, and for rows that lack one of `fields`, all texts.
     """
     if path.is_dir():
         path = path / f"{name}.jsonl"

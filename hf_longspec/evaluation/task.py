@@ -63,7 +63,7 @@ class Task:
     instructions: a template with fields of a row in braces. fields: the fields that a row must have. long: the field
     whose middle may be cut out. chat: whether the prompt is a user's message, where the tokenizer has a template.
     stops: see `Sample`. place: where the rows lie if nothing else is said. prompts: how many of each context if
-    nothing else is said. room: positions of the target that a prompt leaves free at least; with it, there is one bucket.
+    nothing else is said. room: positions that a prompt leaves free at least; with it, there is one bucket only.
     """
 
     name: str

@@ -1,7 +1,8 @@
 """A tiny random model of any family of transformers, made from the defaults of the family's config.
 
 Every size of a config, and of the configs inside of it, is cut by its field's name, in such a way that the family
-keeps its peculiarities: kinds of layers mixed, windows shorter than a prompt, a few experts. Knows no draft.
+keeps its peculiarities: kinds of layers mixed, windows shorter than a prompt, a few experts, keys wider than values.
+What the defaults lack and released models have comes from `tiny_overrides`. Knows no draft.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from .tiny_overrides import OVERRIDES
+from .tiny_overrides import OVERRIDES, RELEASED
 
 VOCAB, HIDDEN, LAYERS, HEADS, WINDOW = 13, 32, 4, 4, 6
 LARGEST_MODEL = 100_000_000  # parameters; a model that stays larger was not cut where it had to be
@@ -41,6 +42,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"qk_head_dim", 24),
     (r"qk_nope_head_dim", 8),
     (r"index_head_dim", 24),
+    (r"v_head_dim", 12),
     (r"head_dim|headdim|(^|_)d_head$|^d_kv$|kv_channels|head_size", 16),
     (r"(^|_)n?_?(attention_|mamba_|value_)?heads?$|^num_heads$", HEADS),
     (r"^sliding_window$|^sliding_window_size$|attention_window_size|^local_attention$|attention_chunk_size", WINDOW),
@@ -95,10 +97,10 @@ def auto_class(family: str) -> Any:
     return AutoModelForCausalLM if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
 
 
-def tiny_config(family: str) -> PreTrainedConfig:
-    """Return the config of a family (`model_type`), everything in it tiny."""
+def tiny_config(family: str, release: str = "") -> PreTrainedConfig:
+    """Return the config of a family (`model_type`), everything in it tiny; release: a name in `RELEASED[family]`."""
     config_class = CONFIG_MAPPING[family]
-    overrides = OVERRIDES.get(family, {})
+    overrides = _merged(OVERRIDES.get(family, {}), RELEASED[family][release] if release else {})
     try:
         defaults = config_class()
     except StrictDataclassError:  # the class refuses its own defaults
@@ -125,13 +127,13 @@ def tiny_fields(defaults: PreTrainedConfig, inner: bool = False) -> dict[str, An
             fields[name] = VOCAB + len(fields)
         elif re.search(r"token_id$|token_index$", name):
             fields[name] = None if "forced" in name else 2
-        elif isinstance(value, int) and not isinstance(value, bool):
+        elif isinstance(value, int) and not isinstance(value, bool) and not (name in ABSENT and value == 0):
             if (size := tiny_size(name, value)) != value or inner:
                 fields[name] = size
         elif isinstance(value, (list, tuple)) and value:
             if (cut := tiny_list(name, list(value), depth)) is not None:
                 fields[name] = cut
-        elif value is None and name in ABSENT:
+        elif name in ABSENT and not value:
             fields[name] = ABSENT[name]
         elif name in ("use_sliding_window", "is_decoder"):
             fields[name] = True
@@ -141,6 +143,8 @@ def tiny_fields(defaults: PreTrainedConfig, inner: bool = False) -> dict[str, An
             fields[name] = value | {"mrope_section": [2, 3, 3]}
     if fields.get("sliding_window") and set(fields.get("layer_types", ())) == {"full_attention"}:
         fields["layer_types"] = ["sliding_attention", "full_attention"] * (LAYERS // 2)  # the window is off by default
+    if set(fields.get("mlp_layer_types", ())) == {"sparse"}:
+        fields["mlp_layer_types"] = ["dense"] + ["sparse"] * (LAYERS - 1)
     if "kv_lora_rank" in fields:  # latent attention expands to one K/V head a query head
         fields["num_key_value_heads"] = HEADS
     return fields
@@ -174,13 +178,13 @@ def tiny_list(name: str, values: list, depth: int) -> list | None:
     return None
 
 
-def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """Return a float32 model of a family in eval mode whose text depends on its context.
+def tiny_model(family: str, seed: int = 0, release: str = "") -> PreTrainedModel:
+    """Return a float32 model of a family in eval mode whose text depends on its context; release: as of `tiny_config`.
 
     Raises `NotBuildable`.
     """
     try:
-        auto, config = auto_class(family), tiny_config(family)
+        auto, config = auto_class(family), tiny_config(family, release)
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in auto.from_config(config).parameters())
         if size > LARGEST_MODEL:

@@ -1,4 +1,4 @@
-"""Fields by family that the common rules of `tiny_models` do not get right."""
+"""Fields by family that the common rules of `tiny_models` do not get right: its own sizes, and what is released."""
 
 from __future__ import annotations
 
@@ -44,6 +44,8 @@ _DOTS3 = {
     "swa_v_head_dim": 16,
 }
 _GEMMA4 = {"global_head_dim": 32}  # full layers have wider heads
+_CONV = {"layer_types": ["conv", "full_attention"] * 2}
+_MINIMAX_M3 = {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2, "index_block_size": 4}
 _FOUR = [32, 32, 32, 32]
 _NO_PER_LAYER_INPUT = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 
@@ -89,7 +91,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "helium": {"head_dim": 8},
     "hunyuan_vl": {"text_config": _mrope(2, 2, 2, 2)},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "lfm2": _CONV,  # by default it is without, but no released one is
+    "lfm2_moe": _CONV,
+    "lfm2_vl": {"text_config": _CONV},
+    "minimax_m3_vl": {"text_config": _MINIMAX_M3},
+    "minimax_m3_vl_text": _MINIMAX_M3,
     "mistral4": {"qk_nope_head_dim": 16, "head_dim": 32, "qk_head_dim": 32},
     "molmo2": {"adapter_config": {"vision_feature_layer": [2, 1]}},
     "muse_spark": {"audio_config": {"hidden_sizes": _FOUR}},
@@ -114,4 +120,60 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16},
     "zamba2": {"mamba_headdim": 16, "n_mamba_heads": 4},
+}
+
+_NO_WINDOW = {"sliding_window": None}
+_GEMMA4_WITHOUT_VALUES = {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0}
+_GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
+_GEMMA4_SHARED = {"num_kv_shared_layers": 2, "use_double_wide_mlp": True, "final_logit_softcapping": 30.0}
+
+
+def _scaled_rope(rope_type: str, **parameters: Any) -> dict[str, Any]:
+    common = {"rope_type": rope_type, "rope_theta": 10_000.0, "original_max_position_embeddings": 16}
+    return {"rope_parameters": common | parameters}
+
+
+_YARN = _scaled_rope("yarn", factor=4.0)
+# the frequencies change within a text
+_LONG = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+_LONGROPE = {**_scaled_rope("longrope", **_LONG), "original_max_position_embeddings": 16, **_NO_WINDOW}
+
+# Released models, by family, that have what the family's tiny model has not. Each is tried beside it.
+RELEASED: dict[str, dict[str, dict[str, Any]]] = {
+    "cohere": {"c4ai-command-r-plus": {"use_qk_norm": True}},
+    "exaone4": {"EXAONE-4.0-1.2B": {"layer_types": ["full_attention"] * 4, **_NO_WINDOW}},  # turns in all layers
+    "gemma4": {"gemma-4-31B": {"text_config": _GEMMA4_WITHOUT_VALUES}, "gemma-4-E2B": {"text_config": _GEMMA4_SHARED}},
+    "gemma4_text": {
+        "gemma-4-31B": _GEMMA4_WITHOUT_VALUES,
+        "gemma-4-26B-A4B": _GEMMA4_WITHOUT_VALUES | _GEMMA4_EXPERTS,
+        "gemma-4-E2B": _GEMMA4_SHARED,
+    },
+    "gemma3_text": {
+        "gemma-3-4b": {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            }
+        }
+    },
+    "glm4_moe": {"GLM-4.5": {"use_qk_norm": True}},
+    "gpt2": {"stanford-gpt2-small-a": {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}},
+    "idefics2": {"idefics2-8b": {"text_config": _NO_WINDOW}},
+    "llama": {"Llama-3.1-8B": _scaled_rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)},
+    "ministral": {"full layers": {"layer_types": ["sliding_attention", "full_attention"] * 2}},
+    "ministral3": {"Ministral-3-8B": _NO_WINDOW},
+    "mistral": {"Mistral-7B-v0.3": _NO_WINDOW},
+    "mistral3": {"Mistral-Small-3.1-24B": {"text_config": _NO_WINDOW}},
+    "mixtral": {"Mixtral-8x7B": _NO_WINDOW},
+    "olmo": {"OLMo-7B-0424": {"clip_qkv": 0.5}},
+    "opt": {"opt-350m": {"do_layer_norm_before": False, "word_embed_proj_dim": 16}},
+    "phi3": {"Phi-3-mini-128k": _LONGROPE},
+    "phi4_multimodal": {"Phi-4-multimodal": _LONGROPE},
+    "phimoe": {"Phi-3.5-MoE": _scaled_rope("longrope", **_LONG, short_mscale=1.25, long_mscale=1.25) | _NO_WINDOW},
+    "qwen2": {"Qwen2.5 with YaRN": _YARN},
+    "qwen3_moe": {"Qwen3-30B-A3B": _NO_WINDOW},
+    "qwen3_omni_moe_thinker": {"Qwen3-Omni-30B-A3B": {"text_config": _NO_WINDOW}},
+    "qwen3_vl_moe": {"Qwen3-VL-30B-A3B": {"text_config": _NO_WINDOW}},
+    "stablelm": {"stablelm-2-12b": {"qk_layernorm": True, "use_parallel_residual": True}},
+    "starcoder2": {"without a window": _NO_WINDOW},
 }

@@ -49,7 +49,7 @@ def read_prompts(
 def chat_prompts(
     source: Source, section: DataSection, tokenizer: PreTrainedTokenizerBase, report: SourceReport
 ) -> Iterator[Prompt]:
-    encoder = ChatEncoder(tokenizer)
+    encoder = ChatEncoder(tokenizer, source.chat_template)
     rows = islice(read_rows(source, section, report), source.limit)
     for row in unique(contents(rows, source, report), report):
         if is_named(row.name, section.held_out.names):

@@ -49,13 +49,14 @@ def _message(message: Any, place: int) -> dict[str, Any]:
 
 
 class ChatEncoder:
-    """Encode chats with one tokenizer. Raises `ValueError` for a tokenizer without a chat template."""
+    """Encode chats with one tokenizer, by its chat template or another one. Raises `ValueError` if there is none."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        template = tokenizer.get_chat_template() if tokenizer.chat_template else None
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None):
+        if template is None:
+            template = tokenizer.get_chat_template() if tokenizer.chat_template else None
         if template is None:
             raise ValueError(f"`kind: chat` needs a chat template, {tokenizer.name_or_path} has none")
-        self.tokenizer = tokenizer
+        self.tokenizer, self.template = tokenizer, template
         self.marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
     def encode(self, messages: Messages) -> list[int]:
@@ -108,7 +109,7 @@ class ChatEncoder:
 
     def _template(self, messages: Messages, **options: Any) -> Any:
         try:
-            return self.tokenizer.apply_chat_template(messages, **options)
+            return self.tokenizer.apply_chat_template(messages, chat_template=self.template, **options)
         except TemplateError as error:
             raise BadRow(f"the chat template refuses it: {error}") from None
 

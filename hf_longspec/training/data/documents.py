@@ -145,7 +145,7 @@ def texts(
 def chats(
     rows: Iterator[Row], source: Source, tokenizer: PreTrainedTokenizerBase, report: SourceReport
 ) -> Iterator[Document]:
-    encoder = ChatEncoder(tokenizer)
+    encoder = ChatEncoder(tokenizer, source.chat_template)
     for row in rows:
         try:
             if source.loss == "assistant":

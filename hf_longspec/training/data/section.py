@@ -24,6 +24,7 @@ class Source:
         (folders written by `hf-longspec pack` or `hf-longspec distill-data`).
     kind: what a row holds. `text`: the column `field`, a string. `chat`: the column `field`, a list of messages
         (`role`/`content`, or `from`/`value`), or a string, the user's turn, answered by the column `answer_field`.
+    chat_template: Jinja template of chats, in place of the tokenizer's.
     loss: which tokens are learned: `all`, or the `assistant`'s turns (chats only).
     document: `row` (a row, or file, is a document), or `package`: the files of one top-level folder, in path order,
         are one document, which is how code gives long contexts. Files end with the separator either way; a BOS, where
@@ -40,6 +41,7 @@ class Source:
     kind: Literal["text", "chat"] = "text"
     field: str | None = None  # default: "text", or "messages" for chats
     answer_field: str | None = None
+    chat_template: str | None = None
     loss: Literal["all", "assistant"] = "all"
     document: Literal["row", "package"] = "row"
     weight: float | None = None
@@ -55,8 +57,9 @@ class Source:
             raise ValueError(f"`loss: assistant` needs `kind: chat`, got `kind: {self.kind}`")
         if self.kind == "chat" and self.format in OF_TEXTS:
             raise ValueError(f"`kind: chat` needs rows (hub, json, parquet), got `format: {self.format}`")
-        if self.answer_field is not None and self.kind != "chat":
-            raise ValueError("`answer_field` needs `kind: chat`")
+        for name in ("answer_field", "chat_template"):
+            if getattr(self, name) is not None and self.kind != "chat":
+                raise ValueError(f"`{name}` needs `kind: chat`")
         if self.document == "package" and self.format not in OF_TEXTS:
             raise ValueError(f"`document: package` needs files (text, tokens), got `format: {self.format}`")
         if self.weight is not None and not self.weight > 0:
