@@ -20,8 +20,7 @@ from typer.testing import CliRunner
 
 from hf_longspec import LongSpecConfig, LongSpecForCausalLM, cli
 from hf_longspec.hub.card import About
-from hf_longspec.modeling.configuration_longspec import check_release
-from hf_longspec.modeling.configuration_longspec import TREE
+from hf_longspec.modeling.configuration_longspec import TREE, check_release
 from hf_longspec.modeling.target_longspec import check_fit
 from hf_longspec.training.recipe import Recipe
 
