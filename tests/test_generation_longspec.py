@@ -510,6 +510,17 @@ def test_generation_config_object(llama):
     assert llama.generate(prompt_of(6), generation_config=config, assistant_model=draft).tolist() == plain.tolist()
 
 
+@pytest.mark.parametrize("own", [{"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+def test_how_a_models_own_generation_config_keeps_its_cache(own, llama, monkeypatch):
+    draft = tiny_draft(llama, window=WINDOW, tree_shape=(4, 8))
+    for name, value in own.items():
+        monkeypatch.setattr(llama.generation_config, name, value)
+    assert_same(llama, draft, prompt_of(6))
+    options = {"max_new_tokens": 9, "pad_token_id": 0, "return_dict_in_generate": True}
+    plain, ours = (llama.generate(prompt_of(6), **options, **by) for by in ({}, {"assistant_model": draft}))
+    assert type(plain.get(CACHE)) is type(ours.get(CACHE))
+
+
 @pytest.mark.parametrize("weights", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("shape, verified", [((4, 8, 8), 7), ((1, 1, 1), 2), ((2, 2, 2, 2), 5)], ids=str)
 def test_a_draft_that_diverged_changes_no_text(weights, shape, verified):
