@@ -1,11 +1,14 @@
-"""A draft of your own: a recipe, `hf-longspec train`, then `generate` with it.
+"""A draft for text of your own: a recipe, `hf-longspec train`, and what the draft has learned.
 
     pip install '.[train]'
-    python examples/train_your_own.py --out my_run                     # five minutes on a CPU
+    python examples/train_your_own.py --out my_run                                 # some minutes of a CPU
+    python examples/train_your_own.py --out my_run --text FOLDER --suffix .md      # your text
     python examples/train_your_own.py --out my_run --target NAME --text FOLDER --steps 5000 --batch 32    # on a GPU
 
-The default target is a tiny model, made here, and the text is some of Python's own standard library. What matters for
-real targets is in hub_configs/*/recipe.yaml and docs/TRAIN.md.
+The default target is SmolLM2-135M-Instruct. Its draft in hub_configs/ has learned Python and English prose; here it
+goes on with the C++ headers that come with torch. A draft for another target begins with random weights, unless
+--init names a draft for it, and needs a GPU and much more text. What matters then is in hub_configs/*/recipe.yaml and
+docs/TRAIN.md.
 """
 
 from __future__ import annotations
@@ -13,44 +16,53 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from pair import mean
-from tiny_target import make_target
+from pair import DRAFT, mean
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_longspec import LongSpecConfig, LongSpecForCausalLM
+from hf_longspec import LongSpecForCausalLM
+from hf_longspec.demo.weights import smollm2_folder
+from hf_longspec.training.checkpoints import last_complete
+from hf_longspec.training.learning_curve import curve, read_log
 
-PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "unittest")  # packages of the standard library
-PROMPT = "def read(self, size=-1):\n    "
+HEADERS = Path(torch.__file__).parent / "include" / "torch" / "csrc"
+PROMPT = "#pragma once\n\n#include <c10/core/Device.h>\n#include <string>\n\nnamespace torch {\n"
 
 
-def recipe_for(target: str, texts: list[Path], out: Path, steps: int, batch: int) -> dict[str, Any]:
+def recipe_for(given: argparse.Namespace, target: str, init: str | None) -> dict[str, Any]:
     """Return the recipe of a run, as a YAML file for `hf-longspec train` holds it."""
+    reads = {"config": {"target_hidden_state": True, "initializer_range": 0.01}} if init is None else {"init": init}
     return {
-        "target": {"name": target},
-        "draft": {"config": {"window": 64, "tree_shape": [4, 4, 4, 4]}},
+        "target": {"name": target, "dtype": "float32"},
+        "draft": reads | {"vocab": 8192},  # the most frequent tokens of the text: fewer rows of the LM head to read
         "data": {
-            "sources": [{"path": str(text), "format": "text", "suffixes": [".py"]} for text in texts],
+            "sources": [{"path": str(given.text), "format": "text", "suffixes": [given.suffix]}],
             "held_out": {"share": 0.1},
-            "cache": str(out / "tokens"),
+            "long_documents": "full",
+            "cache": str(given.out / "tokens"),
         },
-        "signal": {"length": 256, "max_lag": 4},
-        "evaluation": {"contexts": [256, 1024], "prompts": 4, "max_new_tokens": 32},
+        "signal": {"length": 256, "max_lag": 5},
+        "evaluation": {"contexts": [256], "prompts": 8, "max_new_tokens": 40, "loss_samples": 4},
         "trainer": {
-            "output_dir": str(out / "run"),
-            "max_steps": steps,
-            "per_device_train_batch_size": batch,
-            "learning_rate": 3e-3,
+            "output_dir": str(given.out / "run"),
+            "max_steps": given.steps,
+            "per_device_train_batch_size": given.batch,
+            # muon takes half as many steps, but its steps are bfloat16: slow on most CPUs
+            "optim": "muon" if torch.cuda.is_available() else "adamw_torch",
+            "learning_rate": 3e-3 if init is None else 5e-4,
+            "weight_decay": 0.1,
+            "adam_beta2": 0.95,
             "lr_scheduler_type": "cosine",
-            "logging_steps": max(steps // 40, 1),
+            "warmup_steps": 4,
+            "logging_steps": max(given.steps // 40, 1),
             "eval_strategy": "steps",
-            "eval_steps": max(steps // 4, 1),
-            "save_steps": max(steps // 4, 1),
+            "eval_on_start": True,
+            "eval_steps": given.steps,
+            "save_steps": max(given.steps // 4, 1),
         },
     }
 
@@ -58,45 +70,38 @@ def recipe_for(target: str, texts: list[Path], out: Path, steps: int, batch: int
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--out", type=Path, required=True, help="folder of the run; a second call goes on with it")
-    options.add_argument("--target", help="folder or Hub id of the target; default: a tiny one, made in --out")
-    options.add_argument(
-        "--text", type=Path, help="folder of .py files to learn from; default: some of the standard library"
-    )
-    options.add_argument("--steps", type=int, default=400, help="steps of training")
-    options.add_argument("--batch", type=int, default=8, help="samples a step")
-    options.add_argument("--target-seconds", type=float, default=60, help="how long the tiny target is taught")
+    options.add_argument("--target", help="folder or Hub id of the target; default: SmolLM2-135M-Instruct")
+    options.add_argument("--init", help="a draft to go on with; default: that of the default target, or none")
+    options.add_argument("--text", type=Path, default=HEADERS, help="folder to learn from; default: torch's headers")
+    options.add_argument("--suffix", default=".h", help="of the files in --text; default: .h")
+    options.add_argument("--steps", type=int, default=60, help="steps of training")
+    options.add_argument("--batch", type=int, default=4, help="samples of 256 tokens a step")
     given = options.parse_args()
 
-    texts = [given.text] if given.text else [Path(sysconfig.get_path("stdlib")) / name for name in PACKAGES]
-    target_name = given.target or str(given.out / "target")
-    if given.target is None and not Path(target_name).exists():
-        files = sorted(file for text in texts for file in text.rglob("*.py"))
-        make_target(Path(target_name), "".join(file.read_text("utf-8") for file in files), given.target_seconds)
-
-    recipe = recipe_for(target_name, texts, given.out, given.steps, given.batch)
+    target_name = given.target or str(smollm2_folder())
+    init = given.init or (str(DRAFT) if given.target is None else None)
     given.out.mkdir(parents=True, exist_ok=True)
     file = given.out / "recipe.yaml"
-    file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    file.write_text(yaml.safe_dump(recipe_for(given, target_name, init), sort_keys=False), encoding="utf-8")
     if code := subprocess.run([sys.executable, "-m", "hf_longspec.cli", "train", str(file)]).returncode:
         raise SystemExit(code)
 
+    checkpoint = last_complete(given.out / "run")
+    assert checkpoint is not None
+    steps, lengths = curve(read_log(checkpoint), "eval_accept_length")
+    for step, length in zip(steps, lengths, strict=True):
+        print(f"after {step} steps: {length:.2f} tokens a forward, on text that the draft has not seen")
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    target = AutoModelForCausalLM.from_pretrained(target_name).to(device)
+    target = AutoModelForCausalLM.from_pretrained(target_name, dtype=torch.float32).to(device)
     tokenizer = AutoTokenizer.from_pretrained(target_name)
-    trained = LongSpecForCausalLM.from_pretrained(given.out / "run" / "draft")
-    untrained = LongSpecForCausalLM(LongSpecConfig.from_target(target.config, tree_shape=trained.config.tree_shape))
+    draft = LongSpecForCausalLM.from_pretrained(given.out / "run" / "draft")
     inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False).to(device)
-
-    def write(**assistant: Any) -> Any:
-        torch.manual_seed(0)  # sampled, since so small a model repeats itself under greedy decoding
-        limits = {"max_new_tokens": 128, "do_sample": True, "temperature": 0.7, "return_dict_in_generate": True}
-        return target.generate(**inputs, **assistant, **limits)
-
-    plain = write()
-    for name, draft in (("untrained", untrained), ("trained", trained)):
-        out = write(assistant_model=draft)
-        same = "the same text" if out.sequences.tolist() == plain.sequences.tolist() else "another text"
-        print(f"{name} draft: {mean(out.accept_lengths[0]):.2f} tokens a forward, {same} as plain generate")
+    limits = {"max_new_tokens": 64, "do_sample": False, "return_dict_in_generate": True}
+    plain = target.generate(**inputs, **limits)
+    out = target.generate(**inputs, assistant_model=draft, **limits)
+    same = "the same text" if out.sequences.tolist() == plain.sequences.tolist() else "another text"
+    print(f"{mean(out.accept_lengths[0]):.2f} tokens a forward, {same} as plain generate:")
     print(tokenizer.decode(out.sequences[0]))
 
 

@@ -1,28 +1,43 @@
 """Call: what all rounds of one call of `generate` have in common, and the roots that move on from round to round.
 
-`make_cache` makes room; `read_prompt` reads the prompt as plain `generate` does, writes the first token and returns
-the roots of the first round.
+`probe` looks whether a target can be served. `make_cache` makes room; `read_prompt` reads the prompt as plain
+`generate` does, writes the first token and returns the roots of the first round; `read_tree` reads a round's trees.
 """
 
 from __future__ import annotations
 
+import itertools
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 
 from .cache_longspec import SpeculativeCache
 from .candidate_generator_longspec import LongSpecCandidateGenerator
-from .engine_longspec import Backend, Engine
-from .interface_longspec import CACHE, prefill, step_inputs
+from .engine_longspec import Backend, Engine, plain_backend
+from .hybrid_attention_longspec import Round
+from .interface_longspec import (
+    CACHE,
+    attending,
+    first_inputs,
+    forward,
+    prefill,
+    step_inputs,
+    switched,
+    uncompiled,
+)
 from .output_longspec import PhaseClock
 from .positions_longspec import Positions
 from .sampling_longspec import Sampler
-from .target_longspec import catching, check_cached
+from .target_longspec import BoundTarget, catching, check_cached, foreign_hooks
 from .text_longspec import Text
-from .tree_longspec import Level, TokenTree
-from .verification_longspec import emit
+from .tree_longspec import Level, TokenTree, ancestor_mask, node_depths
+from .verification_longspec import Verified, emit
 
 HEADROOM = 512  # tokens that a call makes room for beyond its prompt before the cache has to grow
 
@@ -43,12 +58,18 @@ class Roots(NamedTuple):
     hidden: Tensor | None
 
     @classmethod
-    def of(cls, text: Text, positions: Tensor, hidden: Tensor | None) -> Roots:
-        """Make the roots of the first round, which stand at `positions` (B,) or (axes, B)."""
-        device, alone = positions.device, positions.dim() == 1
+    def of(
+        cls, newest: Tensor, stopped: Tensor, positions: Tensor | None, length: int, hidden: Tensor | None
+    ) -> Roots:
+        """Make the roots of the first round: the `newest` tokens (B,), behind `length` cached ones.
+
+        positions: (B,) or (axes, B), for all rows or one; None: the target counts what the cache holds, padding too.
+        """
+        positions = torch.tensor([length]) if positions is None else positions
+        positions = positions.to(newest.device).expand(*positions.shape[:-1], len(newest))
+        alone = positions.dim() == 1
         last = (positions if alone else positions[-1]).long().clone()  # one family has them in float
-        stump = TokenTree(*Level.of_root(torch.tensor(text.newest, device=device)), levels=0)
-        stopped = torch.tensor(text.stopped, device=device)
+        stump = TokenTree(*Level.of_root(newest), levels=0)
         return cls(stump, last, None if alone else positions - last, stopped, hidden)
 
     @property
@@ -91,6 +112,76 @@ class Call(NamedTuple):
         return self._replace(levels=self.positions.levels(most, position, self.cache.length))
 
 
+_PROBED: weakref.WeakKeyDictionary[PreTrainedModel, Any] = weakref.WeakKeyDictionary()  # see `probe`
+_PROBING = threading.RLock()
+_STEPS = 8
+
+
+def probe(draft: Any, target: PreTrainedModel, bound: BoundTarget) -> None:
+    """Raise `ValueError` for a target of which only forwards tell that it cannot be served.
+
+    Reads one token, and one or two more as in a round, into a cache of its own: once, and again when the target has
+    other hooks or trains otherwise. So a call that is refused has not done anything.
+    """
+    config, hooks = draft.config, foreign_hooks(target)
+    recomputes = any(part.training and getattr(part, "gradient_checkpointing", False) for part in target.modules())
+    traits = config.target_layer, config.target_hidden_state, frozenset(hooks), recomputes
+    with _PROBING, uncompiled():
+        if _PROBED.get(target) == traits:
+            return
+        # PEFT's hooks name an adapter for each row of the call
+        batch = max([len(getattr(hook, "keywords", {}).get("adapter_names") or "1") for hook in hooks.values()] or [1])
+        text_config = target.config.get_text_config(decoder=True)
+        past, longest = DynamicCache(config=text_config), _STEPS + 2
+        cache = SpeculativeCache(text_config, past, longest, tree_size=2, longest=longest, batch=batch)
+        ids = torch.zeros(batch, 1, dtype=torch.long, device=bound.device)
+        inputs, backend = first_inputs(target, ids), plain_backend("eager")
+        try:
+            with catching(target, config.target_hidden_state) as caught:
+                outputs = prefill(target, ids, cache, GenerationConfig(), inputs)
+        except (LookupError, RuntimeError, TypeError, ValueError):
+            return  # it needs more than a token, and the call will tell
+        check_cached(cache.layers[bound.layer], config)
+        hidden = None if caught is None else caught.of_last_token()
+        steps = step_inputs(target, ids, outputs, inputs)
+        positions, extras = next(steps)
+        roots = Roots.of(ids[:, 0], torch.zeros_like(ids[:, 0], dtype=torch.bool), positions, cache.length, hidden)
+        alone = read_tree(target, roots.stump, roots, cache, backend, extras).logits[:, 0]
+        if hooks:
+            two = ids.expand(-1, 2)
+            chain = TokenTree(two, two, two.float(), levels=1)
+            followed = read_tree(target, chain, roots, cache, backend, extras).logits[:, 0]
+            rounding = torch.finfo(bound.dtype).eps ** 0.5 * alone.abs().max()
+            if bool((alone - followed).abs().max() > rounding):
+                raise ValueError(
+                    "LongSpec needs forward hooks that treat all tokens of a forward alike, got some that change a "
+                    "token's logits with the number of tokens, as hooks on output[:, -1] do"
+                )
+        for step in range(1, _STEPS):
+            cache.commit(ids, torch.ones_like(ids[:, 0]))
+            cache.end_round([1] * batch)
+            later, later_extras = next(steps)
+            moved = None if positions is None else positions + step
+            check_steps(target, extras | {"position_ids": moved}, later_extras | {"position_ids": later})
+            cache.begin_round(ids)
+        _PROBED[target] = traits
+
+
+def check_steps(target: PreTrainedModel, inputs: dict[str, Any], later: dict[str, Any]) -> None:
+    """Raise `ValueError` unless a target goes on with the same `inputs` from step to step: a round has many steps."""
+
+    def same(one: Any, other: Any) -> bool:
+        tensors = isinstance(one, Tensor) and isinstance(other, Tensor)
+        return one is other or bool(torch.equal(one, other) if tensors else one == other)
+
+    anew = [name for name in sorted(inputs.keys() | later.keys()) if not same(inputs.get(name), later.get(name))]
+    if anew:
+        raise ValueError(
+            f"LongSpec needs a target that is given the next position and else the same inputs at each step, got "
+            f"{type(target).__name__}, which prepares {', '.join(anew)} anew (see its prepare_inputs_for_generation)"
+        )
+
+
 def make_cache(
     target: PreTrainedModel,
     draft: Any,
@@ -118,6 +209,43 @@ def make_cache(
     return cache
 
 
+def read_tree(
+    target: PreTrainedModel,
+    tree: TokenTree,
+    roots: Roots,
+    cache: SpeculativeCache,
+    backend: Backend,
+    extras: dict[str, Any],
+    layers: Callable[[], AbstractContextManager] = nullcontext,
+    within: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Verified:
+    """Run one target forward over the trees. The cache is left inside the round.
+
+    layers: makes the context in which the target's layers run. within: `Positions.within`, for nodes of stopped rows.
+    """
+    ancestors = ancestor_mask(tree.parents, tree.levels)
+    depths = node_depths(ancestors)
+    positions = roots.positions[:, None] + depths
+    positions = positions if within is None else within(positions, roots.stopped)
+    positions = positions if roots.axes is None else positions + roots.axes[:, :, None]
+    cache.begin_round(depths)
+    stood = False
+    while not stood:  # another thread may set the target's attention in the middle of this forward
+        state = Round(cache, ancestors, backend, seen=set())
+        reads_hidden = roots.hidden is not None
+        with (
+            switched(target) as stands,
+            attending(state.attend),
+            layers(),
+            catching(target, reads_hidden) as caught,
+        ):
+            outputs = forward(target, tree.tokens, positions, cache, extras)
+            stood = stands()
+    state.check(target)
+    hidden = None if caught is None else caught.every().to(roots.positions.device)
+    return Verified(ancestors, depths, outputs.logits, outputs.hidden_states, hidden)
+
+
 def read_prompt(
     target: PreTrainedModel,
     text: Text,
@@ -138,14 +266,12 @@ def read_prompt(
         cache.restart(other)
         cache.take_over()
     check_cached(cache.layers[bound.layer], draft.config)
-    emit(text, sampler, list(range(text.batch)), outputs.logits[:, -1], outputs.hidden_states)
-    positions, extras = step_inputs(target, text.sequences, outputs, model_kwargs)
-    starts = torch.tensor(cache.starts, device=bound.device)
-    if positions is None:  # a target that counts for itself counts what the cache holds, padding too
-        positions = torch.full_like(starts, cache.length)
-    positions = positions.to(bound.device)
     hidden = None if caught is None else caught.of_last_token().to(bound.device)
-    roots = Roots.of(text, positions.expand(*positions.shape[:-1], text.batch), hidden)
+    (positions, extras), (_, later) = itertools.islice(step_inputs(target, prompt, outputs, model_kwargs), 2)
+    check_steps(target, extras, later)
+    emit(text, sampler, list(range(text.batch)), outputs.logits[:, -1], outputs.hidden_states)
+    newest, stopped, starts = torch.tensor([text.newest, text.stopped, cache.starts], device=bound.device)
+    roots = Roots.of(newest, stopped.bool(), positions, cache.length, hidden)
     window = slice(-draft.config.window, None)
     if (embeds := model_kwargs.get("inputs_embeds")) is not None:
         embeds = bound.scale(embeds[:, window]).to(bound.device)

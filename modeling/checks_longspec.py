@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.generation import GenerationMode
 
+from .call_longspec import probe
 from .interface_longspec import CACHE, is_stateful, is_user_defined
 
 # What `cache_implementation` may be: names of the ways in which plain `generate` would keep its cache on the device.
@@ -44,7 +45,7 @@ def check_inputs(input_ids: Tensor, generation_config: GenerationConfig, model_k
                 f"LongSpec keeps its own cache in place; expected {CACHE}=DynamicCache, got a StaticCache"
             )
         return
-    if type(past) is not DynamicCache or past.offloading:
+    if past is None or type(past) is not DynamicCache or past.offloading:
         raise ValueError(f"LongSpec needs a plain DynamicCache, got {past!r}")
     check_reading(input_ids, generation_config.prefill_chunk_size, model_kwargs)
     held = past.layers[0].keys if past.get_seq_length() > 0 else input_ids
@@ -56,10 +57,10 @@ def check_without_cache(generation_config: GenerationConfig, model_kwargs: dict[
     """Raise `ValueError` where plain `generate` without a cache fails, or writes what it would not write with one."""
     past, mask, positions = (model_kwargs.get(name) for name in (CACHE, "attention_mask", "position_ids"))
     if past is not None or generation_config.prefill_chunk_size is not None:
-        raise ValueError(f"expected use_cache=True with {CACHE} or prefill_chunk_size, got use_cache=False")
+        raise ValueError("expected use_cache=True beside a cache or prefill_chunk_size, got use_cache=False")
     if mask is None and positions is not None and positions.dim() == 2 and bool((positions.diff() != 1).any()):
         # without cache and mask transformers takes positions (B, L) that jump for several texts in a row
-        raise ValueError("expected use_cache=True with position_ids that jump, got use_cache=False")
+        raise ValueError("expected use_cache=True beside position_ids that jump, got use_cache=False")
 
 
 def check_reading(input_ids: Tensor, chunk: int | None, model_kwargs: dict[str, Any]) -> None:
@@ -93,6 +94,7 @@ def check_generation(
         check_options(mode, generation_config, mode_kwargs)
         bound = draft.bind(target)
         draft.check_engine(target, bound.device, bool(mode_kwargs.get("synced_gpus")))
+        probe(draft, target, bound)
 
 
 def check_target(target: PreTrainedModel) -> None:
@@ -128,10 +130,8 @@ def check_options(mode: GenerationMode, generation_config: GenerationConfig, mod
 
 
 def check_steadiness(target: PreTrainedModel) -> None:
-    """Raise `ValueError` for a target that draws at random, works without its cache or sees tokens unknown to us."""
+    """Raise `ValueError` for a target that draws at random or sees tokens unknown to us."""
     for name, module in target.named_modules():
-        if module.training and getattr(module, "gradient_checkpointing", False):
-            raise ValueError("LongSpec needs the target's cache, got a target that trains with gradient checkpointing")
         dropout = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
         if module.training and isinstance(dropout, float) and dropout > 0:
             raise ValueError(f"LongSpec needs target.eval(), got a target in training mode with dropout in {name!r}")

@@ -8,7 +8,6 @@ is a constant of the graph, told by `captured_values`. Equal values mean that a 
 from __future__ import annotations
 
 import functools
-import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from transformers.utils import logging
 
 from .call_longspec import Call
 from .positions_longspec import last_short_length
+from .target_longspec import foreign_hooks
 
 logger = logging.get_logger(__name__)
 
@@ -228,10 +228,8 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Tell whether a module or a part of it has hooks that are not transformers' own: they may do what they like."""
-    hooks = [(*part._forward_hooks.values(), *part._forward_pre_hooks.values()) for part in module.modules()]
-    modules = (getattr(hook, "__module__", None) or "" for hook in itertools.chain.from_iterable(hooks))
-    return not all(name.startswith("transformers.") for name in modules)
+    """Tell whether a module or a part of it has hooks of others, which may do what they like."""
+    return bool(foreign_hooks(module))
 
 
 def plain(value: Any, depth: int = 0) -> Any:

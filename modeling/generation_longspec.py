@@ -7,6 +7,7 @@ work on the device alone. Knows the draft by its methods only.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,18 +15,17 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .call_longspec import Call, make_cache, read_prompt
+from .call_longspec import Call, make_cache, read_prompt, read_tree
 from .candidate_generator_longspec import LongSpecCandidateGenerator
 from .checks_longspec import check_inputs, ended_on_error
 from .engine_longspec import Backend, Demand
-from .hybrid_attention_longspec import Round
-from .interface_longspec import CACHE, attending, decoding, forward, has_unfinished, is_user_defined, switched
+from .interface_longspec import CACHE, decoding, has_unfinished, is_user_defined
 from .output_longspec import LongSpecOutput, PhaseClock
 from .positions_longspec import Positions
 from .sampling_longspec import IMPOSSIBLE, Plan, Sampler
 from .target_longspec import BoundTarget, catching
 from .text_longspec import Text
-from .tree_longspec import TokenTree, ancestor_mask, node_depths
+from .tree_longspec import TokenTree
 from .verification_longspec import (
     Accepted,
     RowWalk,
@@ -197,26 +197,8 @@ def grow(call: Call) -> TokenTree:
 
 def verify(call: Call, tree: TokenTree) -> Verified:
     """Run one target forward over the trees. The cache is left inside the round."""
-    target, cache, roots = call.target, call.cache, call.roots
-    ancestors = ancestor_mask(tree.parents, tree.levels)
-    depths = node_depths(ancestors)
-    positions = call.positions.within(roots.positions[:, None] + depths, roots.stopped)
-    positions = positions if roots.axes is None else positions + roots.axes[:, :, None]
-    cache.begin_round(depths)
-    undisturbed = False
-    while not undisturbed:  # another thread may set the target's attention in the middle of this forward
-        state = Round(cache, ancestors, call.backend, seen=set())
-        with (
-            switched(target) as stands,
-            attending(state.attend),
-            call.engine.layers(call),
-            catching(target, roots.hidden is not None) as caught,
-        ):
-            outputs = forward(target, tree.tokens, positions, cache, call.extras)
-            undisturbed = stands()
-    state.check(target)
-    hidden = None if caught is None else caught.every().to(roots.positions.device)
-    return Verified(ancestors, depths, outputs.logits, outputs.hidden_states, hidden)
+    layers, within = partial(call.engine.layers, call), call.positions.within
+    return read_tree(call.target, tree, call.roots, call.cache, call.backend, call.extras, layers, within)
 
 
 def find_greedy_paths(call: Call, tree: TokenTree, verified: Verified) -> Walk:

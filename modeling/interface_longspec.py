@@ -8,10 +8,11 @@ release of transformers that breaks LongSpec breaks it here. Knows no draft, tre
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import fields
 from typing import Any
@@ -171,23 +172,37 @@ def prefill(
     return target._prefill(ids, generation_config, model_kwargs, is_first_iteration=not generation_config.is_assistant)
 
 
+def first_inputs(target: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
+    """Return what `generate` makes of prompts of one token, ids (B, 1), for `prefill`."""
+    inputs = {"attention_mask": torch.ones_like(ids), "use_cache": True}
+    takes_positions = "position_ids" in inspect.signature(target.forward).parameters
+    return inputs | ({"position_ids": torch.zeros_like(ids)} if takes_positions else {})
+
+
 def step_inputs(
     target: PreTrainedModel, ids: Tensor, outputs: Any, model_kwargs: dict[str, Any]
-) -> tuple[Tensor | None, dict[str, Any]]:
-    """Return what plain `generate` passes to its first forward of one token: its position, and the unusual inputs.
+) -> Iterator[tuple[Tensor | None, dict[str, Any]]]:
+    """Yield what plain `generate` passes to its forwards of one token, one by one: position and unusual inputs.
 
-    The position is (B,), or (axes, B) where a target has several (mrope), and None where the target counts for itself.
-    The unusual inputs are what a user passed for the target's own `forward`, and token types, which continue as the
-    prompt's last; both stay the same in every step.
+    ids: (B, L) prompts; which tokens follow makes no difference. The position is (B,), or (axes, B) where a target has
+    several (mrope), and None where the target counts for itself. The unusual inputs are what a user passed for the
+    target's own `forward`, and token types, which continue as the prompt's last.
     """
-    cache = model_kwargs[CACHE]
-    model_kwargs = target._update_model_kwargs_for_generation(outputs, dict(model_kwargs)) | {CACHE: cache}
-    inputs = target.prepare_inputs_for_generation(ids, next_sequence_length=1, **model_kwargs)
-    positions = inputs.get("position_ids")
-    extras = {name: value for name, value in inputs.items() if name not in _OWN_INPUTS and value is not None}
-    # before transformers 5.23 the types of the whole text come along with the one token
-    extras |= {name: extras[name][:, -1:] for name in PER_TOKEN if name in extras}
-    return None if positions is None else positions[..., -1], extras
+    cache, model_kwargs = model_kwargs[CACHE], dict(model_kwargs)
+    while True:
+        ids = torch.cat([ids, ids.new_zeros(len(ids), 1)], dim=1)
+        model_kwargs = target._update_model_kwargs_for_generation(outputs, model_kwargs) | {CACHE: cache}
+        inputs = target.prepare_inputs_for_generation(ids, next_sequence_length=1, **model_kwargs)
+        positions = inputs.get("position_ids")
+        extras = {name: value for name, value in inputs.items() if name not in _OWN_INPUTS and value is not None}
+        # before transformers 5.23 the types of the whole text come along with the one token
+        extras |= {name: extras[name][:, -1:] for name in PER_TOKEN if name in extras}
+        yield None if positions is None else positions[..., -1], extras
+
+
+def uncompiled() -> AbstractContextManager:
+    """Return a context in which what a user has compiled runs as it was written; one thread at a time may enter."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def forward(target: PreTrainedModel, ids: Tensor, positions: Tensor, cache: Cache, extras: dict[str, Any]) -> Any:

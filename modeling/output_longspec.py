@@ -75,7 +75,7 @@ class Records:
                 record.put(rows, steps, states)
 
     def as_dict(self, whole: bool = False) -> dict[str, Any]:
-        """Return them as plain `generate` does; whole: hidden states of the whole text each step, as without a cache."""
+        """Return them as plain `generate` does; whole: hidden states of all tokens each step, as without a cache."""
         layers = None if self.hidden_states is None else [record.values for record in self.hidden_states]
         if layers is not None and whole:
             layers = [tuple(accumulate(steps, lambda text, new: torch.cat([text, new], dim=-2))) for steps in layers]

@@ -247,7 +247,10 @@ def check_cached(layer: Any, config: LongSpecConfig) -> None:
     expected = (config.num_key_value_heads, config.head_dim)
     held = [states[0, :, 0].shape for states in (layer.keys, layer.values)] if layer.is_initialized else []
     if held != [expected, expected]:
-        found = " and ".join(str(tuple(shape)) for shape in held) or "none"
+        found = (
+            " and ".join(str(tuple(shape)) for shape in held)
+            or "none, as where a target trains with gradient checkpointing"
+        )
         raise ValueError(f"LongSpec needs cached keys and values of (heads, dimension) {expected}, got {found}")
 
 
@@ -349,6 +352,14 @@ def _head_misfit(head: nn.Module | None) -> str | None:
     if head.weight.device.type == "meta" or head.weight.dtype not in formats:
         return f"a weight of {head.weight.dtype} on {head.weight.device}"
     return None
+
+
+def foreign_hooks(module: nn.Module) -> dict[int, Any]:
+    """Return the forward hooks of a module and its parts, by their ids, but for transformers' and our own."""
+    tables = [table for part in module.modules() for table in (part._forward_pre_hooks, part._forward_hooks)]
+    hooks = {key: hook for table in tables for key, hook in table.items()}
+    ours = (Caught.catch.__module__, "transformers.")
+    return {key: hook for key, hook in hooks.items() if not (getattr(hook, "__module__", None) or "").startswith(ours)}
 
 
 # --- the last hidden state -------------------------------------------------------------------------------------------

@@ -332,7 +332,7 @@ CORE_FAULTS = [
     ),
     Fault(
         name="axes-of-positions-lost",
-        file="modeling/generation_longspec.py",
+        file="modeling/call_longspec.py",
         what="behind an image all axes of positions go on from the last one's",
         old="positions = positions if roots.axes is None else positions + roots.axes[:, :, None]",
         new="positions = positions if roots.axes is None else positions.expand(len(roots.axes), -1, -1)",
@@ -498,8 +498,8 @@ CORE_FAULTS = [
         name="attention-name-not-restored",
         file="modeling/interface_longspec.py",
         what="after an exception the target stays under our attention name",
-        old="    try:\n        yield\n    finally:\n        with _SHARED.lock:\n",
-        new="    yield\n    if True:\n        with _SHARED.lock:\n",
+        old="    try:\n        yield lambda: config._attn_implementation is name\n    finally:\n",
+        new="    yield lambda: config._attn_implementation is name\n    if True:\n",
         tests=("test_interface_longspec.py::test_name_is_restored_after_an_exception",),
     ),
     Fault(

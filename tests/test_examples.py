@@ -12,7 +12,7 @@ import pytest
 from hf_longspec.demo.weights import smollm2_folder
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("pair", "tiny_target")  # of examples
+PARTS = ("pair",)  # of examples
 EXAMPLES = sorted(file.stem for file in (ROOT / "examples").glob("*.py") if file.stem not in PARTS)
 
 
@@ -69,15 +69,13 @@ def test_summaries_in_a_batch_are_those_of_plain_generate(tmp_path):
 
 @pytest.mark.slow
 def test_a_draft_that_is_trained(tmp_path):
-    """On the default target and text, for a few steps only: too few for τ, not for the loss.
-
-    The target is taught by the clock: long enough that it has learned something where other work takes the cores.
-    """
-    printed = run("train_your_own", "--out", tmp_path, "--target-seconds", 15, "--steps", 8, "--batch", 4)
+    """On the default target and text, for a few steps only: too few for τ, not for the loss."""
+    printed = run("train_your_own", "--out", tmp_path, "--steps", 6, "--batch", 2)
     losses = [float(found) for found in re.findall(r"'eval_kl': '?([\d.]+)", printed)]
-    assert len(losses) == 4 and losses[-1] < losses[0]
-    found = re.findall(r"^(\w+) draft: [\d.]+ tokens a forward, the same text", printed, re.M)
-    assert found == ["untrained", "trained"], printed
+    assert len(losses) == 2 and losses[1] < losses[0]
+    found = re.findall(r"^after (\d+) steps: ([\d.]+) tokens a forward", printed, re.M)
+    assert [steps for steps, _ in found] == ["0", "6"] and float(found[0][1]) > 1.5, printed
+    assert re.search(r"^[\d.]+ tokens a forward, the same text as plain generate", printed, re.M), printed
     assert (tmp_path / "run" / "draft" / "model.safetensors").is_file()
 
 

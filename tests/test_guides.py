@@ -1,5 +1,6 @@
 """The guides in docs/ are true: quoted errors are what the library says, commands and links are there."""
 
+import argparse
 import functools
 import json
 import re
@@ -13,7 +14,7 @@ import torch
 import typer
 import yaml
 from helpers import tiny_draft, tiny_target
-from tiny_folders import tiny_folders
+from tiny_folders import ALPHABET, tiny_folders
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 from typer.testing import CliRunner
 
@@ -195,19 +196,20 @@ def command_says(*arguments: str) -> list[str]:
 
 
 def test_quoted_errors_of_training(tmp_path, monkeypatch):
-    """On the recipe that examples/train_your_own.py writes, and its target."""
+    """On the recipe that examples/train_your_own.py writes, for a tiny target."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "examples")
-    from tiny_target import make_target
     from train_your_own import recipe_for
 
-    text = tmp_path / "text"
+    text, run = tmp_path / "text", Path("my_run")
     text.mkdir()
     for number in range(20):
-        (text / f"{number}.py").write_text(f"def f{number}(x):\n    return x + {number}\n" * 12)
-    run = Path("my_run")
-    make_target(run / "target", (text / "0.py").read_text(), seconds=0.01)
-    asked = recipe_for(str(run / "target"), [text], run, steps=1, batch=1)
+        (text / f"{number}.py").write_text(f"def f{number}(x):\n    return x + {number}\n" * (number and 12))
+    target = tiny_folders(run) / "target"
+    tiny_target("llama", vocab_size=len(ALPHABET), max_position_embeddings=8192).save_pretrained(target)
+    given = argparse.Namespace(out=run, text=text, suffix=".py", steps=3, batch=1)
+    asked = recipe_for(given, str(target), None) | {"draft": {}}
+    asked["data"] |= {"separator": "Ā", "held_out": {"names": ["0"]}}
 
     def trained(*options, **changes):
         recipe = asked | {"trainer": asked["trainer"] | changes}
@@ -217,12 +219,14 @@ def test_quoted_errors_of_training(tmp_path, monkeypatch):
     said = [
         *command_says(*trained(max_step=5)),
         *command_says(*trained()),
-        *command_says(*trained("--set", "signal.length=4096")),
+        *command_says(*trained("--set", "signal.length=16384")),
     ]
-    off = ["--set", "trainer.eval_strategy='no'"]
-    assert CliRunner().invoke(cli.app, trained(*off)).exit_code == 0
+    off = ["--set", "trainer.eval_strategy='no'", "--set", "trainer.eval_on_start=false"]
+    said += command_says(*trained(*off, learning_rate=1e30, output_dir=str(run / "other")))
+    done = CliRunner().invoke(cli.app, trained(*off))
+    assert done.exit_code == 0, done.output
     said += command_says(*trained(*off, learning_rate=0.1))
-    assert len(said) == 4
+    assert len(said) == 5, said
     for line in said:
         assert line in words(guide("TRAIN")), line
 

@@ -246,6 +246,7 @@ def test_only_the_first_forward_gets_the_images(target, draft, family):
     inputs = image_prompts(family, (3, 5))
     target.generate(**inputs, max_new_tokens=8)
     plain = told.copy()
+    target.generate(**inputs, assistant_model=draft, max_new_tokens=8)  # probes a target with this hook
     told.clear()
     target.generate(**inputs, assistant_model=draft, max_new_tokens=8)
     hook.remove()

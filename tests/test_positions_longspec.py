@@ -76,6 +76,13 @@ def test_longrope_leaves_a_dropped_cache_to_its_owner(length):
             torch.testing.assert_close(layer.values, expected.values, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("length", [14, 16, 20])
+def test_longrope_without_a_cache(length):
+    """Plain `generate` reads the whole text each step, at the switch too."""
+    target = phi3_with_switch_at(16)
+    assert_same(target, tiny_draft(target, window=WINDOW), prompt_of(length), max_new_tokens=12, use_cache=False)
+
+
 def test_longrope_switch_is_real():
     target = phi3_with_switch_at(16)
     long = target(prompt_of(20)).logits[:, 10]

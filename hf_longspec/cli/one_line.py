@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -54,5 +55,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """End the command with one line on standard error; code 2 blames the command, code 1 the machine."""
-    typer.echo(f"hf-longspec: {message}", err=True)
+    from tqdm import tqdm
+
+    tqdm.write(f"hf-longspec: {message}", file=sys.stderr)  # not into the line of a progress bar
     raise typer.Exit(code)

@@ -18,9 +18,11 @@ MEANING = {
 }
 HEAD = """# Model families
 
-Every family that transformers loads as a causal language model, or as an image-text-to-text model (with text prompts),
-tried on a tiny random model of float32 weights, greedily and sampled under one seed, on trees and on a chain, with
-prompts shorter and longer than every window. A family is named by its `model_type`. Made by
+Every family that transformers loads as a causal language model, or as an image-text-to-text model (with text
+prompts), tried on a tiny random model of float32 weights, greedily and sampled under one seed, on trees and on a
+chain, with prompts shorter and longer than every window. The tiny model has what released ones have, even where the
+defaults of the family's config have not; released models that differ from others of their family are tried beside it,
+and named where one goes otherwise. A family is named by its `model_type`. Made by
 
     {command}
 
