@@ -41,9 +41,10 @@ def attend(
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge the attentions over two disjoint key sets into one over their union, in the log-sum-exps' format.
+    """Merge the attentions over two disjoint key sets into the attention over their union.
 
-    out_a, out_b: (B, H, T, D); lse_a, lse_b: (B, H, T); a side with lse −inf has no keys and no weight.
+    out_a, out_b: (B, H, T, D); lse_a, lse_b: (B, H, T), in whose format (float32 or wider) it is merged; a side with
+    lse −inf has no keys and no weight.
     Returns: out, lse of the union. Source: LongSpec section 3.3; Dao et al., Flash-Decoding.
     """
     lse = torch.logaddexp(lse_a, lse_b)

@@ -203,9 +203,8 @@ def verify(call: Call, tree: TokenTree) -> Verified:
 
 def find_greedy_paths(call: Call, tree: TokenTree, verified: Verified) -> Walk:
     """Find how far each tree agrees with the largest logits behind its nodes."""
-    logits = (
-        verified.logits.float() if verified.logits.dtype == torch.float64 else verified.logits
-    )  # as `generate` has
+    logits = verified.logits
+    logits = logits.float() if logits.dtype == torch.float64 else logits  # the numbers that plain `generate` compares
     return find_paths(call, tree, verified, logits.argmax(dim=-1))
 
 

@@ -57,13 +57,12 @@ class Positions:
         """
         places = ((self.last_short, position), (self.kept, length))  # a batch has the frequencies of its last position
         limits = [end - 1 - place for end, place in places if end is not None and place < end]
-        table = (
-            [] if self.table is None else [max(self.table - 1 - position, 0)]
-        )  # a root beyond it fails as it should
-        return min([most, *limits, *table])
+        if self.table is not None:
+            limits.append(max(self.table - 1 - position, 0))  # a root beyond the table fails as in plain decoding
+        return min([most, *limits])
 
     def within(self, positions: Tensor, stopped: Tensor) -> Tensor:
-        """Return positions (B, T), those of stopped rows (B,) inside the table; of others a user shall hear."""
+        """Return positions (B, T) of which those of rows that have stopped (B,) are in the table, unread."""
         if self.table is None:
             return positions
         return torch.where(stopped[:, None], positions.clamp(max=self.table - 1), positions)
@@ -77,7 +76,7 @@ class Positions:
     def read_anew(self, text: Text, cache: SpeculativeCache) -> Any:
         """Read what plain `generate` reads anew of `text` into the emptied cache. Returns the target's outputs.
 
-        That is the whole text without a cache, and from 5.18 on; transformers 5.17 forgets the text here, as we do.
+        That is the whole text without a cache, and from transformers 5.18 on; 5.17 forgets the text, and we with it.
         """
         inputs = self._inputs(text.sequences, cache)
         cache.restart(DynamicCache(config=self.target.config.get_text_config(decoder=True)))

@@ -110,12 +110,8 @@ def check_fit(config: LongSpecConfig, target: PreTrainedModel) -> None:
     """Raise `ValueError` that lists every mismatch between a draft's config and a target."""
     text = target.config.get_text_config(decoder=True)
     kinds = layer_kinds(text)
-    if (
-        "sliding" in kinds and text.sliding_window == 1
-    ):  # a cache that never slides; each implementation masks otherwise
-        raise ValueError(
-            f"LongSpec does not serve windows of one token, got {text.model_type!r} with sliding_window=1"
-        )
+    if "sliding" in kinds and getattr(text, "sliding_window", None) == 1:  # plain cache and mask disagree
+        raise ValueError(f"LongSpec does not serve sliding_window=1, got {text.model_type!r}")
     kv_heads, head_dim = kv_shape(layer_config(text, config.target_layer))
     actual = {
         "vocab_size": text.vocab_size,
@@ -355,7 +351,8 @@ def _head_misfit(head: nn.Module | None) -> str | None:
         return "one with hooks"
     if type(head.weight) is not nn.Parameter:
         return f"a weight of type {type(head.weight).__name__}"
-    if head.weight.device.type == "meta" or head.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    formats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    if head.weight.device.type == "meta" or head.weight.dtype not in formats:
         return f"a weight of {head.weight.dtype} on {head.weight.device}"
     return None
 

@@ -39,8 +39,8 @@ class Text:
     ):
         """Begin with prompts (B, L).
 
-        nodes: of the largest tree. vocab: tokens that the target can embed. keeps_cache: the user sees the cache,
-        and it holds finished rows' padding.
+        nodes: of the largest tree. vocab: tokens that the target can embed. keeps_cache: the user sees the cache, and
+        it holds finished rows' padding.
         """
         self.batch, self.prompt = input_ids.shape
         self.device = input_ids.device
@@ -74,10 +74,9 @@ class Text:
 
     @property
     def padding(self) -> int | None:
-        """The token that trees hold of rows that have stopped and continue; None if such rows do not continue."""
-        return (
-            self.stand_in.get(self.pad, self.pad) if self.batch > 1 and (self.keeps_tails or self.together) else None
-        )
+        """The token that trees hold of rows that go on once they have stopped; None if such rows do not go on."""
+        continues = self.batch > 1 and (self.keeps_tails or self.together)
+        return self.stand_in.get(self.pad, self.pad) if continues else None
 
     @property
     def stopped(self) -> list[bool]:

@@ -90,10 +90,25 @@ def test_adapters_of_transformers_own(llama, draft, tmp_path):
     assert assert_same(again, draft) == adapted
 
 
-@pytest.mark.parametrize("method", ["dora", "whole modules", "ia3", "vera", "adaption prompt"])
+ON = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["dora", "whole modules", "ia3", "vera", "adaption prompt", "rslora", "tokens", "loha", "lokr", "oft", "hra"]
+    + ["fourier", "norms"],
+)
 def test_other_kinds_of_adapters(method):
     llama = tiny_target("llama", head_dim=8)
     config = {
+        "rslora": lambda: lora(use_rslora=True),
+        "tokens": lambda: lora(trainable_token_indices=[3, 4, 5, 6]),
+        "loha": lambda: peft.LoHaConfig(r=4, **ON),
+        "lokr": lambda: peft.LoKrConfig(r=4, **ON),
+        "oft": lambda: peft.OFTConfig(r=0, oft_block_size=4, **ON),
+        "hra": lambda: peft.HRAConfig(r=4, **ON),
+        "fourier": lambda: peft.FourierFTConfig(n_frequency=40, scaling=30.0, **ON),
+        "norms": lambda: peft.LNTuningConfig(target_modules=["input_layernorm"], task_type="CAUSAL_LM"),
         "dora": lambda: lora(use_dora=True),
         "whole modules": lambda: lora(modules_to_save=["lm_head", "embed_tokens"]),
         "ia3": peft.IA3Config,

@@ -149,6 +149,18 @@ def test_beyond_the_position_embeddings_with_the_same_warnings(caplog):
     assert_same(target, draft, lengths=(25, 50))
 
 
+def test_resized_embeddings(llama, draft):
+    """A draft belongs to a vocabulary: one made before is refused, one made behind writes the same text."""
+    llama.resize_token_embeddings(16, mean_resizing=False)
+    with pytest.raises(ValueError, match="vocab_size: draft has 13, target has 16"):
+        llama.generate(prompt_of(5), assistant_model=draft, **OPTIONS)
+    padded = OPTIONS | {"pad_token_id": 15}
+    for fields in ({}, {"draft_vocab_size": 13}):
+        assert_same(llama, tiny_draft(llama, **fields), **padded)
+    llama.resize_token_embeddings(13, mean_resizing=False)
+    assert_same(llama, draft)
+
+
 def test_inference_mode_and_frozen_weights(llama, draft):
     base = texts(llama)
     with torch.inference_mode():

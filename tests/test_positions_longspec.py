@@ -196,13 +196,8 @@ def test_levels_by_hand():
     table = Positions(tiny_model("gpt2"), {}, 300)
     assert [table.levels(4, place, place) for place in (0, 251, 252, 254, 255, 256, 300)] == [4, 4, 3, 1, 0, 0, 0]
     switch = Positions(phi3_with_switch_at(16), {}, 100)
-    assert [switch.levels(4, *places) for places in ((11, 11), (12, 11), (11, 12), (15, 3), (16, 16))] == [
-        4,
-        3,
-        3,
-        0,
-        4,
-    ]
+    places = ((11, 11), (12, 11), (11, 12), (15, 3), (16, 16))
+    assert [switch.levels(4, *place) for place in places] == [4, 3, 3, 0, 4]
     assert Positions(tiny_target("llama"), {}, 600).levels(4, 600, 600) == 4
 
 

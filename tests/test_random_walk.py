@@ -5,10 +5,15 @@ from seed 1000 on.
 """
 
 import os
+import random
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from helpers import CACHE, VOCAB, tiny_draft, tiny_target
+from observation import TOLERANCE
+from transformers import DynamicCache
 from walk import beyond_plain, check, refusal_of, simplest, with_draft
 from walk_steps import FAMILIES, FULL_TREES, Step, draw
 
@@ -58,6 +63,52 @@ def test_long_paths_are_accepted():
     steps = [step for step in steps if refusal_of(step) is None and "dict" in step.outputs]
     longest = [max((max(row, default=0) for row in with_draft(step).accept_lengths), default=0) for step in steps]
     assert len(steps) >= 20 and sum(length >= 3 for length in longest) > len(longest) / 3, longest
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+@pytest.mark.parametrize("seed", range(2))
+def test_random_chats(family, seed):
+    """One cache goes from turn to turn; turns differ in all their options, and some are cut off by their streamer."""
+    target = tiny_target(family)
+    drafts = [tiny_draft(target, seed=seed, tree_shape=shape) for shape in ((1, 1, 1), (4, 8, 8))]
+    chats = []
+    for assisted in (False, True):
+        dice = random.Random(seed)
+        torch.manual_seed(seed)
+        cache, ids, told = DynamicCache(config=target.config), torch.empty(1, 0, dtype=torch.long), []
+        for turn in range(6):
+            said = [dice.randrange(2, VOCAB) for _ in range(dice.randrange(1, 9))]
+            ids = torch.cat([ids, torch.tensor([said])], dim=1)
+            options = {"max_new_tokens": dice.randrange(1, 20), "do_sample": dice.random() < 0.5, "pad_token_id": 0}
+            options |= {"eos_token_id": dice.randrange(VOCAB), "top_k": dice.choice([0, 3, 50])}
+            streamer = CutOff(dice.choice([3, 99]))
+            own = {"assistant_model": drafts[turn % 2]} if assisted else {}
+            try:
+                ids = target.generate(ids, streamer=streamer, **{CACHE: cache}, **options, **own)
+            except KeyboardInterrupt:
+                ids = torch.cat([ids, torch.tensor([streamer.tokens])], dim=1)[:, : cache.get_seq_length() + 1]
+            told.append((ids.tolist(), cache.get_seq_length()))
+        chats.append((told, [(layer.keys, layer.values) for layer in cache.layers]))
+    assert chats[0][0] == chats[1][0]
+    torch.testing.assert_close(chats[1][1], chats[0][1], **TOLERANCE)
+
+
+class CutOff:
+    """A streamer that is interrupted at its `at`-th token."""
+
+    def __init__(self, at):
+        self.at, self.tokens, self.prompt = at, [], True
+
+    def put(self, value):
+        if self.prompt:
+            self.prompt = False
+            return
+        self.tokens += value.tolist()
+        if len(self.tokens) == self.at:
+            raise KeyboardInterrupt
+
+    def end(self):
+        pass
 
 
 def test_the_walk_comes_everywhere():

@@ -1,6 +1,7 @@
-"""Targets and drafts are shared: by threads, by several drafts or targets, by the call after one that was cut off."""
+"""Targets and drafts are shared: by threads, processes, several drafts or targets, by the call behind one cut off."""
 
 import copy
+import multiprocessing
 import pickle
 import random
 import sys
@@ -176,6 +177,68 @@ def test_a_target_that_does_not_fit_is_refused_in_between():
         other.generate(prompt_of(9), assistant_model=draft, **OPTIONS)
     assert_same(target, draft)
     assert_same(other, tiny_draft(other))
+
+
+# Copies, other processes, changed weights
+
+
+def test_copies():
+    target = tiny_target("llama")
+    draft = tiny_draft(target, window=8)
+    assert_same(target, draft)
+    both = (target, draft)
+    for twins in (copy.deepcopy(both), pickle.loads(pickle.dumps(both)), (copy.copy(target), copy.copy(draft))):
+        for one, other in (twins, (target, twins[1]), (twins[0], draft)):
+            assert_same(one, other)
+
+
+@pytest.mark.parametrize("vocab", [None, 9])
+def test_weights_that_change_between_calls(vocab):
+    """Nothing that a call has kept is older than the weights of the next."""
+    target = tiny_target("llama")
+    draft = tiny_draft(target, window=8, draft_vocab_size=vocab)
+    others = tiny_target("llama", seed=5).state_dict(), tiny_draft(target, seed=6, draft_vocab_size=vocab).state_dict()
+    head = torch.nn.Parameter(torch.randn_like(target.lm_head.weight))
+    changes = [
+        lambda: target.load_state_dict(others[0]),
+        lambda: draft.load_state_dict(others[1]),
+        lambda: target.model.layers[3].mlp.down_proj.weight.data.mul_(3),
+        lambda: setattr(target.lm_head, "weight", head),
+        lambda: target.to(torch.float64),
+        lambda: target.to(torch.float32),
+        lambda: draft.to(torch.bfloat16),
+    ]
+    texts = []
+    for change in changes:
+        change()
+        assert_same(target, draft)
+        texts.append(str(target.generate(prompt_of(9), **OPTIONS).tolist()))
+    assert len(set(texts)) == 3, "the changes change nothing: nothing is tested"
+
+
+def write(target, draft, sender):
+    torch.set_num_threads(1)
+    sender.send(target.generate(prompt_of(9), assistant_model=draft, **OPTIONS).tolist())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_other_processes(method):
+    """While and behind calls of their own, two children and their parent write the same text."""
+    target = tiny_target("llama")
+    draft = tiny_draft(target, window=8)
+    expected = target.generate(prompt_of(9), assistant_model=draft, **OPTIONS).tolist()
+    context = multiprocessing.get_context(method)
+    pipes = [context.Pipe(duplex=False) for _ in range(2)]
+    children = [context.Process(target=write, args=(target, draft, sender)) for _, sender in pipes]
+    for child in children:
+        child.start()
+    assert_same(target, draft)
+    assert [receiver.recv() for receiver, _ in pipes] == [expected] * 2
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0]
 
 
 class InterruptedAt(TorchDispatchMode):
