@@ -105,7 +105,8 @@ def check_generation(
 def check_draft(draft: Any) -> None:
     """Raise `ValueError` for a draft that cannot follow its target to another device or format."""
     devices = set((getattr(draft, "hf_device_map", None) or {}).values())
-    if len(devices) > 1 or any(weight.is_meta for weight in draft.parameters()):
+    hooked = (part for part in draft.modules() if hasattr(part, "_hf_hook"))  # accelerate's, which bring weights there
+    if len(devices) > 1 or any(weight.is_meta for part in hooked for weight in part.parameters()):
         got = "one that accelerate offloads or spreads over devices; load it without device_map"
     elif getattr(draft, "quantization_method", None) == "bitsandbytes":
         got = "one that bitsandbytes quantized; load it without quantization_config"

@@ -26,7 +26,7 @@ PUBLIC = {
     "transformers": "AttentionInterface AttentionMaskInterface AutoConfig Cache DynamicCache GenerationConfig "
     "PreTrainedConfig PreTrainedModel StaticCache initialization",
     "transformers.activations": "ACT2FN",
-    "transformers.cache_utils": "CacheLayerMixin",
+    "transformers.cache_utils": "CacheLayerMixin DynamicSlidingWindowLayer StaticLayer",
     "transformers.generation": "GenerateDecoderOnlyOutput GenerationMixin GenerationMode",
     "transformers.modeling_rope_utils": "ROPE_INIT_FUNCTIONS",
     "transformers.utils": "logging",

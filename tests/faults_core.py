@@ -421,7 +421,7 @@ CORE_FAULTS = [
     Fault(
         name="a-twin-class",
         file="modeling/modeling_longspec.py",
-        what="transformers mixes its own `generate` into a class of remote code, and pickle refuses the draft",
+        what="transformers mixes `generate` into the class of a remote-code draft, and pickle refuses the draft",
         old="        self.generate = refuse\n",
         new="        type(self).generate = refuse\n",
         tests=("test_loading.py::test_loads_as_remote_code_without_the_package",),

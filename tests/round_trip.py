@@ -82,7 +82,7 @@ def read_at(version: str, folder: Path, place: Path) -> dict[str, Any]:
     venv.create(place, with_pip=True)
     python = str(place / "bin" / "python")
     held = f"torch=={torch.__version__.split('+')[0]}"
-    own = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(place / "modules")}
+    own = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(place / "modules")}
     environment = {
         name: value for name, value in os.environ.items() if name not in ("PIP_CONSTRAINT", "PYTHONPATH")
     } | own
