@@ -133,7 +133,7 @@ def test_the_default_tree_of_a_cpu_is_small(llama):
         draft.config.tree_shape = shape
         read.clear()
         out = llama.generate(prompt_of(11), assistant_model=draft, max_new_tokens=12, return_dict_in_generate=True)
-        assert read[0] == 11 and set(read[1:]) == {nodes}
+        assert set(read[read.index(11) + 1 :]) == {nodes}  # a target's first call probes it before the prompt
         assert max(out.accept_lengths[0]) <= 1 + len(CPU_TREE if shape is None else large)
         assert draft.state_bytes == 2 * 4 * 8 * 4 * (WINDOW + 2 + nodes - 1 - (shape or CPU_TREE)[-1])
     hook.remove()
