@@ -112,6 +112,8 @@ class Call(NamedTuple):
         return self._replace(levels=self.positions.levels(most, position, self.cache.length))
 
 
+# Packages whose hooks treat all tokens alike, or are checked elsewhere.
+_OF_LIBRARIES = ("accelerate.", "deepspeed.", "optimum.", "peft.", "torch.")
 _PROBED: weakref.WeakKeyDictionary[PreTrainedModel, Any] = weakref.WeakKeyDictionary()  # see `probe`
 _PROBING = threading.RLock()
 _STEPS = 8
@@ -120,12 +122,14 @@ _STEPS = 8
 def probe(draft: Any, target: PreTrainedModel, bound: BoundTarget) -> None:
     """Raise `ValueError` for a target of which only forwards tell that it cannot be served.
 
-    Reads one token, and one or two more as in a round, into a cache of its own: once, and again when the target has
-    other hooks or trains otherwise. So a call that is refused has not done anything.
+    Reads one token, and one or two more as in a round, into a cache of its own: once, and again when the user's hooks
+    on the target have changed or it trains otherwise. So a call that is refused has not done anything.
     """
     config, hooks = draft.config, foreign_hooks(target)
+    modules = {key: str(getattr(hook, "func", hook).__module__) for key, hook in hooks.items()}
+    users = frozenset(key for key, module in modules.items() if not module.startswith(_OF_LIBRARIES))
     recomputes = any(part.training and getattr(part, "gradient_checkpointing", False) for part in target.modules())
-    traits = config.target_layer, config.target_hidden_state, frozenset(hooks), recomputes
+    traits = config.target_layer, config.target_hidden_state, users, recomputes
     with _PROBING, uncompiled():
         if _PROBED.get(target) == traits:
             return
@@ -147,7 +151,7 @@ def probe(draft: Any, target: PreTrainedModel, bound: BoundTarget) -> None:
         positions, extras = next(steps)
         roots = Roots.of(ids[:, 0], torch.zeros_like(ids[:, 0], dtype=torch.bool), positions, cache.length, hidden)
         alone = read_tree(target, roots.stump, roots, cache, backend, extras).logits[:, 0]
-        if hooks:
+        if users:
             two = ids.expand(-1, 2)
             chain = TokenTree(two, two, two.float(), levels=1)
             followed = read_tree(target, chain, roots, cache, backend, extras).logits[:, 0]

@@ -35,6 +35,16 @@ def test_adapters_switched_disabled_and_merged(llama, draft):
     assert assert_same(merged, draft) == first
 
 
+def test_an_adapter_for_each_row(llama, draft):
+    wrapped = peft.get_peft_model(llama, lora()).eval()
+    wrapped.add_adapter("second", lora(target_modules=["k_proj", "down_proj"]))
+    wrapped.eval()
+    ids, options = prompt_of(9).expand(2, -1), OPTIONS | {"adapter_names": ["default", "second"]}
+    plain = wrapped.generate(input_ids=ids, **options).tolist()
+    assert wrapped.generate(input_ids=ids, assistant_model=draft, **options).tolist() == plain
+    assert plain[0] != plain[1]
+
+
 def test_graphs_follow_adapters(captures, llama, draft):
     """Switched, disabled, scaled, merged: what was captured before is not played on."""
     base = texts(llama)
