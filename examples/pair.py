@@ -7,16 +7,14 @@ the one for it in hub_configs/.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import hf_longspec  # noqa: F401  so that AutoModelForCausalLM knows drafts without remote code
-from hf_longspec.demo.weights import NAME, smollm2_folder
-
-DRAFT = Path(__file__).parents[1] / "hub_configs" / NAME
+from hf_longspec.demo import DRAFT
+from hf_longspec.demo.weights import smollm2_folder
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

@@ -15,9 +15,7 @@ from typing import Any
 
 from pair import load, mean, parser
 
-import hf_longspec
-
-PROMPT = Path(hf_longspec.__file__).parent / "demo" / "prompt.txt"
+from hf_longspec.demo import PROMPT
 
 
 def main() -> None:

@@ -34,15 +34,18 @@ def register() -> dict[str, type]:
     The draft's class gets `push_to_hub` here, because a draft's repository carries no code that uploads.
     """
     import transformers.pipelines  # replaces the module `transformers`: must precede the assignment to it
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     from .hub.push_to_hub import push_to_hub
     from .modeling.configuration_longspec import LongSpecConfig
     from .modeling.modeling_longspec import LongSpecForCausalLM
+    from .tokenizer import DraftTokenizer
 
     LongSpecForCausalLM.push_to_hub = push_to_hub
     AutoConfig.register(MODEL_TYPE, LongSpecConfig, exist_ok=True)
-    AutoModelForCausalLM.register(LongSpecConfig, LongSpecForCausalLM, exist_ok=True)
+    for auto_class in (AutoModel, AutoModelForCausalLM):
+        auto_class.register(LongSpecConfig, LongSpecForCausalLM, exist_ok=True)
+    AutoTokenizer.register(LongSpecConfig, fast_tokenizer_class=DraftTokenizer, exist_ok=True)
     # `pipeline(assistant_model="folder")` asks no Auto class: it looks up the architecture's name in `transformers`
     transformers.LongSpecForCausalLM = LongSpecForCausalLM
     return {"LongSpecConfig": LongSpecConfig, "LongSpecForCausalLM": LongSpecForCausalLM}

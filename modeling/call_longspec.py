@@ -65,7 +65,7 @@ class Roots(NamedTuple):
 
         positions: (B,) or (axes, B), for all rows or one; None: the target counts what the cache holds, padding too.
         """
-        positions = torch.tensor([length]) if positions is None else positions
+        positions = torch.tensor([length], device=newest.device) if positions is None else positions
         positions = positions.to(newest.device).expand(*positions.shape[:-1], len(newest))
         alone = positions.dim() == 1
         last = (positions if alone else positions[-1]).long().clone()  # one family has them in float

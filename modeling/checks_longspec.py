@@ -90,11 +90,29 @@ def check_generation(
     """Raise `ValueError`, before anything is allocated, for what plain `generate` serves and LongSpec cannot."""
     with ended_on_error(mode_kwargs.get("streamer")):
         draft.config.check()
+        check_draft(draft)
         check_target(target)
-        check_options(mode, generation_config, mode_kwargs)
+        check_options(target, mode, generation_config, mode_kwargs)
         bound = draft.bind(target)
+        tree = draft.config.tree_on(bound.device)
+        draft.config.check_tree(tree, getattr(bound.head, "out_features", None))
+        if tree:
+            draft.head_rows(bound)
         draft.check_engine(target, bound.device, bool(mode_kwargs.get("synced_gpus")))
         probe(draft, target, bound)
+
+
+def check_draft(draft: Any) -> None:
+    """Raise `ValueError` for a draft that cannot follow its target to another device or format."""
+    devices = set((getattr(draft, "hf_device_map", None) or {}).values())
+    hooked = (part for part in draft.modules() if hasattr(part, "_hf_hook"))  # accelerate's, which bring weights there
+    if len(devices) > 1 or any(weight.is_meta for part in hooked for weight in part.parameters()):
+        got = "one that accelerate offloads or spreads over devices; load it without device_map"
+    elif getattr(draft, "quantization_method", None) == "bitsandbytes":
+        got = "one that bitsandbytes quantized; load it without quantization_config"
+    else:
+        return
+    raise ValueError(f"LongSpec moves a draft to its target's device and number format, got {got}")
 
 
 def check_target(target: PreTrainedModel) -> None:
@@ -108,21 +126,29 @@ def check_target(target: PreTrainedModel) -> None:
     check_steadiness(target)
 
 
-def check_options(mode: GenerationMode, generation_config: GenerationConfig, mode_kwargs: dict[str, Any]) -> None:
+def check_options(
+    target: PreTrainedModel, mode: GenerationMode, generation_config: GenerationConfig, mode_kwargs: dict[str, Any]
+) -> None:
     """Raise `ValueError` for options of `generate` that LongSpec cannot serve."""
-    if generation_config.num_beams != 1:
-        raise ValueError(f"LongSpec needs num_beams=1, got num_beams={generation_config.num_beams}")
+
+    def origin(name: str, instead: Any) -> str:  # a call takes from the target what it leaves open
+        own = getattr(target.generation_config, name, None) == getattr(generation_config, name)
+        return f", as target.generation_config has it: set {name} = {instead} there" if own else ""
+
+    if (beams := generation_config.num_beams) != 1:
+        raise ValueError(f"LongSpec needs num_beams=1, got num_beams={beams}{origin('num_beams', 1)}")
+    if generation_config.output_attentions:
+        where = origin("output_attentions", False)
+        raise ValueError(f"LongSpec's attention makes no attention weights, got output_attentions=True{where}")
     for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "dola_layers"):
         value = getattr(generation_config, name, None)
         if value is not None and value is not False:
-            raise ValueError(f"expected a LongSpec draft or {name}, got both, {name}={value!r}")
+            raise ValueError(f"expected a LongSpec draft or {name}, got both, {name}={value!r}{origin(name, None)}")
     if (kind := generation_config.cache_implementation) not in CACHES:
         raise ValueError(
             f"LongSpec keeps its own cache in place, on the target's device; expected cache_implementation None, "
-            f"{', '.join(map(repr, CACHES[1:]))}, got {kind!r}"
+            f"{', '.join(map(repr, CACHES[1:]))}, got {kind!r}{origin('cache_implementation', None)}"
         )
-    if generation_config.output_attentions:
-        raise ValueError("LongSpec's attention makes no attention weights, got output_attentions=True")
     if mode is not GenerationMode.ASSISTED_GENERATION:
         raise ValueError(f"LongSpec serves greedy decoding and sampling, got generation mode {mode.value!r}")
     if mode_kwargs.get("assistant_tokenizer") is not None:

@@ -1,6 +1,7 @@
 """LongSpecConfig: the shape of a draft, the shape of its tree, and which target it belongs to.
 
-Knows the target only by its config. Architecture fields are fixed once a draft is trained; decoding options
+Of a draft's files this one is loaded first, so it begins with a look at transformers. Knows the target only by its
+config. Architecture fields are fixed once a draft is trained; decoding options
 (`tree_shape`, `verify_tokens`, `attention_backend`, `cuda_graphs`, `compile_target`, `profile`) may be changed on a
 loaded draft at any time.
 """
@@ -8,9 +9,70 @@ loaded draft at any time.
 from __future__ import annotations
 
 import copy
+import importlib
+import importlib.metadata
+import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from transformers import DynamicCache, PreTrainedConfig
+import transformers
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+# The first and the last release of transformers that this code was made for and tried with, and the public names that
+# it uses; interface_longspec.py has the private ones.
+RELEASES = ("5.17", "5.24")
+PUBLIC = {
+    "transformers": "AttentionInterface AttentionMaskInterface AutoConfig Cache DynamicCache GenerationConfig "
+    "PreTrainedConfig PreTrainedModel StaticCache initialization",
+    "transformers.activations": "ACT2FN",
+    "transformers.cache_utils": "CacheLayerMixin DynamicSlidingWindowLayer StaticLayer",
+    "transformers.generation": "GenerateDecoderOnlyOutput GenerationMixin GenerationMode",
+    "transformers.modeling_rope_utils": "ROPE_INIT_FUNCTIONS",
+    "transformers.utils": "logging",
+}
+
+
+def check_release(changes: Iterable[str]) -> str | None:
+    """Raise `ImportError` for a transformers that is too old, or newer than this code knows and with one of `changes`.
+
+    A newer release that has changed nothing is served; returns the line that warns of it, None for a known release.
+    """
+    first, last, installed = (Version(version).release[:2] for version in (*RELEASES, transformers.__version__))
+    if first <= installed <= last:
+        return None
+    told = f"this draft's code knows transformers {RELEASES[0]} to {RELEASES[1]}, got {transformers.__version__}"
+    if installed < first:
+        raise ImportError(f"{told}; pip install -U transformers")
+    way_out = "pip install -U hf-longspec, or re-export the draft with it"
+    if _package_knows():
+        way_out = "import hf_longspec before you load the draft: the installed one knows this transformers"
+    for change in changes:
+        raise ImportError(f"{told}, where {change}; {way_out}")
+    return f"{told}, which still has all that the code builds on. Should something fail: {way_out}"
+
+
+def _package_knows() -> bool:
+    """Tell whether the installed hf-longspec, which need not be this code, asks for a transformers as installed."""
+    try:
+        needs = map(Requirement, importlib.metadata.requires("hf-longspec") or ())
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return any(need.name == "transformers" and transformers.__version__ in need.specifier for need in needs)
+
+
+def _lost_names() -> Iterator[str]:
+    for module, names in PUBLIC.items():
+        for name in names.split():
+            try:
+                if not hasattr(importlib.import_module(module), name):
+                    importlib.import_module(f"{module}.{name}")
+            except ImportError:
+                yield f"{module} has no {name}"
+
+
+check_release(_lost_names())
+from transformers import AutoConfig, DynamicCache, PreTrainedConfig  # noqa: E402
 
 # What a draft guesses by default: a CPU has no arithmetic to spare, so there only what is nearly sure pays.
 TREE, CPU_TREE = (4, 16, 16, 16, 16), (1, 1, 1)
@@ -44,6 +106,7 @@ class LongSpecConfig(PreTrainedConfig):
         compile_target (`bool`): run the target's decoder layers through torch.compile while they verify. The first
             call waits for the compiler, later ones only where trees or batches have sizes it has not met.
         profile (`bool`): time each phase of each round.
+        transformers_range (`tuple[str, str]`): the first and the last release of transformers that this code knows.
     """
 
     model_type = "longspec"
@@ -78,8 +141,10 @@ class LongSpecConfig(PreTrainedConfig):
     cuda_graphs: str | bool = "auto"
     compile_target: bool = False
     profile: bool = False
+    transformers_range: tuple | list = RELEASES
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self.transformers_range = RELEASES  # of the code that runs, whichever code has saved the draft
         if isinstance(self.tree_shape, list):  # JSON has lists only
             self.tree_shape = tuple(self.tree_shape)
         super().__post_init__(**kwargs)
@@ -114,7 +179,7 @@ class LongSpecConfig(PreTrainedConfig):
         size = self.draft_vocab_size
         if size is not None and (not _is_int(size) or not 1 <= size <= self.vocab_size):
             raise ValueError(f"`draft_vocab_size` must be None or in 1..{self.vocab_size}, got {size!r}")
-        self._check_tree_shape()
+        self.check_tree(TREE if self.tree_shape is None else self.tree_shape)
 
     def tree_on(self, device: Any) -> tuple[int, ...]:
         """Return the nodes of each tree level of a draft that runs on `device`."""
@@ -122,28 +187,35 @@ class LongSpecConfig(PreTrainedConfig):
             return CPU_TREE if device.type == "cpu" else TREE
         return tuple(self.tree_shape)
 
-    def _check_tree_shape(self) -> None:
-        shape = TREE if self.tree_shape is None else self.tree_shape
+    def check_tree(self, shape: Any, rows: int | None = None) -> None:
+        """Raise `ValueError` for a tree that cannot be grown; rows: of the target's LM head, which may be pruned."""
         if not isinstance(shape, (tuple, list)) or not all(_is_int(width) for width in shape):
             raise ValueError(f"`tree_shape` must be a tuple of integers, one width a level, got {shape!r}")
-        parents, vocab = 1, self.draft_vocab_size or self.vocab_size
+        parents, known = 1, self.draft_vocab_size or self.vocab_size
+        vocab = min(known, rows or known)
+        head = " of the target's LM head" if vocab < known else ""
         for level, width in enumerate(shape, start=1):
             if width < 1:
                 raise ValueError(f"`tree_shape` widths must be at least 1, got {width} at level {level}")
             if width > parents * vocab:
                 raise ValueError(
-                    f"`tree_shape` level {level} can have at most {parents} parents × {vocab} tokens = "
+                    f"`tree_shape` level {level} can have at most {parents} parents × {vocab} tokens{head} = "
                     f"{parents * vocab} nodes, got {width}"
                 )
             parents = width
 
     @classmethod
-    def from_target(cls, config: PreTrainedConfig, **fields: Any) -> LongSpecConfig:
-        """Make the config of a draft that fits a target with this config; `fields` override or add.
+    def from_target(cls, target: Any, **fields: Any) -> LongSpecConfig:
+        """Make the config of a draft that fits a target; `fields` override or add.
 
-        Raises `ValueError` for targets LongSpec cannot serve: encoder–decoder models, models without per-layer
-        key/value caches of full size, RoPE whose frequencies depend on the current length (dynamic NTK).
+        target: a model, its config, or its folder or name on the Hub. Raises `ValueError` for targets LongSpec cannot
+        serve: encoder–decoder models, models without per-layer key/value caches of full size, RoPE whose frequencies
+        depend on the current length (dynamic NTK).
         """
+        named = isinstance(target, (str, os.PathLike))
+        config = AutoConfig.from_pretrained(target) if named else getattr(target, "config", target)
+        if not isinstance(config, PreTrainedConfig):
+            raise ValueError(f"expected a target's config, model, folder or name, got a {type(target).__name__}")
         text = config.get_text_config(decoder=True)
         if config.is_encoder_decoder:
             raise ValueError(f"LongSpec needs a decoder-only target, got the encoder–decoder {config.model_type!r}")

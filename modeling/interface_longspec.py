@@ -18,10 +18,28 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
+from transformers.utils import logging
 
+from .configuration_longspec import check_release
+
+# The steps of `generate` that are wrapped, each with the draft's method that is called instead.
+_DOOR = {"_assisted_decoding": "assisted_decoding", "_validate_generation_mode": "check_generation"}
+# All steps that are wrapped or called, each with the arguments that it must take.
+_STEPS = {
+    "_assisted_decoding": "input_ids logits_processor stopping_criteria generation_config synced_gpus streamer "
+    "inputs_tensor assistant_model assistant_tokenizer tokenizer model_kwargs",
+    "_validate_generation_mode": "generation_mode generation_config generation_mode_kwargs",
+    "_prefill": "input_ids generation_config model_kwargs is_first_iteration",
+    "_update_model_kwargs_for_generation": "outputs model_kwargs",
+    "prepare_inputs_for_generation": "input_ids next_sequence_length",
+    "_optimize_model_for_decode": "",
+    "_has_unfinished_sequences": "this_peer_finished synced_gpus device",
+}
 # The name of the cache in the arguments of forwards and of `generate` and in outputs, which transformers 5.24 changed.
 CACHE = "cache" if "cache" in {field.name for field in fields(GenerateDecoderOnlyOutput)} else "past_key_values"
 # Inputs of a target with one value for each token, beside the usual ones.
@@ -30,6 +48,37 @@ _OWN_INPUTS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "
 _OWN_INPUTS |= {"use_cache", "logits_to_keep", "return_dict"}
 
 Attend = Callable[..., tuple[Tensor, Tensor | None]]  # with the signature of a registered attention function
+
+
+# --- releases of transformers ----------------------------------------------------------------------------------------
+
+
+def changes() -> Iterator[str]:
+    """Yield what the installed transformers does otherwise than this file builds on, one change an item."""
+    for name, arguments in _STEPS.items():
+        found = inspect.signature(getattr(GenerationMixin, name, lambda: None)).parameters
+        needed, allowed = set(arguments.split()), {"self", *arguments.split()}
+        if name not in _DOOR:  # a call may leave out what has a default, but what `generate` passes has to be known
+            allowed |= {
+                key for key, one in found.items() if one.default is not one.empty or one.kind is one.VAR_KEYWORD
+            }
+        if not found or not needed <= found.keys() <= allowed:
+            yield f"GenerationMixin.{name} is gone or takes other arguments"
+    codes = (
+        getattr(inspect.unwrap(step), "__code__", None) for step in vars(GenerationMixin).values() if callable(step)
+    )
+    used = {name for code in codes if code is not None for name in code.co_names}
+    yield from (f"`generate` sets no {name}" for name in {"_is_user_defined", "_pad_token_tensor"} - used)
+    if CACHE not in {field.name for field in fields(GenerateDecoderOnlyOutput)}:
+        yield f"outputs have no {CACHE}"
+    if not hasattr(transformers.PreTrainedConfig(), "_attn_implementation_internal"):
+        yield "configs have no _attn_implementation_internal"
+    own = {"get_mask_sizes", "get_max_length", "get_seq_length", "lazy_initialization", "update"}
+    yield from (f"a layer of a cache needs {name}" for name in CacheLayerMixin.__abstractmethods__ - own)
+
+
+if (warning := check_release(changes())) is not None:
+    logging.get_logger(__name__).warning_once(warning)
 
 
 # --- the door --------------------------------------------------------------------------------------------------------
@@ -42,11 +91,11 @@ def install_door() -> None:
     streamer and all else that a user passed. Dispatch is by method, since a class loaded as remote code is never the
     class of the pip package, and both may live in one process.
     """
-    _wrap("_assisted_decoding", lambda assistant: getattr(assistant, "assisted_decoding", None))
-    _wrap("_validate_generation_mode", lambda assistant: getattr(assistant, "check_generation", None))
+    for name, own in _DOOR.items():
+        _wrap(name, own)
 
 
-def _wrap(name: str, own_method: Callable[[Any], Callable | None]) -> None:
+def _wrap(name: str, own: str) -> None:
     original = getattr(GenerationMixin, name)
     if hasattr(original, "_longspec_original"):
         return
@@ -55,7 +104,7 @@ def _wrap(name: str, own_method: Callable[[Any], Callable | None]) -> None:
     def dispatch(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         # `_validate_generation_mode` gets the assistant inside its last argument, `_assisted_decoding` by keyword
         options = kwargs or (args[-1] if args and isinstance(args[-1], dict) else {})
-        method = own_method(options.get("assistant_model"))
+        method = getattr(options.get("assistant_model"), own, None)
         return original(self, *args, **kwargs) if method is None else method(self, *args, **kwargs)
 
     dispatch._longspec_original = original  # type: ignore[attr-defined]
@@ -156,6 +205,14 @@ def switched(target: PreTrainedModel) -> Iterator[Callable[[], bool]]:
                 _SHARED.switched[id(config)] = (users - 1, original, config)
             elif str(config._attn_implementation).startswith(_OURS):
                 config._attn_implementation_internal = original
+
+
+def without_kernels(config: Any) -> None:
+    """Forget the kernels that a draft was loaded with beside its target: it attends by its own, and checks would fail.
+
+    They are arguments of `from_pretrained`: `attn_implementation` and `experts_implementation`.
+    """
+    config._attn_implementation_internal = config._experts_implementation_internal = None
 
 
 # --- the steps of plain `generate` -----------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ over the window and the tree. Parameter names are those of the published checkpo
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -28,7 +29,7 @@ from .checks_longspec import check_generation
 from .configuration_longspec import LongSpecConfig
 from .engine_longspec import Backend, Demand, Engine, Engines
 from .generation_longspec import assisted_decoding
-from .interface_longspec import install_door
+from .interface_longspec import install_door, without_kernels
 from .target_longspec import BoundTarget, HeadRows, Rows, bind, vocabulary
 
 SelfAttend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -38,6 +39,11 @@ _USAGE = (
     "a LongSpec draft has no embedding, LM head or context of its own and cannot run alone; "
     "pass it to its target: target.generate(**inputs, assistant_model=draft)"
 )
+
+
+def refuse(*args: Any, **kwargs: Any) -> None:
+    """Raise `ValueError`: a draft cannot run alone."""
+    raise ValueError(_USAGE)
 
 
 class LongSpecRMSNorm(nn.Module):
@@ -95,7 +101,11 @@ class LongSpecForCausalLM(PreTrainedModel):
     _no_split_modules = ["LongSpecForCausalLM"]
 
     def __init__(self, config: LongSpecConfig):
+        without_kernels(config)
         super().__init__(config)
+        # not of the class: transformers would mix its own `generate` in, by a twin class whose objects pickle refuses
+        self.generate = refuse
+        self.generation_config = GenerationConfig.from_model_config(config)  # other programs read it
         self.self_attn = LongSpecSelfAttention(config)
         self.cross_attn = LongSpecCrossAttention(config)
         self.mlp = LongSpecMLP(config)
@@ -277,20 +287,33 @@ class LongSpecForCausalLM(PreTrainedModel):
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, **more: Any
     ) -> Any:
-        """Save as transformers does. Raises `ValueError` for weights that are not finite; then nothing is written."""
+        """Save as transformers does, with the code.
+
+        Raises `ValueError` for weights that are not finite, and for a folder that holds another model; then nothing is
+        written.
+        """
+        if (other := other_model(save_directory)) is not None:
+            raise ValueError(f"a draft is saved in a folder of its own, got {save_directory}, which holds {other}")
         if name := not_finite(self.state_dict() if state_dict is None else state_dict):
             raise ValueError(f"a draft is saved with finite weights only, got NaN or infinity in {name}")
+        code = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
+        self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | {"AutoModel": code}
         return super().save_pretrained(save_directory, is_main_process, state_dict, **more)
 
     # `target.generate(assistant_model=draft)` arrives here: see generation_longspec.py
     assisted_decoding = assisted_decoding
     check_generation = check_generation
+    forward = refuse
 
-    def forward(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError(_USAGE)
 
-    def generate(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError(_USAGE)
+def other_model(folder: str | os.PathLike) -> str | None:
+    """Tell what model that is no draft a folder holds; None if there is none."""
+    if os.path.isfile(os.path.join(folder, "adapter_config.json")):
+        return "a PEFT adapter"
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        return None
+    kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+    return None if kind == LongSpecConfig.model_type else f"a model of type {kind!r}"
 
 
 def not_finite(weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str | None:

@@ -292,6 +292,9 @@ class HeadRows:
         sources = [tensor for tensor in (layer.weight, layer.bias, ids) if tensor is not None]
         snapshot, rows = self.kept.get(layer, (None, None))
         if rows is None or snapshot is None or rows.weight.device != device or not snapshot.still(sources):
+            if (highest := int(ids.max())) >= len(layer.weight):
+                known = f"0..{len(layer.weight) - 1}"
+                raise ValueError(f"a draft vocabulary has tokens of the target's LM head, {known}, got {highest}")
             with torch.no_grad():
                 parts = (layer.weight, layer.bias)
                 rows = Rows(*(None if part is None else part[ids.to(part.device)].to(device) for part in parts))
@@ -343,7 +346,7 @@ def plain_linear(head: nn.Module | None) -> nn.Linear:
 
 def _head_misfit(head: nn.Module | None) -> str | None:
     if type(head) is not nn.Linear:  # not of a subclass: quantized, adapted and parametrized layers are such
-        return f"a {type(head).__name__}"
+        return f"a {type(head).__module__}.{type(head).__name__}"
     if head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
         return "one with hooks"
     if type(head.weight) is not nn.Parameter:

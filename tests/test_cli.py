@@ -152,7 +152,7 @@ def test_texts_that_differ_are_an_error(folders, monkeypatch):
 
 
 def test_demo_without_a_draft(monkeypatch, tmp_path):
-    monkeypatch.setattr("hf_longspec.cli.side_by_side.HUB_CONFIGS", tmp_path)
+    monkeypatch.setattr("hf_longspec.demo.DRAFT", tmp_path)
     result = runner.invoke(cli.app, ["demo"])
     assert result.exit_code == 2 and "this installation carries no draft" in result.stderr
 
@@ -169,9 +169,7 @@ def test_demo_without_network(monkeypatch):
 def test_demo(folders, monkeypatch, tmp_path):
     """All of it but its model and prompt."""
     monkeypatch.setattr("hf_longspec.demo.weights.smollm2_folder", lambda: folders / "target")
-    monkeypatch.setattr("hf_longspec.cli.side_by_side.PACKAGE", tmp_path)
-    (tmp_path / "demo").mkdir()
-    shutil.copy(folders / "prompt.txt", tmp_path / "demo")
+    monkeypatch.setattr("hf_longspec.demo.PROMPT", folders / "prompt.txt")
     command = ["demo", "--draft", str(folders / "draft"), "--max-new-tokens", "8", "--dtype", "float32"]
     result = runner.invoke(cli.app, command)
     assert result.exit_code == 0, result.output

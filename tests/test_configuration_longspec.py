@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers import FAMILIES, SHAPE
-from transformers import AutoConfig, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from hf_longspec import LongSpecConfig
 from hf_longspec.modeling.configuration_longspec import (
@@ -48,6 +48,17 @@ def test_from_target_takes_the_targets_shape(family):
 def test_from_target_takes_over(family, fields, expected):
     config = LongSpecConfig.from_target(family_config(family, **fields))
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_from_target_takes_a_model_a_folder_and_a_name(tmp_path):
+    config = family_config("llama")
+    config.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_config(config)
+    expected = LongSpecConfig.from_target(config, window=7).to_dict()
+    for target in (model, tmp_path, str(tmp_path)):
+        assert LongSpecConfig.from_target(target, window=7).to_dict() == expected
+    with pytest.raises(ValueError, match="expected a target's config, model, folder or name, got a NoneType"):
+        LongSpecConfig.from_target(None)
 
 
 def test_head_dim_and_kv_heads_that_a_config_leaves_out():

@@ -253,11 +253,14 @@ def forward_of_its_own(target):
 @pytest.mark.parametrize(
     "change, found",
     [
-        (subclass, "a OwnLinear"),
+        (subclass, r"a test_draft_head_longspec\.OwnLinear"),
         (lambda target: target.lm_head.register_forward_hook(lambda *call: None), "one with hooks"),
         (lambda target: target.lm_head.register_forward_pre_hook(lambda *call: None), "one with hooks"),
         (forward_of_its_own, "one with hooks"),
-        (lambda target: torch.nn.utils.parametrizations.weight_norm(target.lm_head), "a ParametrizedLinear"),
+        (
+            lambda target: torch.nn.utils.parametrizations.weight_norm(target.lm_head),
+            r"a torch\.nn\.utils\.parametrize\.ParametrizedLinear",
+        ),
     ],
 )
 def test_head_that_is_more_than_its_weight(change, found):
@@ -275,6 +278,37 @@ def test_head_of_packed_weights():
     target.lm_head.weight = torch.nn.Parameter(torch.zeros(VOCAB, 32, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match="got a weight of torch.int8 on cpu"):
         head_of(target, draft)
+
+
+@pytest.mark.parametrize("tokens", [3, 11])
+def test_a_pruned_head(tokens):
+    """Without the rows of the last tokens: a vocabulary of the rest is served, any other is refused by name."""
+    target, draft = pair_of()
+    target.lm_head = torch.nn.Linear(32, tokens, bias=False)
+    draft.set_draft_vocab(range(2, 7))
+    draft.config.tree_shape = (2, 4)
+    if tokens == 11:
+        assert_same(target, draft, PROMPT)
+        return
+    with pytest.raises(ValueError, match=r"has tokens of the target's LM head, 0\.\.2, got 6"):
+        target.generate(PROMPT, assistant_model=draft, max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    "adapted, found",
+    [
+        ({"target_modules": ["lm_head"]}, r"peft\.tuners\.lora\.layer\.Linear"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, r"peft\.utils\.other\.ModulesToSaveWrapper"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_head_of_peft(adapted, found):
+    """Its class is called Linear, too."""
+    peft = pytest.importorskip("peft")
+    target, draft = pair_of()
+    wrapped = peft.get_peft_model(target, peft.LoraConfig(r=2, **adapted))
+    with pytest.raises(ValueError, match=rf"is a plain torch.nn.Linear, got a {found}; draft.set_draft_vocab\(None\)"):
+        wrapped.generate(input_ids=PROMPT, assistant_model=draft, max_new_tokens=4)
 
 
 def test_no_tree_needs_no_head():

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from hf_longspec import LongSpecConfig, LongSpecForCausalLM, cli
 from hf_longspec.hub.card import About
-from hf_longspec.modeling.configuration_longspec import TREE
+from hf_longspec.modeling.configuration_longspec import TREE, check_release
 from hf_longspec.modeling.target_longspec import check_fit
 from hf_longspec.training.recipe import Recipe
 
@@ -160,8 +160,36 @@ def test_quoted_errors_of_the_command(tmp_path):
 
 def test_quoted_error_of_a_draft_without_tokenizer(tmp_path):
     folders = tiny_folders(tmp_path)
-    error = said(pipeline, "text-generation", model=str(folders / "target"), assistant_model=str(folders / "draft"))
-    assert error.splitlines()[0].strip() in guide("TROUBLESHOOTING")
+    with pytest.raises(OSError, match="holds no tokenizer") as error:
+        pipeline("text-generation", model=str(folders / "target"), assistant_model=str(folders / "draft"))
+    assert str(error.value).replace(str(folders / "draft"), "DRAFT") in words(guide("TROUBLESHOOTING"))
+
+
+@pytest.mark.parametrize("version", ["5.16.1", "5.99.0"])
+def test_quoted_errors_of_another_transformers(monkeypatch, version):
+    monkeypatch.setattr("hf_longspec.modeling.configuration_longspec.transformers.__version__", version)
+    with pytest.raises(ImportError) as error:
+        check_release(["GenerationMixin._prefill is gone or takes other arguments"])
+    assert str(error.value) in words(guide("TROUBLESHOOTING"))
+
+
+def one_folder() -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        target = tiny_target("llama")
+        target.save_pretrained(folder)
+        return said(tiny_draft(target).save_pretrained, folder).replace(folder, "FOLDER")
+
+
+def spread_draft() -> str:
+    target = tiny_target("llama")
+    draft = tiny_draft(target)
+    draft.hf_device_map = {"mlp": 0, "self_attn": "cpu"}
+    return said(target.generate, torch.arange(2, 8)[None], assistant_model=draft, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("mistake", [one_folder, spread_draft])
+def test_quoted_errors_of_a_draft(mistake):
+    assert words(mistake()) in words(guide("TROUBLESHOOTING"))
 
 
 def test_quoted_error_of_the_demo(tmp_path, monkeypatch):

@@ -167,6 +167,12 @@ def test_the_state_is_added_behind_the_self_attention_and_zeros_add_nothing():
     assert tiny_draft(tiny_target("llama")).read_hidden_state(state) is None
 
 
+def test_generation_config_for_programs_that_read_it():
+    draft = tiny_draft(tiny_target("llama", eos_token_id=[2, 3]))
+    tokens = {"eos_token_id": [2, 3], "pad_token_id": 0, "bos_token_id": 1}
+    assert tokens.items() <= draft.generation_config.to_dict().items()
+
+
 def test_draft_cannot_run_alone():
     draft = tiny_draft(tiny_target("llama"))
     for call in (draft, draft.generate):

@@ -40,6 +40,17 @@ def test_all_files_arrive_in_one_commit(hub, folders):
     assert push(folders / "hub", REPO).oid == told.oid and len(repo.commits) == 2  # nothing is new
 
 
+def test_a_repository_of_another_model_is_left_alone(hub, folders):
+    """Its config and weights would be replaced by the draft's."""
+    push(folders / "target", REPO)
+    before = hub.store.repos[REPO].files()
+    with pytest.raises(
+        HubError, match="me/draft holds a model of type 'llama'; a draft needs a repository of its own"
+    ):
+        push(folders / "hub", REPO)
+    assert hub.store.repos[REPO].files() == before
+
+
 def test_a_revision_is_a_branch(hub, folders, tmp_path):
     push(folders / "hub", REPO)
     first = dict(hub.store.repos[REPO].branches)

@@ -120,6 +120,94 @@ def test_options_of_the_call(llama, no_forward, options, message):
         llama.generate(IDS, assistant_model=draft, max_new_tokens=4, **options)
 
 
+@pytest.mark.parametrize(
+    "option, value, instead",
+    [
+        ("num_beams", 4, 1),
+        ("output_attentions", True, False),
+        ("prompt_lookup_num_tokens", 3, None),
+        ("dola_layers", "high", None),
+    ],
+)
+def test_options_of_the_targets_own_generation_config(option, value, instead):
+    """As generation_config.json of a model may have them: the message says where they are and what to set."""
+    target = tiny_target("llama")
+    draft, plain = tiny_draft(target), target.generate(IDS, max_new_tokens=4, do_sample=False)
+    setattr(target.generation_config, option, value)
+    message = f"{option}={value!r}, as target.generation_config has it: set {option} = {instead} there"
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        target.generate(IDS, assistant_model=draft, max_new_tokens=4)
+    with pytest.raises(ValueError) as error:  # the call's own, which the target's may equal by chance
+        target.generate(
+            IDS, assistant_model=draft, max_new_tokens=4, **{option: 2 if option == "num_beams" else value}
+        )
+    assert option in str(error.value)
+    setattr(target.generation_config, option, instead)
+    assert target.generate(IDS, assistant_model=draft, max_new_tokens=4).tolist() == plain.tolist()
+
+
+def test_a_beam_search_of_the_targets_own_is_overridden_by_the_call():
+    target = tiny_target("llama")
+    target.generation_config.num_beams = 4
+    plain = target.generate(IDS, max_new_tokens=4, num_beams=1)
+    assert (
+        target.generate(IDS, assistant_model=tiny_draft(target), max_new_tokens=4, num_beams=1).tolist()
+        == plain.tolist()
+    )
+
+
+@pytest.mark.parametrize("rows, tree, served", [(3, (4, 8), False), (3, (3, 9), True), (5, (4, 8), True)])
+def test_a_pruned_lm_head(rows, tree, served):
+    """With fewer rows than the vocabulary has tokens: a tree that needs more is refused."""
+    target = tiny_target("llama")
+    target.lm_head = torch.nn.Linear(32, rows, bias=False)
+    draft, options = tiny_draft(target, tree_shape=tree), {"max_new_tokens": 8, "pad_token_id": 0}
+    plain = target.generate(IDS, **options)
+    if served:
+        assert target.generate(IDS, assistant_model=draft, **options).tolist() == plain.tolist()
+        return
+    told = "level 1 can have at most 1 parents × 3 tokens of the target's LM head = 3 nodes, got 4"
+    with pytest.raises(ValueError, match=told):
+        target.generate(IDS, assistant_model=draft, **options)
+
+
+def offloaded(draft, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.cpu_offload(draft)
+
+
+def loaded_on_the_disk(draft, tmp_path):
+    pytest.importorskip("accelerate")
+    draft.save_pretrained(tmp_path / "draft")
+    return LongSpecForCausalLM.from_pretrained(tmp_path / "draft", device_map={"": "disk"}, offload_folder=tmp_path)
+
+
+def spread(draft, tmp_path):
+    draft.hf_device_map = {"mlp": 0, "self_attn": 1}
+
+
+def quantized(draft, tmp_path):
+    draft.quantization_method = "bitsandbytes"
+
+
+@pytest.mark.parametrize(
+    "change, got",
+    [
+        (offloaded, "accelerate offloads or spreads over devices; load it without device_map"),
+        (loaded_on_the_disk, "accelerate offloads or spreads over devices; load it without device_map"),
+        (spread, "accelerate offloads or spreads over devices; load it without device_map"),
+        (quantized, "bitsandbytes quantized; load it without quantization_config"),
+    ],
+)
+def test_a_draft_that_cannot_be_moved(llama, no_forward, tmp_path, change, got):
+    draft = tiny_draft(llama)
+    draft = change(draft, tmp_path) or draft
+    with pytest.raises(
+        ValueError, match=f"moves a draft to its target's device and number format, got one that {got}"
+    ):
+        llama.generate(IDS, assistant_model=draft, max_new_tokens=4)
+
+
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"output_attentions": True}], ids=str)
 def test_options_of_a_batch(llama, no_forward, options):
     """A batch is refused nothing else than one prompt is, and for the same reason."""

@@ -276,6 +276,7 @@ def test_after_an_interrupt_anywhere_the_target_is_as_it_was(family):
     target = tiny_target(family)
     draft = tiny_draft(target, window=8, tree_shape=(4, 8))
     options = OPTIONS | {"max_new_tokens": 12, "assistant_model": draft}
+    target.generate(prompt_of(9), **options)  # probes the target, once
     before = state_of(target)
     with InterruptedAt() as operations:
         text = target.generate(prompt_of(9), **options).tolist()
@@ -288,16 +289,20 @@ def test_after_an_interrupt_anywhere_the_target_is_as_it_was(family):
 
 
 class Fails:
-    """A hook that raises when its module is called for the `at`-th time."""
+    """A forward that raises when its module is called for the `at`-th time. No hook, for these are probed."""
 
     def __init__(self, module, at):
-        self.at, self.count = at, 0
-        self.handle = module.register_forward_pre_hook(self)
+        self.module, self.forward, self.at, self.count = module, module.forward, at, 0
+        module.forward = self
 
-    def __call__(self, module, args):
+    def __call__(self, *args, **kwargs):
         self.count += 1
         if self.count == self.at:
             raise RuntimeError("out of memory")
+        return self.forward(*args, **kwargs)
+
+    def remove(self):
+        del self.module.forward
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
@@ -313,6 +318,7 @@ def test_a_cache_outlives_a_round_that_failed(family):
         "head": target.get_output_embeddings(),
     }
     text = target.generate(ids, max_new_tokens=20, pad_token_id=0)
+    target.generate(ids, max_new_tokens=1, pad_token_id=0, assistant_model=draft)  # probes the target, once
     for name, module in places.items():
         for at in (2, 3, 6):
             cache = DynamicCache(config=target.config)
@@ -321,7 +327,7 @@ def test_a_cache_outlives_a_round_that_failed(family):
             fails = Fails(module, at)
             with pytest.raises(RuntimeError, match="out of memory"):
                 target.generate(ids, **{CACHE: cache}, assistant_model=draft, max_new_tokens=20, pad_token_id=0)
-            fails.handle.remove()
+            fails.remove()
             held = {layer.get_seq_length() for layer in cache.layers}
             assert len(held) == 1 and ids.shape[1] <= min(held) < text.shape[1], name
             for assistant in ({}, {"assistant_model": draft}):

