@@ -119,14 +119,14 @@ CORE_FAULTS = [
         what="stopping criteria are asked before the token is written",
         old="""        for row, token in zip(rows, tokens, strict=True):
             self._fresh[row].append(token)
-            self.newest[row] = token
+            self.newest[row] = self.stand_in.get(token, token)
             self.lengths[row] += 1
         self._ask(rows)
 """,
         new="""        self._ask(rows)
         for row, token in zip(rows, tokens, strict=True):
             self._fresh[row].append(token)
-            self.newest[row] = token
+            self.newest[row] = self.stand_in.get(token, token)
             self.lengths[row] += 1
 """,
         tests=("test_sampling_longspec.py::test_the_user_is_reminded_of_the_models_length_as_in_plain_decoding",),
@@ -137,10 +137,10 @@ CORE_FAULTS = [
         what="a token is streamed before the criteria have seen it",
         old="""        self._ask(rows)
         if self.streamer is not None:
-            self.streamer.put(torch.tensor(tokens))
+            self.streamer.put(torch.tensor(tokens, device="cpu"))
 """,
         new="""        if self.streamer is not None:
-            self.streamer.put(torch.tensor(tokens))
+            self.streamer.put(torch.tensor(tokens, device="cpu"))
         self._ask(rows)
 """,
         tests=("test_generation_longspec.py::test_criteria_are_asked_before_a_token_is_streamed",),
@@ -486,17 +486,65 @@ CORE_FAULTS = [
         name="engine-kept-after-a-failure",
         file="modeling/generation_longspec.py",
         what="a call that was cut off leaves its graphs to the next",
-        old="                cache.hand_back()\n        if not returns_cache:",
-        new="                cache.hand_back()\n            draft.keep_engine(engine)\n        if not returns_cache:",
+        old="                cache.hand_back()\n        if returns_cache:",
+        new="                cache.hand_back()\n            draft.keep_engine(engine)\n        if returns_cache:",
         tests=("test_fast_engine_longspec.py::test_a_call_that_was_cut_off_leaves_nothing",),
     ),
     Fault(
         name="returned-cache-kept",
         file="modeling/generation_longspec.py",
         what="the next call writes over a cache that the user has",
-        old="        if not returns_cache:\n",
-        new="        if True:\n",
-        tests=("test_fast_engine_longspec.py::test_a_cache_that_is_returned_takes_its_memory_along",),
+        old="        if returns_cache:\n            cache.compact()",
+        new="        if False:\n            cache.compact()",
+        tests=("test_fast_engine_longspec.py::test_a_cache_that_is_returned_has_memory_of_its_own",),
+    ),
+    Fault(
+        name="saved-with-its-room",
+        file="modeling/cache_layers_longspec.py",
+        what="a cache that is saved takes the room along that rounds wrote into",
+        old="== states.nbytes else states.clone()",
+        new="== states.nbytes else states",
+        tests=("test_generation_longspec.py::test_what_is_returned_owns_no_more_memory_than_it_fills",),
+    ),
+    Fault(
+        name="table-by-one",
+        file="modeling/positions_longspec.py",
+        what="a node stands one position beyond a table",
+        old="self.table - 1 - position, 0)",
+        new="self.table - position, 0)",
+        tests=("test_positions_longspec.py::test_no_node_stands_beyond_a_table",),
+    ),
+    Fault(
+        name="table-clamps-the-root",
+        file="modeling/positions_longspec.py",
+        what="a text goes on beyond its target's positions, where plain decoding fails",
+        old="return torch.where(stopped[:, None], positions.clamp(max=self.table - 1), positions)",
+        new="return positions.clamp(max=self.table - 1)",
+        tests=("test_positions_longspec.py::test_no_node_stands_beyond_a_table",),
+    ),
+    Fault(
+        name="drop-by-rope-type",
+        file="modeling/positions_longspec.py",
+        what="the cache of a phi3 without longrope is kept where plain decoding drops it",
+        old="self.kept = kept if kept is not None and kept < longest else None",
+        new="self.kept = kept if self.last_short is not None else None",
+        tests=("test_positions_longspec.py::test_a_cache_is_dropped_with_any_rope",),
+    ),
+    Fault(
+        name="padding-is-embedded",
+        file="modeling/text_longspec.py",
+        what="trees hold a padding token that the target cannot embed",
+        old="return self.stand_in.get(self.pad, self.pad) if continues else None",
+        new="return self.pad if continues else None",
+        tests=("test_generation_longspec.py::test_padding_that_no_model_can_embed",),
+    ),
+    Fault(
+        name="attention-in-float32",
+        file="modeling/attention_longspec.py",
+        what="a float64 target attends in float32",
+        old="torch.promote_types(query.dtype, torch.float32)",
+        new="torch.float32",
+        tests=("test_short_formats.py::test_float64_is_computed_in_float64",),
     ),
     Fault(
         name="hidden-state-of-the-root",
