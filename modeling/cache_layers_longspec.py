@@ -298,8 +298,13 @@ def widened(store: Tensor, states: Tensor) -> Tensor:
 
 
 def compacted(states: Tensor) -> Tensor:
-    """Return `states` in memory that they fill."""
-    return states if states.untyped_storage().nbytes() == states.nbytes else states.clone()
+    """Return `states` in memory that they fill, or as they are where there is no room to copy them."""
+    if states.untyped_storage().nbytes() == states.nbytes:
+        return states
+    try:
+        return states.clone()
+    except torch.OutOfMemoryError:
+        return states
 
 
 def _regrown(old: Tensor, capacity: int, length: int) -> Tensor:

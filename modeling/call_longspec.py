@@ -116,7 +116,8 @@ class Call(NamedTuple):
 _OF_LIBRARIES = ("accelerate.", "deepspeed.", "optimum.", "peft.", "torch.")
 _PROBED: weakref.WeakKeyDictionary[PreTrainedModel, Any] = weakref.WeakKeyDictionary()  # see `probe`
 _PROBING = threading.RLock()
-_STEPS = 8
+_STEPS = 8  # of plain decoding that a probe looks at
+_TRIES = 3  # of a forward whose attention is set anew meanwhile
 
 
 def probe(draft: Any, target: PreTrainedModel, bound: BoundTarget) -> None:
@@ -130,53 +131,70 @@ def probe(draft: Any, target: PreTrainedModel, bound: BoundTarget) -> None:
     users = frozenset(key for key, module in modules.items() if not module.startswith(_OF_LIBRARIES))
     recomputes = any(part.training and getattr(part, "gradient_checkpointing", False) for part in target.modules())
     traits = config.target_layer, config.target_hidden_state, users, recomputes
-    with _PROBING, uncompiled():
-        if _PROBED.get(target) == traits:
-            return
-        # PEFT's hooks name an adapter for each row of the call
-        batch = max([len(getattr(hook, "keywords", {}).get("adapter_names") or "1") for hook in hooks.values()] or [1])
-        text_config = target.config.get_text_config(decoder=True)
-        past, longest = DynamicCache(config=text_config), _STEPS + 2
-        cache = SpeculativeCache(text_config, past, longest, tree_size=2, longest=longest, batch=batch)
-        ids = torch.zeros(batch, 1, dtype=torch.long, device=bound.device)
-        inputs, backend = first_inputs(target, ids), plain_backend("eager")
-        try:
-            with catching(target, config.target_hidden_state) as caught:
-                outputs = prefill(target, ids, cache, GenerationConfig(), inputs)
-        except (LookupError, RuntimeError, TypeError, ValueError):
-            return  # it needs more than a token, and the call will tell
-        check_cached(cache.layers[bound.layer], config)
-        hidden = None if caught is None else caught.of_last_token()
-        steps = step_inputs(target, ids, outputs, inputs)
-        positions, extras = next(steps)
-        roots = Roots.of(ids[:, 0], torch.zeros_like(ids[:, 0], dtype=torch.bool), positions, cache.length, hidden)
-        alone = read_tree(target, roots.stump, roots, cache, backend, extras).logits[:, 0]
-        if users:
-            two = ids.expand(-1, 2)
-            chain = TokenTree(two, two, two.float(), levels=1)
-            followed = read_tree(target, chain, roots, cache, backend, extras).logits[:, 0]
-            rounding = torch.finfo(bound.dtype).eps ** 0.5 * alone.abs().max()
-            if bool((alone - followed).abs().max() > rounding):
-                raise ValueError(
-                    "LongSpec needs forward hooks that treat all tokens of a forward alike, got some that change a "
-                    "token's logits with the number of tokens, as hooks on output[:, -1] do"
-                )
-        for step in range(1, _STEPS):
-            cache.commit(ids, torch.ones_like(ids[:, 0]))
-            cache.end_round([1] * batch)
-            later, later_extras = next(steps)
-            moved = None if positions is None else positions + step
-            check_steps(target, extras | {"position_ids": moved}, later_extras | {"position_ids": later})
-            cache.begin_round(ids)
-        _PROBED[target] = traits
+    if _PROBED.get(target) == traits:
+        return
+    # PEFT's hooks name an adapter for each row of the call
+    rows = [len(getattr(hook, "keywords", {}).get("adapter_names") or "1") for hook in hooks.values()]
+    devices = [bound.device] if bound.device.type == "cuda" else []
+    with _PROBING, uncompiled(), torch.random.fork_rng(devices):  # a hook may draw at random
+        if _PROBED.get(target) != traits:
+            try_target(draft, target, bound, max(rows, default=1), bool(users))
+            _PROBED[target] = traits
+
+
+def try_target(draft: Any, target: PreTrainedModel, bound: BoundTarget, batch: int, hooked: bool) -> None:
+    """Run the forwards of `probe` on `batch` rows; a target that needs more than tokens tells nothing.
+
+    hooked: whether to compare the logits of a token alone with those of the same token before another one.
+    """
+    text_config, longest = target.config.get_text_config(decoder=True), _STEPS + 2
+    past = DynamicCache(config=text_config)
+    cache = SpeculativeCache(text_config, past, longest, tree_size=2, longest=longest, batch=batch)
+    ids = torch.zeros(batch, 1, dtype=torch.long, device=bound.device)
+    inputs, backend = first_inputs(target, ids), plain_backend("eager")
+    try:
+        with catching(target, draft.config.target_hidden_state) as caught:
+            outputs = prefill(target, ids, cache, GenerationConfig(), inputs)
+    except torch.OutOfMemoryError:  # no rank of several may go on as if nothing were
+        raise
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return  # the call will tell
+    check_cached(cache.layers[bound.layer], draft.config)
+    hidden = None if caught is None else caught.of_last_token()
+    steps = step_inputs(target, ids, outputs, inputs)
+    positions, extras = next(steps)
+    roots = Roots.of(ids[:, 0], torch.zeros_like(ids[:, 0], dtype=torch.bool), positions, cache.length, hidden)
+    alone = read_tree(target, roots.stump, roots, cache, backend, extras).logits[:, 0]
+    if hooked:
+        two = ids.expand(-1, 2)
+        chain = TokenTree(two, two, two.float(), levels=1)
+        followed = read_tree(target, chain, roots, cache, backend, extras).logits[:, 0]
+        rounding = torch.finfo(bound.dtype).eps ** 0.5 * alone.abs().max()
+        if bool((alone - followed).abs().max() > rounding):
+            raise ValueError(
+                "LongSpec needs forward hooks that treat all tokens of a forward alike, got some that change logits "
+                "of a token with the number of tokens, as hooks on output[:, -1] do, or at random"
+            )
+    for step in range(1, _STEPS):
+        cache.commit(ids, torch.ones_like(ids[:, 0]))
+        cache.end_round([1] * batch)
+        later, later_extras = next(steps)
+        moved = None if positions is None else positions + step
+        check_steps(target, extras | {"position_ids": moved}, later_extras | {"position_ids": later})
+        cache.begin_round(ids)
 
 
 def check_steps(target: PreTrainedModel, inputs: dict[str, Any], later: dict[str, Any]) -> None:
     """Raise `ValueError` unless a target goes on with the same `inputs` from step to step: a round has many steps."""
 
     def same(one: Any, other: Any) -> bool:
-        tensors = isinstance(one, Tensor) and isinstance(other, Tensor)
-        return one is other or bool(torch.equal(one, other) if tensors else one == other)
+        if isinstance(one, Tensor) and isinstance(other, Tensor):
+            return torch.equal(one, other)
+        if isinstance(one, (list, tuple)) and type(one) is type(other):
+            return len(one) == len(other) and all(map(same, one, other))
+        if isinstance(one, dict) and isinstance(other, dict):
+            return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+        return one is other or bool(one == other)
 
     anew = [name for name in sorted(inputs.keys() | later.keys()) if not same(inputs.get(name), later.get(name))]
     if anew:
@@ -233,8 +251,7 @@ def read_tree(
     positions = positions if within is None else within(positions, roots.stopped)
     positions = positions if roots.axes is None else positions + roots.axes[:, :, None]
     cache.begin_round(depths)
-    stood = False
-    while not stood:  # another thread may set the target's attention in the middle of this forward
+    for _ in range(_TRIES):  # another thread may set the target's attention in the middle of a forward
         state = Round(cache, ancestors, backend, seen=set())
         reads_hidden = roots.hidden is not None
         with (
@@ -244,7 +261,10 @@ def read_tree(
             catching(target, reads_hidden) as caught,
         ):
             outputs = forward(target, tree.tokens, positions, cache, extras)
-            stood = stands()
+            if stands():
+                break
+    else:
+        raise ValueError(f"LongSpec needs a target that keeps its attention, got one set anew in {_TRIES} forwards")
     state.check(target)
     hidden = None if caught is None else caught.every().to(roots.positions.device)
     return Verified(ancestors, depths, outputs.logits, outputs.hidden_states, hidden)

@@ -58,7 +58,8 @@ def _package_knows() -> bool:
         needs = map(Requirement, importlib.metadata.requires("hf-longspec") or ())
     except importlib.metadata.PackageNotFoundError:
         return False
-    return any(need.name == "transformers" and transformers.__version__ in need.specifier for need in needs)
+    asked = (need.specifier for need in needs if need.name == "transformers")
+    return any(versions.contains(transformers.__version__, prereleases=True) for versions in asked)
 
 
 def _lost_names() -> Iterator[str]:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .call_longspec import Call
+from .interface_longspec import OurName
 from .positions_longspec import last_short_length
 from .target_longspec import foreign_hooks
 
@@ -236,6 +237,8 @@ def plain(value: Any, depth: int = 0) -> Any:
     """Return `value` as one to compare that keeps nothing alive: a tensor's location, an object's identity."""
     if type(value) in _VALUES:
         return value
+    if isinstance(value, OurName):  # in another thread's round
+        return value.original
     if isinstance(value, Tensor):
         return location(value)
     if isinstance(value, dict) and depth < _DEEPEST:

@@ -78,6 +78,8 @@ def assisted_decoding(
                 "LongSpec needs ranks that read alike, got synced_gpus with a text that may cross the end or the "
                 "switch of the target's positions"
             )
+        if positions.rereads:
+            raise ValueError("expected use_cache=True with longrope across its switch, got use_cache=False")
 
         # 2. Text, sampler, cache and draft are made ready.
         draft = call_ends.enter_context(draft.placed(bound.device, bound.dtype))

@@ -167,8 +167,12 @@ _OURS = "longspec|"
 class OurName(str):
     """Our attention name. What is copied or pickled during a round takes the target's own name along instead."""
 
+    @property
+    def original(self) -> str:
+        return self.removeprefix(_OURS)
+
     def __reduce__(self) -> tuple[type, tuple[str]]:
-        return str, (self.removeprefix(_OURS),)
+        return str, (self.original,)
 
 
 def register(original: str) -> OurName:

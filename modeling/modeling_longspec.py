@@ -285,7 +285,7 @@ class LongSpecForCausalLM(PreTrainedModel):
         self.keep_engine(None)
 
     def save_pretrained(
-        self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, **more: Any
+        self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *rest: Any, **more: Any
     ) -> Any:
         """Save as transformers does, with the code.
 
@@ -298,7 +298,7 @@ class LongSpecForCausalLM(PreTrainedModel):
             raise ValueError(f"a draft is saved with finite weights only, got NaN or infinity in {name}")
         code = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
         self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | {"AutoModel": code}
-        return super().save_pretrained(save_directory, is_main_process, state_dict, **more)
+        return super().save_pretrained(save_directory, is_main_process, state_dict, *rest, **more)
 
     # `target.generate(assistant_model=draft)` arrives here: see generation_longspec.py
     assisted_decoding = assisted_decoding

@@ -48,6 +48,8 @@ class Positions:
         self.differ = self.by_length or (self.table is not None and self.table < longest)  # for ranks of other lengths
         self.options = {name: model_kwargs[name] for name in ("output_hidden_states",) if name in model_kwargs}
         self.step = 1 if model_kwargs.get("use_cache", True) else None  # tokens that plain `generate` reads each step
+        # without a cache plain `generate` turns all keys anew beyond the switch, also where no cache is dropped
+        self.rereads = self.step is None and self.kept is None and (self.last_short or longest) < longest
         self.mask, self.positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
 
     def levels(self, most: int, position: int, length: int) -> int:

@@ -260,3 +260,41 @@ def test_hooks_for_forwards_of_one_token_are_refused():
     target.model.layers[1].register_forward_hook(hook)
     with pytest.raises(ValueError, match="forward hooks that treat all tokens of a forward alike"):
         target.generate(prompt_of(9), assistant_model=tiny_draft(target), **OPTIONS)
+
+
+def test_hooks_that_draw_at_random_are_refused_and_the_generator_is_left():
+    target = tiny_target("llama")
+    target.model.layers[1].register_forward_hook(lambda module, inputs, output: output + torch.randn_like(output))
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="or at random"):
+        target.generate(prompt_of(9), assistant_model=tiny_draft(target), **OPTIONS)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Scaled(LlamaForCausalLM):
+    """Cannot be probed either: without its own argument it fails inside its forward."""
+
+    def forward(self, *args, gain=None, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits * gain.sum()
+        return outputs
+
+
+def test_a_target_that_fails_without_its_own_argument_is_served():
+    target = of_class(Scaled)
+    assert_same(target, tiny_draft(target), prompt_of(9), gain=torch.tensor([0.5]))
+
+
+class Wavering(LlamaForCausalLM):
+    """Sets its own attention in each forward."""
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        self.set_attn_implementation("eager")
+        return outputs
+
+
+def test_a_target_that_sets_its_attention_in_each_forward_is_refused():
+    target = of_class(Wavering)
+    with pytest.raises(ValueError, match="a target that keeps its attention"):
+        target.generate(prompt_of(9), assistant_model=tiny_draft(target), **OPTIONS)

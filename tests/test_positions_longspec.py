@@ -83,6 +83,19 @@ def test_longrope_without_a_cache(length):
     assert_same(target, tiny_draft(target, window=WINDOW), prompt_of(length), max_new_tokens=12, use_cache=False)
 
 
+def test_longrope_that_turns_its_keys_anew_is_refused_without_a_cache():
+    """Where no cache is dropped at the switch, as phi3 does it, keys that are kept keep the short frequencies."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 9.0]}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 24} | factors
+    target = tiny_target("llama", max_position_embeddings=128, rope_parameters=rope)
+    draft = tiny_draft(target, window=WINDOW)
+    options = {"max_new_tokens": 40, "pad_token_id": 0, "assistant_model": draft}
+    with pytest.raises(ValueError, match="expected use_cache=True with longrope across its switch"):
+        target.generate(prompt_of(16), use_cache=False, **options)
+    assert_same(target, draft, prompt_of(16), max_new_tokens=40)
+    assert_same(target, draft, prompt_of(9), max_new_tokens=4, use_cache=False)
+
+
 def test_longrope_switch_is_real():
     target = phi3_with_switch_at(16)
     long = target(prompt_of(20)).logits[:, 10]
