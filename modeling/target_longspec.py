@@ -191,8 +191,10 @@ def query_rotation(
     by_type = "layer_type" in inspect.signature(rotary.forward).parameters
     options = {"layer_type": text_config.layer_types[layer]} if by_type else {}
 
-    # axes of positions in images and films, which agree for text; section i of the angles is turned by axis i mod 3
-    axes = 3 if getattr(rotary, "mrope_section", None) else 0
+    # axes of positions in images and films, which agree for text; section i of the angles is turned by axis i mod 3,
+    # but in hunyuan_vl by an axis of its own
+    sections = getattr(rotary, "mrope_section", None) or ()
+    axes = len(sections) if text_config.model_type == "hunyuan_vl_text" else 3 if sections else 0
 
     def angles(like: Tensor, positions: Tensor) -> Angles:
         positions = positions.expand(axes, -1, -1) if axes else positions

@@ -267,3 +267,11 @@ def test_three_axes_of_positions_whatever_the_sections(monkeypatch, sections):
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     draft = tiny_draft(target, window=8)
     assert torch.equal(target.generate(IDS, **options), target.generate(IDS, assistant_model=draft, **options))
+
+
+def test_an_axis_for_each_section():
+    """hunyuan_vl has as many axes as sections: four, where all other families have three."""
+    target = tiny_model("hunyuan_vl")
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    draft = tiny_draft(target, window=8)
+    assert torch.equal(target.generate(IDS, **options), target.generate(IDS, assistant_model=draft, **options))
