@@ -502,8 +502,8 @@ CORE_FAULTS = [
         name="saved-with-its-room",
         file="modeling/cache_layers_longspec.py",
         what="a cache that is saved takes the room along that rounds wrote into",
-        old="== states.nbytes else states.clone()",
-        new="== states.nbytes else states",
+        old="        return states.clone()\n",
+        new="        return states\n",
         tests=("test_generation_longspec.py::test_what_is_returned_owns_no_more_memory_than_it_fills",),
     ),
     Fault(
