@@ -133,7 +133,7 @@ def test_table_knows_every_family():
 
 def test_table_is_of_every_older_family():
     assert len(KNOWN) > 200
-    assert len(SERVED) > 130
+    assert len(SERVED) >= 130  # at the older end of the range
     assert {TABLE[family] for family in PATHS} == {Result.served}
     assert {TABLE[family] for family in REFUSALS} == {Result.refused}
     assert Result.wrong not in TABLE.values()
