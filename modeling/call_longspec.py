@@ -136,7 +136,8 @@ def probe(draft: Any, target: PreTrainedModel, bound: BoundTarget) -> None:
     # PEFT's hooks name an adapter for each row of the call
     rows = [len(getattr(hook, "keywords", {}).get("adapter_names") or "1") for hook in hooks.values()]
     devices = [bound.device] if bound.device.type == "cuda" else []
-    with _PROBING, uncompiled(), torch.random.fork_rng(devices):  # a hook may draw at random
+    # a hook may draw at random; without hooks the generator, which other threads draw from, is not touched
+    with _PROBING, uncompiled(), torch.random.fork_rng(devices, enabled=bool(users)):
         if _PROBED.get(target) != traits:
             try_target(draft, target, bound, max(rows, default=1), bool(users))
             _PROBED[target] = traits
