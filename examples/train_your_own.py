@@ -46,7 +46,7 @@ def recipe_for(given: argparse.Namespace, target: str, init: str | None) -> dict
             "cache": str(given.out / "tokens"),
         },
         "signal": {"length": 256, "max_lag": 5},
-        "evaluation": {"contexts": [256], "prompts": 8, "max_new_tokens": 40, "loss_samples": 4},
+        "evaluation": {"contexts": [256], "prompts": given.prompts, "max_new_tokens": 40, "loss_samples": 4},
         "trainer": {
             "output_dir": str(given.out / "run"),
             "max_steps": given.steps,
@@ -76,6 +76,7 @@ def main() -> None:
     options.add_argument("--suffix", default=".h", help="of the files in --text; default: .h")
     options.add_argument("--steps", type=int, default=60, help="steps of training")
     options.add_argument("--batch", type=int, default=4, help="samples of 256 tokens a step")
+    options.add_argument("--prompts", type=int, default=8, help="held-out prompts to measure the draft on")
     given = options.parse_args()
 
     target_name = given.target or str(smollm2_folder())

@@ -70,7 +70,7 @@ def test_summaries_in_a_batch_are_those_of_plain_generate(tmp_path):
 @pytest.mark.slow
 def test_a_draft_that_is_trained(tmp_path):
     """On the default target and text, for a few steps only: too few for τ, not for the loss."""
-    printed = run("train_your_own", "--out", tmp_path, "--steps", 6, "--batch", 2)
+    printed = run("train_your_own", "--out", tmp_path, "--steps", 6, "--batch", 2, "--prompts", 2)
     losses = [float(found) for found in re.findall(r"'eval_kl': '?([\d.]+)", printed)]
     assert len(losses) == 2 and losses[1] < losses[0]
     found = re.findall(r"^after (\d+) steps: ([\d.]+) tokens a forward", printed, re.M)

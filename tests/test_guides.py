@@ -235,7 +235,7 @@ def test_quoted_errors_of_training(tmp_path, monkeypatch):
         (text / f"{number}.py").write_text(f"def f{number}(x):\n    return x + {number}\n" * (number and 12))
     target = tiny_folders(run) / "target"
     tiny_target("llama", vocab_size=len(ALPHABET), max_position_embeddings=8192).save_pretrained(target)
-    given = argparse.Namespace(out=run, text=text, suffix=".py", steps=3, batch=1)
+    given = argparse.Namespace(out=run, text=text, suffix=".py", steps=3, batch=1, prompts=8)
     asked = recipe_for(given, str(target), None) | {"draft": {}}
     asked["data"] |= {"separator": "Ā", "held_out": {"names": ["0"]}}
 
