@@ -24,7 +24,8 @@ class Backend(NamedTuple):
     """A way to attend, and the small work of a round beside attention.
 
     prefix_attention: as `eager_prefix`. attention: as `merged_attention`. move: how accepted nodes are moved in the
-    stores of a layer, as `move_slots`. children: how the draft chooses a level of the tree, as `best_children`.
+    stores of a layer, as `move_slots`. children: how the draft chooses a level of the tree, as `best_children`. draw:
+    kernels that draw tokens for engines that do so on the device; None where there are none.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Backend(NamedTuple):
     attention: Attention
     move: Move = move_slots
     children: Children = best_children
+    draw: Callable[..., Any] | None = None
 
 
 class Demand(NamedTuple):
@@ -76,6 +78,17 @@ class Engine:
     def run(self, phase: Callable[..., Any], call: Any, *inputs: Any) -> Any:
         """Return `phase(call, *inputs)`; a phase works on the device alone."""
         return phase(call, *inputs)
+
+    def draws(self, processors: list, device: torch.device) -> bool:
+        """Tell whether `draw` knows the logits processors of a call whose text is on `device`."""
+        return False
+
+    def draw(self, call: Any, tree: Any, verified: Any) -> tuple[Any, list[Any]] | None:
+        """Pick the tokens along the paths of a round's trees on the device: `Walk`, and what it is on the host.
+
+        None where the host has to pick. Scores of the steps are not kept.
+        """
+        return None
 
     def layers(self, call: Any) -> AbstractContextManager:
         """Return the context in which the layers of the call's target verify."""

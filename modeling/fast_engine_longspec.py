@@ -21,9 +21,14 @@ from .call_longspec import Call
 from .configuration_longspec import LongSpecConfig
 from .engine_longspec import Backend, Demand, Engine
 from .fast_choose_longspec import resolve_backend
-from .fast_graphs_longspec import Graphs, Settled, captured_values, graphs_misfit
+from .fast_draw_longspec import Drawing, draw_paths
+from .fast_graphs_longspec import Graphs, Settled, captured_values, graphs_misfit, plain
+from .fast_processors_longspec import are_on_device
+from .tree_longspec import TokenTree
+from .verification_longspec import RowWalk, Verified, Walk
 
 logger = logging.get_logger(__name__)
+MOST_UNSURE = 4  # rounds in which the host picks the tokens after the device has tried; then a call has it sort
 
 
 class FastEngine(Engine):
@@ -38,6 +43,12 @@ class FastEngine(Engine):
         self.memory: list[Stores] = []
         self.settled = Settled()
         self.graphs = Graphs()
+        self.drawing: Drawing | None = None  # of this call
+        self.drawn = Settled()  # the drawing's tensors, but for the noise
+        self.noise: Tensor | None = None
+        self.drawn_with: Any = None  # what the graph of `draw_paths` has taken from its drawing
+        self.astray = False  # whether the host has picked tokens that the drawing does not know
+        self.unsure = 0  # rounds of this call in which kernels did not know a token
 
     def suits(self, device: torch.device) -> bool:
         # work on one stream does not wait for work on another
@@ -68,6 +79,7 @@ class FastEngine(Engine):
         if wanted == "auto" and reason and self.device.type == "cuda":
             logger.warning_once(f"LongSpec runs without CUDA graphs: {reason}")
         self.graphs.captures = wanted is not False and reason is None
+        self.drawing, self.unsure = None, 0
         cache, generator = call.cache, call.generator
         cache.on_device = self.graphs.captures
         cache.bounds_on(call.roots.positions.device)
@@ -88,6 +100,42 @@ class FastEngine(Engine):
             return phase(call, *inputs)
         return self.graphs.run(phase, call, *inputs)
 
+    def draws(self, processors: list, device: torch.device) -> bool:
+        return draws_on(device) and device == self.device and are_on_device(processors)
+
+    def draw(self, call: Call, tree: TokenTree, verified: Verified) -> tuple[Walk, list[RowWalk]] | None:
+        vocab, levels, noise = verified.logits.shape[-1], len(call.generator.shape), call.sampler.noise
+        fused = self.unsure <= MOST_UNSURE
+        if self.drawing is None or not self.drawing.has_room(call, levels) or (self.drawing.fused and not fused):
+            self.drawing = self._settled(Drawing.of(call, vocab, fused), call, levels)
+        elif self.astray:
+            self.drawing.follow(call)
+        if noise is not None:
+            noise.draw_until(max(*call.text.steps, noise.first) + levels, vocab)
+        walk = self.run(draw_paths, call, tree, verified, self.drawing)
+        walks = walk.on_host()
+        self.astray = not all(row.nodes for row in walks)
+        self.unsure += self.astray
+        return None if self.astray else (walk, walks)
+
+    def _settled(self, drawing: Drawing, call: Call, levels: int) -> Drawing:
+        """Move a drawing into the memory of the last one, and forget the graph of the last one if it differs."""
+        noise, text = call.sampler.noise, call.text
+        drawing = self.drawn.put("drawing", drawing)
+        if noise is not None:
+            vocab = noise.draws[0].shape[1]
+            form = (levels + 1 + (0 if text.together else text.lead), text.batch, vocab)
+            kept = self.noise
+            forbidden = kept is not None and kept.is_inference() and not torch.is_inference_mode_enabled()
+            if kept is None or kept.shape != form or forbidden:
+                self.noise = kept = torch.empty(form, dtype=torch.float32, device=text.device)
+            noise.keep_in(kept)
+            drawing = drawing._replace(noise=kept)
+        if (drawn_with := plain(drawing)) != self.drawn_with:
+            self.graphs.drop(draw_paths)
+        self.drawn_with, self.astray = drawn_with, False
+        return drawing
+
     def layers(self, call: Call) -> AbstractContextManager:
         if not call.generator.draft.config.compile_target:
             return nullcontext()
@@ -97,6 +145,11 @@ class FastEngine(Engine):
 
     def end(self, call: Call) -> None:
         self.memory = call.cache.memory
+
+
+def draws_on(device: torch.device) -> bool:
+    """Tell whether drawing on the device pays: a CPU would pay for all levels, others save a round trip a token."""
+    return device.type != "cpu"
 
 
 def check_graphs(wanted: str | bool, reason: str | None) -> None:

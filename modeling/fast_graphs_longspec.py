@@ -61,6 +61,11 @@ class Graphs:
             self.forget()
         self.values = values
 
+    def drop(self, phase: Callable[..., Any]) -> None:
+        """Drop the graph of one phase, which will work on other tensors."""
+        self.warm.discard(phase)
+        self.captured.pop(phase, None)
+
     def run(self, phase: Callable[..., Any], call: Any, *inputs: Any) -> Any:
         if not self.captures or phase not in self.warm:  # libraries set themselves up in a first run
             self.warm.add(phase)

@@ -22,7 +22,7 @@ from .engine_longspec import Backend, Demand
 from .interface_longspec import CACHE, decoding, has_unfinished, is_user_defined
 from .output_longspec import LongSpecOutput, PhaseClock
 from .positions_longspec import Positions
-from .sampling_longspec import IMPOSSIBLE, Plan, Sampler
+from .sampling_longspec import Plan, Sampler
 from .target_longspec import BoundTarget, catching
 from .text_longspec import Text
 from .tree_longspec import TokenTree
@@ -34,7 +34,6 @@ from .verification_longspec import (
     accept,
     along_walk,
     emit,
-    pick_tree,
     step_by_step,
     walk,
 )
@@ -93,7 +92,10 @@ def assisted_decoding(
         do_sample, nodes = generation_config.do_sample, 1 + sum(tree)
         vocab = draft.config.vocab_size
         together = positions.by_length or streamer is not None
-        plan = Plan.of(logits_processor, stopping_criteria, do_sample, input_ids, nodes * vocab, together)
+        # scores of each step are the processors' own
+        can_draw = not config.output_scores and engine.draws(logits_processor, input_ids.device)
+        options = {"together": together, "can_draw": can_draw}
+        plan = Plan.of(logits_processor, stopping_criteria, do_sample, len(input_ids), **options)
         sampler = Sampler(logits_processor, do_sample, plan, len(input_ids), input_ids.device)
         sizes = {"nodes": nodes, "vocab": vocab}
         text = Text(input_ids, stopping_criteria, config, streamer, plan, **sizes, keeps_cache=returns_cache)
@@ -169,14 +171,13 @@ def decode_round(call: Call) -> list[int]:
     walks: list[RowWalk] = []
     try:
         with clock("accept"):
-            if call.sampler.plan.by_tree:
-                picks = pick_tree(text, call.sampler, verified, tree.levels)
-                chosen = () if picks is None else (picks.tokens,)
-                found = engine.run(find_paths if chosen else find_greedy_paths, call, tree, verified, *chosen)
+            if call.sampler.plan.by_argmax:
+                found = engine.run(find_paths, call, tree, verified)
                 walks = found.on_host()
-                accept(text, paths, along_walk(walks, verified, picks, text))
-            else:
-                accept(text, paths, step_by_step(tree, verified, call.sampler, text))
+            elif call.sampler.plan.drawn and (drawn := engine.draw(call, tree, verified)) is not None:
+                found, walks = drawn
+            along = along_walk(walks, verified, text) if walks else step_by_step(tree, verified, call.sampler, text)
+            accept(text, paths, along)
     finally:  # also when a user's processor, criterion or streamer raises: the cache keeps up with the text
         counts = [len(path) for path in paths]
         if found is not None and counts == [len(row.nodes) for row in walks]:
@@ -203,18 +204,13 @@ def verify(call: Call, tree: TokenTree) -> Verified:
     return read_tree(call.target, tree, call.roots, call.cache, call.backend, call.extras, layers, within)
 
 
-def find_greedy_paths(call: Call, tree: TokenTree, verified: Verified) -> Walk:
+def find_paths(call: Call, tree: TokenTree, verified: Verified) -> Walk:
     """Find how far each tree agrees with the largest logits behind its nodes."""
     logits = verified.logits
     logits = logits.float() if logits.dtype == torch.float64 else logits  # the numbers that plain `generate` compares
-    return find_paths(call, tree, verified, logits.argmax(dim=-1))
-
-
-def find_paths(call: Call, tree: TokenTree, verified: Verified, picks: Tensor) -> Walk:
-    """Find how far each tree agrees with the tokens picked (B, T) behind its nodes."""
-    picks = picks.to(tree.parents.device)
+    picks = logits.argmax(dim=-1).to(tree.parents.device)
     if call.text.padding is not None:
-        picks = picks.masked_fill(call.roots.stopped[:, None] & (picks != IMPOSSIBLE), call.text.padding)
+        picks = picks.masked_fill(call.roots.stopped[:, None], call.text.padding)
     return walk(tree, verified.ancestors, verified.depths, picks)
 
 

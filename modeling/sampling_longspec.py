@@ -13,27 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Processors of transformers that look at the logits alone, and those that look at one row's ids and no other's.
-_WITHOUT_HISTORY = set(
-    "EpsilonLogitsWarper EtaLogitsWarper InfNanRemoveLogitsProcessor LogitNormalization MinPLogitsWarper "
+# Processors of transformers that look at one row's ids and logits and at no other's.
+_BY_ROW = set(
+    "EpsilonLogitsWarper EtaLogitsWarper ExponentialDecayLengthPenalty ForcedBOSTokenLogitsProcessor "
+    "ForcedEOSTokenLogitsProcessor InfNanRemoveLogitsProcessor LogitNormalization MinLengthLogitsProcessor "
+    "MinNewTokensLengthLogitsProcessor MinPLogitsWarper NoBadWordsLogitsProcessor NoRepeatNGramLogitsProcessor "
+    "RepetitionPenaltyLogitsProcessor SequenceBiasLogitsProcessor SuppressTokensAtBeginLogitsProcessor "
     "SuppressTokensLogitsProcessor TemperatureLogitsWarper TopHLogitsWarper TopKLogitsWarper TopPLogitsWarper "
-    "TypicalLogitsWarper".split()
-)
-_BY_ROW = _WITHOUT_HISTORY | set(
-    "ExponentialDecayLengthPenalty ForcedBOSTokenLogitsProcessor ForcedEOSTokenLogitsProcessor "
-    "MinLengthLogitsProcessor MinNewTokensLengthLogitsProcessor NoBadWordsLogitsProcessor "
-    "NoRepeatNGramLogitsProcessor RepetitionPenaltyLogitsProcessor SequenceBiasLogitsProcessor "
-    "SuppressTokensAtBeginLogitsProcessor WatermarkLogitsProcessor".split()
+    "TypicalLogitsWarper WatermarkLogitsProcessor".split()
 )
 _CRITERIA_BY_ROW = {"EosTokenCriteria", "MaxLengthCriteria", "MaxTimeCriteria", "StopStringCriteria"}
 IMPOSSIBLE = -1  # no token: what is picked from scores that are no distribution
-# Elements. The logits of a whole batch of trees in float32 are processed at once up to here (256 MB).
-LARGEST_TREE_LOGITS = 2**26
-
-
-def are_without_history(processors: list) -> bool:
-    """Tell whether the processors look at the logits alone; unknown processors do not count as such."""
-    return all(is_of(processor, "logits_process", _WITHOUT_HISTORY) for processor in processors)
 
 
 def are_by_row(processors: list) -> bool:
@@ -57,48 +47,38 @@ def is_of(instance: Any, module: str, names: set[str]) -> bool:
     return kind.__module__ == f"transformers.generation.{module}" and kind.__name__ in names
 
 
-def pays_by_tree(device: torch.device, elements: int) -> bool:
-    """Tell whether to process the logits of all nodes, so many `elements`, rather than the logits along the path.
-
-    A CPU pays for every node; elsewhere a round trip to the host for every token of the path is dearer.
-    """
-    return device.type != "cpu" and elements <= LARGEST_TREE_LOGITS
-
-
 class Plan(NamedTuple):
     """How the tokens of a call are picked.
 
     together: all rows are written step by step together, because a processor, a stopping criterion, a streamer or the
         target needs rows of one length.
-    by_tree: the tokens behind all nodes of a tree are picked at once; else along the path, one by one.
     by_argmax: each token is just the largest logit.
+    drawn: the engine picks the tokens along all paths of a round on the device; else the host does, one by one.
     draws_ahead: rows or nodes at different steps need random numbers drawn ahead, see `Noise`.
     on_host: nothing on the device reads the text.
     """
 
     together: bool
-    by_tree: bool
     by_argmax: bool
+    drawn: bool
     draws_ahead: bool
     on_host: bool
 
     @classmethod
     def of(
-        cls, processors: list, criteria: list, do_sample: bool, ids: Tensor, tree_logits: int, together: bool
+        cls, processors: list, criteria: list, do_sample: bool, batch: int, *, together: bool, can_draw: bool
     ) -> Plan:
-        """Plan a call on prompts `ids` (B, L). tree_logits: elements of the logits of one row's largest tree.
+        """Plan a call on `batch` rows.
 
-        together: a streamer or the target needs rows of one length.
+        together: a streamer or the target needs rows of one length. can_draw: the engine knows these processors.
         """
-        batch, device = len(ids), ids.device
         known_criteria = are_criteria_by_row(criteria)
         together = batch == 1 or together or not (are_by_row(processors) and known_criteria)
         by_argmax = not do_sample and len(processors) == 0
         # a user's own criteria may draw random numbers between ours
-        alone = are_without_history(processors) and known_criteria
-        by_tree = by_argmax or (alone and pays_by_tree(device, batch * tree_logits))
-        draws_ahead = do_sample and (by_tree or not together)
-        return cls(together, by_tree, by_argmax, draws_ahead, by_tree and known_criteria)
+        drawn = can_draw and known_criteria and not by_argmax
+        draws_ahead = do_sample and (drawn or not together)
+        return cls(together, by_argmax, drawn, draws_ahead, (by_argmax or drawn) and known_criteria)
 
 
 class Noise:
@@ -113,26 +93,30 @@ class Noise:
         self.first = 0  # the step of the earliest draw still held
         self.draws: list[Tensor] = []
         self.states: list[Tensor] = []  # of the generator, before each draw
+        self.ring: Tensor | None = None
+
+    def keep_in(self, ring: Tensor) -> None:
+        """Hold the draws in `ring` (N, B, vocab) from now on, each at its step modulo N; no more than N are held."""
+        self.ring = ring
+        for index, draw in enumerate(self.draws):
+            self.draws[index] = self._place(self.first + index, draw.shape[1]).copy_(draw)
 
     def at(self, rows: list[int], steps: list[int], vocab: int) -> Tensor:
         """Return (R, vocab), the draws for `rows` at their `steps`."""
-        self._draw_until(max(steps), vocab)
+        self.draw_until(max(steps), vocab)
         return torch.stack([self.draws[step - self.first][row] for row, step in zip(rows, steps, strict=True)])
 
-    def ahead(self, steps: list[int], count: int, vocab: int) -> Tensor:
-        """Return (B, count, vocab), each row's draws from its step on."""
-        self._draw_until(max(max(steps), self.first) + count - 1, vocab)
-        rows = [
-            torch.stack([draw[row] for draw in self.draws[index : index + count]])
-            for row, index in enumerate(max(step - self.first, 0) for step in steps)  # a row that rests needs none
-        ]
-        return torch.stack(rows)
-
-    def _draw_until(self, step: int, vocab: int) -> None:
+    def draw_until(self, step: int, vocab: int) -> None:
+        """Draw what is not yet drawn of the steps up to `step`."""
         while self.first + len(self.draws) <= step:
             cuda = self.device.type == "cuda"
             self.states.append(torch.cuda.get_rng_state(self.device) if cuda else torch.get_rng_state())
-            self.draws.append(torch.empty(self.batch, vocab, dtype=torch.float32, device=self.device).exponential_(1))
+            self.draws.append(self._place(self.first + len(self.draws), vocab).exponential_(1))
+
+    def _place(self, step: int, vocab: int) -> Tensor:
+        if self.ring is None:
+            return torch.empty(self.batch, vocab, dtype=torch.float32, device=self.device)
+        return self.ring[step % len(self.ring)]
 
     def forget(self, step: int) -> None:
         """Drop the draws before `step`, which no row needs any more."""
@@ -154,7 +138,7 @@ class Picks(NamedTuple):
 
 
 class Sampler:
-    """Pick the next token from logits: `pick` for some rows, `pick_tree` for all nodes at once."""
+    """Pick the next token from logits on the host's word, step by step; see `Plan` for who else picks."""
 
     def __init__(self, processors: Any, do_sample: bool, plan: Plan, batch: int, device: torch.device):
         self.processors, self.do_sample, self.plan = processors, do_sample, plan
@@ -171,22 +155,7 @@ class Sampler:
         probabilities = scores.softmax(dim=-1)
         if self.noise is None:
             return Picks(torch.multinomial(probabilities, num_samples=1).squeeze(1), scores)
-        return Picks(_largest(probabilities, self.noise.at(rows, steps, logits.shape[-1])), scores)
-
-    def pick_tree(self, steps: list[int], logits: Tensor, depths: Tensor, levels: int) -> Picks:
-        """Pick from logits (B, T, vocab) of nodes at depths (B, T) up to `levels`; steps: of each row's root.
-
-        For processors without history only, which want ids and do not read them.
-        """
-        flat = logits.float().flatten(0, 1)
-        scores = self.processors(depths[:1, :1].expand(len(flat), -1), flat).view(logits.shape)
-        if not self.do_sample:
-            return Picks(scores.argmax(dim=-1), scores)
-        probabilities = scores.softmax(dim=-1)
-        assert self.noise is not None, "nodes of one tree need the noise of different steps"
-        ahead = self.noise.ahead(steps, levels + 1, logits.shape[-1])
-        noise = ahead[torch.arange(len(steps), device=depths.device)[:, None], depths]
-        return Picks(_largest(probabilities, noise), scores)
+        return Picks(largest(probabilities, self.noise.at(rows, steps, logits.shape[-1])), scores)
 
     def forget(self, step: int) -> None:
         """Drop the random numbers of the steps before `step`, which all rows have passed."""
@@ -199,7 +168,7 @@ class Sampler:
             self.noise.rewind(step)
 
 
-def _largest(probabilities: Tensor, noise: Tensor) -> Tensor:
+def largest(probabilities: Tensor, noise: Tensor) -> Tensor:
     """Return what `multinomial` draws from probabilities (…, vocab) with this noise; see `Noise`."""
     possible = probabilities.sum(dim=-1).isfinite()
     return (probabilities / noise).argmax(dim=-1).masked_fill(~possible, IMPOSSIBLE)

@@ -18,8 +18,9 @@ from .interface_longspec import padding_token
 from .output_longspec import Records
 from .sampling_longspec import IMPOSSIBLE, Plan, Stops
 
-# Tokens that a row may be ahead of the slowest row, whose noise, and in sliding layers whose room, is kept.
-LEAD = 64
+# Tokens that a row may be ahead of the slowest row, whose noise, and in sliding layers whose room, is kept; with much
+# noise (bytes) for a token, fewer, but some rounds.
+LEAD, LEAST_LEAD, NOISE_BYTES = 64, 32, 2**28
 
 
 class Text:
@@ -56,6 +57,8 @@ class Text:
         self._ids = ids.cpu() if plan.on_host else ids  # (B, room)
         self._fresh: list[list[int]] = [[] for _ in range(self.batch)]  # each row's last tokens, not yet in `_ids`
         self.lead = LEAD + nodes
+        if plan.draws_ahead:
+            self.lead = min(self.lead, max(LEAST_LEAD, NOISE_BYTES // (4 * self.batch * vocab)))
         self.newest = [0] * self.batch  # the last token of each row, as a model can embed it
         self.lengths = [self.prompt] * self.batch
         self.ends: list[int | None] = [None] * self.batch  # the length at which each row stopped

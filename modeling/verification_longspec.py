@@ -1,9 +1,9 @@
 """Verification: which nodes of a tree the target accepts, and the text that grows by them.
 
 At each node of a path the target's own sampler picks the next token exactly as plain `generate` would, so any tree and
-any processor give the same text. Where picks do not depend on the text so far, the tokens behind all nodes are picked
-at once and `walk` finds the paths on the device; else the tokens are picked along the paths, step by step. Knows trees
-and logits, not models or caches.
+any processor give the same text. Where tokens are just the largest logits, those behind all nodes are picked at once
+and `walk` finds the paths on the device; an engine may know more that the device can pick. Else the host picks along
+the paths, step by step. Knows trees and logits, not models or caches.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .sampling_longspec import Picks, Sampler
+from .sampling_longspec import Sampler
 from .text_longspec import Text
 from .tree_longspec import TokenTree, children
 
@@ -137,16 +137,15 @@ def accept(text: Text, paths: list[list[int]], write_next: WriteNext) -> None:
             paths[row].append(node)
 
 
-def along_walk(walks: list[RowWalk], verified: Verified, picks: Picks | None, text: Text) -> WriteNext:
-    """Write the tokens that `walk` has found; picks: None where the tokens are the largest logits."""
+def along_walk(walks: list[RowWalk], verified: Verified, text: Text) -> WriteNext:
+    """Write the tokens that the device has picked. Scores, if they are recorded, are logits: see `Engine.draw`."""
     step = 0  # all that move are equally far
 
     def write_next(rows: list[int], nodes: list[int]) -> dict[int, int | None]:
         nonlocal step
         if not text.records.empty:
             logits = verified.logits[rows, nodes]
-            scores = logits if picks is None else picks.scores[rows, nodes]
-            text.record(rows, scores, logits, _states(verified, rows, nodes))
+            text.record(rows, logits, logits, _states(verified, rows, nodes))
         text.write(rows, [walks[row].tokens[step] for row in rows])
         step += 1
         return {row: walks[row].nodes[step] if step < len(walks[row].nodes) else None for row in rows}
@@ -174,17 +173,9 @@ def emit(
     hidden_states: (…, R, length, hidden) of each layer, of the forward that gave the logits.
     """
     logits = logits.to(copy=True, dtype=torch.float32, device=text.device)
-    picks = sampler.pick(text.ids, rows, [text.steps[row] for row in rows], logits)
+    picks = sampler.pick(lambda rows: text.ids(rows).to(text.device), rows, [text.steps[row] for row in rows], logits)
     text.record(rows, picks.scores, logits, hidden_states)
     return text.write(rows, picks.tokens.tolist())
-
-
-def pick_tree(text: Text, sampler: Sampler, verified: Verified, levels: int) -> Picks | None:
-    """Pick the tokens behind all nodes of a batch of trees; None where these are just the largest logits."""
-    if sampler.plan.by_argmax:
-        return None
-    logits, depths = verified.logits.to(text.device), verified.depths.to(text.device)
-    return sampler.pick_tree(text.steps, logits, depths, levels)
 
 
 def _states(verified: Verified, rows: list[int], nodes: list[int]) -> tuple[Tensor, ...] | None:

@@ -1,0 +1,118 @@
+"""Drawing on the device: the tokens along the paths of a round's trees, processed and sampled as in plain `generate`.
+
+From the root on, a level at a time: the logits behind the node where each row stands, the logits processors with the
+row's own text, the noise of its step, the token, the child that carries it. So no node that is not reached costs
+anything, a processor sees what it would see in plain decoding, and the host reads the result once a round.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .call_longspec import Call
+from .fast_processors_longspec import Texts, begin, follow, on_device
+from .sampling_longspec import IMPOSSIBLE, largest
+from .tree_longspec import TokenTree
+from .verification_longspec import Accepted, Verified, Walk
+
+# Tokens: buffers of texts are multiples of ROOM, so that calls of about one length share graphs, with some to spare.
+ROOM, SPARE = 4096, 512
+
+
+class Drawing(NamedTuple):
+    """What a call's rounds draw with.
+
+    processors: see `on_device`; cuts: those at their end that the backend's kernels take over with the draw, if
+    `fused`. ids: (B, C), the texts. origin: (), how many tokens longer than the cached prefix a text with its root is;
+    prompt: (), the length of the prompts. noise: (N, B, vocab), the draws of `Noise`, each at its step modulo N; None
+    where the largest score is picked.
+    """
+
+    processors: tuple[Any, ...]
+    cuts: Any
+    fused: bool
+    ids: Tensor
+    origin: Tensor
+    prompt: Tensor
+    noise: Tensor | None
+
+    @classmethod
+    def of(cls, call: Call, vocab: int, fused: bool) -> Drawing:
+        """Make what the next rounds of a call need; without noise. fused: whether kernels may draw, where they can."""
+        text, device = call.text, call.text.device
+        room = -(-(max(text.lengths) + SPARE) // ROOM) * ROOM
+        ids = torch.zeros(text.batch, room, dtype=torch.long, device=device)
+        texts = Texts(ids, torch.tensor(text.lengths, device=device))
+        origin, prompt = torch.tensor([text.lengths[0] - call.cache.lengths[0], text.prompt], device=device)
+        processors, cuts = call.sampler.processors, None
+        fused = fused and call.sampler.do_sample and call.backend.draw is not None
+        if fused:
+            from .fast_triton_draw_longspec import Cuts
+
+            before, cuts = Cuts.of(processors, device)
+            processors = processors[:before]
+        drawing = cls((), cuts, fused, ids, origin, prompt, None)
+        drawing.follow(call)
+        return drawing._replace(processors=on_device(processors, vocab, texts))
+
+    def follow(self, call: Call) -> None:
+        """Take the texts over from the host."""
+        ids = call.text.sequences
+        self.ids[:, : ids.shape[1]] = ids
+
+    def has_room(self, call: Call, levels: int) -> bool:
+        """Tell whether a walk of so many levels fits behind the longest text."""
+        return max(call.text.lengths) + levels < self.ids.shape[1]
+
+
+def draw_paths(call: Call, tree: TokenTree, verified: Verified, drawing: Drawing) -> Walk:
+    """Draw the tokens along the paths. A row whose token the device cannot tell has a count of 0."""
+    device, nodes = drawing.ids.device, tree.tokens.shape[1]
+    rows, index = torch.arange(len(drawing.ids), device=device), torch.arange(nodes, device=device)
+    lengths = call.cache.bounds_on(device)[1] + drawing.origin
+    processors = begin(drawing.processors, Texts(drawing.ids, lengths), len(call.generator.shape) + 1)
+    node, counts = torch.zeros_like(rows), torch.zeros_like(rows)
+    alive = torch.ones_like(rows, dtype=torch.bool)
+    unsure = torch.zeros_like(alive)
+    path, tokens = [], []
+    for level in range(tree.levels + 1):
+        scores = verified.logits[rows, node].to(device, torch.float32)
+        texts = Texts(drawing.ids, lengths)
+        for processor in processors:
+            scores = processor(scores, texts)
+        token = pick(scores, call, drawing, lengths, rows)
+        unsure = unsure | (alive & ~call.roots.stopped & (token < IMPOSSIBLE))
+        if call.text.padding is not None:
+            token = token.masked_fill(call.roots.stopped & (token != IMPOSSIBLE), call.text.padding)
+        path.append(node)
+        tokens.append(token)
+        counts = counts + alive
+        drawing.ids.scatter_(1, lengths[:, None], token.clamp(min=0)[:, None])
+        if level == tree.levels:
+            break
+        follow(processors, token, lengths)
+        below = (tree.parents == node[:, None]) & (tree.tokens == token[:, None]) & (index > 0)
+        child = torch.where(below, index, nodes).amin(dim=1)  # of siblings with the same token, the first
+        alive = alive & (child < nodes)
+        node = torch.where(alive, child, node)
+        lengths = lengths + 1
+    steps, picked = torch.stack(path, dim=1), torch.stack(tokens, dim=1)
+    newest = picked.gather(1, counts[:, None] - 1)[:, 0]
+    counts = counts.masked_fill(unsure, 0)
+    return Walk(Accepted(steps, counts, newest), torch.cat([steps, picked, counts[:, None]], dim=1))
+
+
+def pick(scores: Tensor, call: Call, drawing: Drawing, lengths: Tensor, rows: Tensor) -> Tensor:
+    """Pick the tokens (B,) behind texts of `lengths` (B,) from processed scores (B, vocab).
+
+    `IMPOSSIBLE` where a row has no probabilities, less than that where the kernels do not know.
+    """
+    if drawing.noise is None:
+        return scores.argmax(dim=-1)
+    slots = (lengths - drawing.prompt) % len(drawing.noise)
+    if drawing.fused and call.backend.draw is not None:
+        return call.backend.draw(scores, drawing.cuts, drawing.noise, slots)
+    return largest(scores.softmax(dim=-1), drawing.noise[slots, rows])
