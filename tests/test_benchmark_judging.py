@@ -32,10 +32,11 @@ def test_picks_are_those_of_generate(sampling):
     target = tiny_target("llama")
     inputs, options = batch(target), OPTIONS | sampling
     text = write(target, inputs, SEED, **options)
-    picking = judging.Picking(*prepared(target, inputs, options), SEED)
+    picking = judging.Picking(*prepared(target, inputs, options))
     logits = judging.plain_logits(target, inputs, SEED, **options)
     for step in range(10):
-        picks = picking.picks(text[:, : 20 + step], logits[:, step], step)
+        now = logits[:, step]
+        picks = picking.picks(text[:, : 20 + step], now, judging.draws(now, step, SEED))
         assert picks.tolist() == text[:, 20 + step].tolist()
 
 
@@ -46,13 +47,13 @@ def test_a_tie_of_sampled_tokens():
     text = write(target, inputs, SEED, **options)
     logits = judging.plain_logits(target, inputs, SEED, **options)[:, 3]
     torch.manual_seed(SEED)
-    draws = [torch.empty(2, VOCAB).exponential_() for _ in range(4)]
-    best, second = (logits[1] - 0.5 * draws[3][1].log()).topk(2)
+    draws = [torch.empty(2, VOCAB).exponential_() for _ in range(4)][3][1]
+    best, second = (logits[1] - 0.5 * draws.log()).topk(2)
     pair, gap = tuple(second.tolist()), float(best[0] - best[1])
     assert pair[0] == text[1, 23]
-    picking = judging.Picking(*prepared(target, inputs, options), SEED)
-    assert picking.is_tie(text[:, :23], logits, 3, 1, pair, 0.51 * gap)
-    assert not picking.is_tie(text[:, :23], logits, 3, 1, pair, 0.49 * gap)
+    picking = judging.Picking(*prepared(target, inputs, options))
+    assert picking.is_tie(text[1, :23], logits[1], draws, pair, 0.51 * gap)
+    assert not picking.is_tie(text[1, :23], logits[1], draws, pair, 0.49 * gap)
 
 
 @pytest.mark.parametrize(
@@ -63,24 +64,24 @@ def test_a_tie_at_the_place_of_a_cut(cut, chances):
     target = tiny_target("llama", vocab_size=3)
     ids = torch.tensor([[1, 2]])
     call = prepared(target, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, OPTIONS | SAMPLED | cut)
-    cut_off = torch.tensor([chances]).log()
+    picking, cut_off = judging.Picking(*call), torch.tensor([chances]).log()
     kept = cut_off + torch.tensor([0, 0, 0.06])
     parted = 0
     for seed in range(100):
-        picking = judging.Picking(*call, seed)
-        tokens = [int(picking.picks(ids, logits, 0)) for logits in (cut_off, kept)]
+        draws = judging.draws(kept, 0, seed)
+        tokens = [int(picking.picks(ids, logits, draws)) for logits in (cut_off, kept)]
         assert tokens[0] != 2
         if tokens[0] != tokens[1]:
             parted += 1
             for pair, logits in ((tokens, cut_off), (tokens[::-1], kept)):
-                assert picking.is_tie(ids, logits, 0, 0, tuple(pair), 0.04)
-                assert not picking.is_tie(ids, logits, 0, 0, tuple(pair), 0.0)
+                assert picking.is_tie(ids[0], logits[0], draws[0], tuple(pair), 0.04)
+                assert not picking.is_tie(ids[0], logits[0], draws[0], tuple(pair), 0.0)
     assert parted > 10
 
 
 @pytest.mark.parametrize("noise, verdict", [(None, "different"), (0.0, "different"), (100.0, "tie")])
 def test_verdicts_of_sampled_rows(monkeypatch, noise, verdict):
-    """One text of three is changed at its fifth token."""
+    """One text of two is changed at its fifth token; since 5.24 the penalty of padded prompts knows their number."""
     target = tiny_target("llama").to(torch.float32 if noise is None else torch.bfloat16)
     if noise is not None:
         judge = judging.side_by_side.judge
@@ -91,7 +92,7 @@ def test_verdicts_of_sampled_rows(monkeypatch, noise, verdict):
                 found if (found := judge(*args, **options)).equal else judging.side_by_side.Verdict(4, 9.0, noise)
             ),
         )
-    inputs, options = batch(target), OPTIONS | SAMPLED
+    inputs, options = batch(target), OPTIONS | SAMPLED | {"repetition_penalty": 1.1}
     plain = write(target, inputs, SEED, **options)
     ours = plain.clone()
     ours[1, 24] = (ours[1, 24] + 1) % VOCAB
@@ -104,9 +105,10 @@ def test_a_penalty_counts_in_a_greedy_tie():
     target = tiny_target("llama")
     inputs = {"input_ids": torch.tensor([[3, 4]]), "attention_mask": torch.ones(1, 2, dtype=torch.long)}
     options = OPTIONS | {"do_sample": False, "repetition_penalty": 2.0}
-    picking = judging.Picking(*prepared(target, inputs, options), SEED)
-    logits = torch.zeros(1, VOCAB)
-    logits[0, 4], logits[0, 5] = 8.0, 7.9
-    assert picking.picks(inputs["input_ids"], logits, 0).tolist() == [5]
-    assert not picking.is_tie(inputs["input_ids"], logits, 0, 0, (5, 4), 1.0)
-    assert picking.is_tie(inputs["input_ids"], logits, 0, 0, (5, 4), 5.0)
+    picking = judging.Picking(*prepared(target, inputs, options))
+    logits = torch.zeros(VOCAB)
+    logits[4], logits[5] = 8.0, 7.9
+    place = inputs["input_ids"][0], logits, logits
+    assert picking.picks(inputs["input_ids"], logits[None], logits[None]).tolist() == [5]
+    assert not picking.is_tie(*place, (5, 4), 1.0)
+    assert picking.is_tie(*place, (5, 4), 5.0)

@@ -6,8 +6,7 @@ other token too as soon as its logits move by rounding noise. Knows `generate`, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from ..evaluation import side_by_side
 from .sampling import prepared
 
+TRIES = 60  # random changes of the logits, to see whether rounding noise explains another pick
 EQUAL, TIE, DIFFERENT = "equal", "tie", "different"
 
 
@@ -31,7 +31,7 @@ def judged(
     texts = plain[:, prompt:].tolist(), ours[:, prompt:].tolist()
     if texts[0] == texts[1]:
         return [EQUAL] * len(plain)
-    picking = Picking(*prepared(target, inputs, options), seed)
+    by_argmax = Picking(*prepared(target, inputs, options)).by_argmax
     logits = plain_logits(target, inputs, seed, **options)
     verdicts = []
     for row, (ids, mask, *pair) in enumerate(zip(*inputs.values(), *texts, strict=True)):
@@ -41,57 +41,70 @@ def judged(
             verdicts.append(EQUAL)
             continue
         tie, step = verdict.tie, verdict.position
-        if verdict.noise is not None and not picking.by_argmax:  # the gap of the logits alone does not decide
-            before = plain[:, : prompt + step], logits[:, step], step
-            tie = picking.is_tie(*before, row, (pair[0][step], pair[1][step]), verdict.noise)
+        if verdict.noise is not None and not by_argmax:  # the gap of the logits alone does not decide
+            place = plain[row, : prompt + step], logits[row, step], draws(logits[:, step], step, seed)[row]
+            tokens = pair[0][step], pair[1][step]
+            tie = Picking.of_row(target, ids, mask, options).is_tie(*place, tokens, verdict.noise)
         verdicts.append(TIE if tie else DIFFERENT)
     return verdicts
 
 
-class Picking:
-    """How plain `generate` picks the next tokens of a batch."""
+class Picking(NamedTuple):
+    """How plain `generate` picks the next tokens of a batch: a call's config and logits processors."""
 
-    def __init__(self, config: GenerationConfig, processors: LogitsProcessorList, seed: int):
-        """Take a call's config and logits processors; seed: set before the call."""
-        self.do_sample, self.processors, self.seed = config.do_sample, processors, seed
+    config: GenerationConfig
+    processors: LogitsProcessorList
+
+    @classmethod
+    def of_row(cls, target: PreTrainedModel, ids: Tensor, mask: Tensor, options: dict[str, Any]) -> Picking:
+        """Return the picking for all of `nudged` as one batch, behind a prompt (L,) of another batch."""
+        rows = {"input_ids": ids.expand(TRIES + 4, -1), "attention_mask": mask.expand(TRIES + 4, -1)}
+        return cls(*prepared(target, rows, options))
 
     @property
     def by_argmax(self) -> bool:
-        return not self.do_sample and len(self.processors) == 0
+        return not self.config.do_sample and len(self.processors) == 0
 
-    def picks(self, texts: Tensor, logits: Tensor, step: int) -> Tensor:
-        """Return the tokens (B,) picked at a step: texts (B, L) before it, with prompts; logits (B, vocab) there."""
+    def picks(self, texts: Tensor, logits: Tensor, draws: Tensor) -> Tensor:
+        """Return the token of each row: texts (R, L) before it, with prompts; logits and random numbers (R, vocab)."""
         scores = self.processors(texts, logits.clone())
-        if not self.do_sample:
-            return scores.argmax(dim=-1)
-        torch.manual_seed(self.seed)
-        for _ in range(step):  # each draw takes as many random numbers as the draw of that step took
-            torch.multinomial(torch.ones_like(scores), 1)
-        return torch.multinomial(scores.softmax(dim=-1), 1)[:, 0]
+        return (scores.softmax(dim=-1) / draws if self.config.do_sample else scores).argmax(dim=-1)
 
-    def is_tie(self, texts: Tensor, logits: Tensor, step: int, row: int, pair: tuple[int, int], noise: float) -> bool:
-        """Tell whether noise in the logits of a row makes the second token of `pair` the pick instead of the first.
+    def is_tie(self, text: Tensor, logits: Tensor, draws: Tensor, pair: tuple[int, int], noise: float) -> bool:
+        """Tell whether noise in the logits can make the second token of `pair` the pick instead of the first.
 
-        noise: of the gap between two logits. With noise in both texts, the gap may move by twice as much.
+        text: (L,) before it, with its prompt; logits and random numbers: (vocab,). noise: of the gap between two
+        logits. With noise in both texts, the gap may move by twice as much.
         """
-        for moved in nudged(logits[row], *pair, 2 * noise):
-            other = logits.clone()
-            other[row] = moved
-            if int(self.picks(texts, other, step)[row]) == pair[1]:
-                return True
-        return False
+        moved = nudged(logits, *pair, noise)
+        found = self.picks(text.expand(len(moved), -1), moved, draws.expand_as(moved))
+        return bool((found == pair[1]).any())
 
 
-def nudged(logits: Tensor, plain: int, ours: int, by: float) -> Iterator[Tensor]:
-    """Yield logits (vocab,) changed in favour of the token `ours` and to the debit of the token `plain`.
+def draws(logits: Tensor, step: int, seed: int) -> Tensor:
+    """Return the random numbers (B, vocab) behind the picks of a step under a seed; logits (B, vocab) of any step.
 
-    Either `ours` rises or `plain` falls: alone, which moves it past its neighbours, as a top-k cut heeds; or with all
-    that are no better, which moves the share of them all, as a top-p cut heeds.
+    `torch.multinomial(p, 1)` is argmax(p / q) with q ~ Exp(1), of the shape of p.
     """
+    torch.manual_seed(seed)
+    for _ in range(step + 1):
+        draw = torch.empty_like(logits).exponential_()
+    return draw
+
+
+def nudged(logits: Tensor, plain: int, ours: int, noise: float) -> Tensor:
+    """Return logits (vocab,) changed in `TRIES` + 4 ways (ways, vocab) that move no gap by more than twice the noise.
+
+    First all logits move at random. In the last four ways the token `ours` rises or the token `plain` falls: alone,
+    past its neighbours, as a top-k cut heeds; or with all that are no better, as a top-p cut heeds.
+    """
+    chance = torch.Generator(logits.device).manual_seed(0)
+    ways = [logits + noise * (2 * torch.rand(TRIES, len(logits), device=logits.device, generator=chance) - 1)]
     tokens = torch.arange(len(logits), device=logits.device)
-    for token, change in ((ours, by), (plain, -by)):
+    for token, change in ((ours, 2 * noise), (plain, -2 * noise)):
         for chosen in (tokens == token, logits <= logits[token]):
-            yield torch.where(chosen, logits + change, logits)
+            ways.append(torch.where(chosen, logits + change, logits)[None])
+    return torch.cat(ways)
 
 
 def plain_logits(target: PreTrainedModel, inputs: dict[str, Tensor], seed: int, **options: Any) -> Tensor:
