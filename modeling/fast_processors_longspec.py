@@ -54,6 +54,44 @@ def _shared(kind: type, settings: tuple[tuple[str, Any], ...]) -> Any:
     return processor
 
 
+class TopP(NamedTuple):
+    """`TopPLogitsWarper`: without the assignment of a number, which the host would send."""
+
+    limit: float
+    least: int
+
+    def __call__(self, scores: Tensor, texts: Texts) -> Tensor:
+        ordered, tokens = scores.sort(dim=-1)
+        unlikely = ordered.softmax(dim=-1).cumsum(dim=-1) <= self.limit
+        unlikely = unlikely & (torch.arange(scores.shape[1], device=scores.device) < scores.shape[1] - self.least)
+        return scores.masked_fill(torch.zeros_like(unlikely).scatter(1, tokens, unlikely), -math.inf)
+
+    @classmethod
+    def of(cls, processor: Any, **_: Any) -> TopP:
+        return cls(1 - processor.top_p, processor.min_tokens_to_keep)
+
+
+class Typical(NamedTuple):
+    """`TypicalLogitsWarper`, likewise."""
+
+    mass: float
+    least: int
+
+    def __call__(self, scores: Tensor, texts: Texts) -> Tensor:
+        normalized = scores.log_softmax(dim=-1)
+        entropy = -(normalized * normalized.exp()).nansum(dim=-1, keepdim=True)
+        surprise, tokens = (-normalized - entropy).abs().sort(dim=-1)
+        reached = scores.gather(-1, tokens).softmax(dim=-1).cumsum(dim=-1)
+        last = (reached < self.mass).sum(dim=1, keepdim=True).clamp(max=scores.shape[1] - 1)
+        odd = surprise > surprise.gather(1, last)
+        odd = odd & (torch.arange(scores.shape[1], device=scores.device) >= self.least)
+        return scores.masked_fill(torch.zeros_like(odd).scatter(1, tokens, odd), -math.inf)
+
+    @classmethod
+    def of(cls, processor: Any, **_: Any) -> Typical:
+        return cls(processor.mass, processor.min_tokens_to_keep)
+
+
 class Eta(NamedTuple):
     """`EtaLogitsWarper`."""
 
@@ -321,8 +359,8 @@ _ON_DEVICE: dict[str, Callable[..., Any]] = {
     "TemperatureLogitsWarper": ByLogits.of,
     "TopHLogitsWarper": TopH.of,
     "TopKLogitsWarper": ByLogits.of,
-    "TopPLogitsWarper": ByLogits.of,
-    "TypicalLogitsWarper": ByLogits.of,
+    "TopPLogitsWarper": TopP.of,
+    "TypicalLogitsWarper": Typical.of,
 }
 
 
