@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import re
+import shutil
 
 import pytest
 from full_disk import full_disk
@@ -83,8 +84,14 @@ def test_latency():
     assert record["prefill"] == []
     assert [context["context"] for context in record["contexts"]] == [64, 96]
     assert [step["name"] for step in record["contexts"][0]["steps"]][:2] == ["generate", "one token"]
-    for line in ("context 96: ", "verify 5", "its grow", "outside of graph replays", "draft state, bytes"):
+    for line in ("context 96: ", "verify 5", "its grow", "outside of graph replays", "draft state, bytes", "greedy"):
         assert line in table
+
+
+def test_latency_of_sampled_rounds():
+    table, record = bench(*LATENCY, "--contexts", "64", "--sampling", "temperature=0.7,top_p=0.8,top_k=0")
+    assert record["contexts"][0]["sampling"] == {"do_sample": True, "temperature": 0.7, "top_p": 0.8}
+    assert "sampled, temperature=0.7, top_p=0.8" in table
 
 
 @pytest.mark.slow
@@ -102,11 +109,32 @@ def test_text(folders):
     for batch in record["batches"]:
         names = [engine["name"] for engine in batch["engines"]]
         assert ("assistant" in names) == ("prompt lookup" in names) == (batch["batch"] == 1)
+        assert batch["sampling"] == {"do_sample": False}
         assert batch["fastest_stock"] in names and "LongSpec" not in batch["fastest_stock"]
         for engine in batch["engines"]:
             assert engine["stock"] or (engine["equal"], engine["different"]) == (batch["batch"], 0)
     assert record["tree"] == [2, 3] and record["assistant"] == str(folders / "target")
-    assert "x fastest" in table and " * " in table and "phases, ms" in table
+    assert "x fastest" in table and " * " in table and "phases, ms" in table and table.startswith("greedy")
+
+
+def test_text_that_is_sampled(folders):
+    table, record = bench(*text(folders), "--sampling", "temperature=0.7,top_k=5,repetition_penalty=1.1")
+    settings = {"do_sample": True, "temperature": 0.7, "top_k": 5, "repetition_penalty": 1.1}
+    assert [batch["sampling"] for batch in record["batches"]] == [settings] * 2
+    assert table.startswith("sampled, temperature=0.7, top_k=5, repetition_penalty=1.1")
+    for batch in record["batches"]:
+        assert [engine["equal"] for engine in batch["engines"] if not engine["stock"]] == [batch["batch"]] * 2
+
+
+@pytest.mark.slow
+def test_text_by_the_targets_own_settings(folders, tmp_path):
+    target = tmp_path / "target"
+    shutil.copytree(folders / "target", target)
+    config = json.loads((target / "generation_config.json").read_text())
+    (target / "generation_config.json").write_text(json.dumps(config | {"do_sample": True, "top_p": 0.9}))
+    command = [part.replace(str(folders / "target"), str(target)) for part in text(folders)]
+    _, record = bench(*command, "--batches", "1", "--sampling", "own")
+    assert record["batches"][0]["sampling"] == {"do_sample": True, "top_k": 50, "top_p": 0.9}
 
 
 @pytest.mark.slow
@@ -156,6 +184,8 @@ def test_pictures_without_matplotlib(monkeypatch, tmp_path):
         (LATENCY, ["--tree", "1000"], "`tree_shape` level 1 can have at most"),
         (LATENCY, ["--backend", "best"], "`attention_backend` must be one of"),
         (LATENCY, ["--rounds", "0"], "Invalid value for '--rounds'"),
+        (LATENCY, ["--sampling", "top_p=1.5"], "expected top_p to be a number above 0 and at most 1, got '1.5'"),
+        (LATENCY, ["--sampling", "own"], "got --sampling own: random weights come without a config"),
     ],
 )
 def test_mistakes(command, wrong, message):
@@ -171,6 +201,7 @@ def test_mistakes(command, wrong, message):
         (["--context", "50"], "at least 50"),
         (["--context", "9999"], "new tokens are more than the target's 512 positions"),
         (["--max-new-tokens", "1"], "Invalid value for '--max-new-tokens'"),
+        (["--sampling", "top_q=1"], "expected 'own' or settings among do_sample, temperature, top_k"),
         (["--assistant", "./missing"], "assistant ./missing: no such folder"),
     ],
 )

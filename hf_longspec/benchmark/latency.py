@@ -22,6 +22,7 @@ from ..modeling.interface_longspec import CACHE
 from ..modeling.modeling_longspec import LongSpecForCausalLM
 from . import shapes
 from .engines import attending_by
+from .sampling import GREEDY, in_effect
 from .timing import Replay, Speed, noting_replays
 
 # Steps before the timed ones: the first one launches its kernels, then graphs are captured or the model is compiled.
@@ -52,11 +53,13 @@ class Step:
 class Latency:
     """The steps behind a prefix of `context` tokens, and the bytes of their memory.
 
+    sampling: the settings that tokens were picked by, as `sampling.in_effect` returns them.
     draft_state_bytes: of the draft's state; cache_bytes: of the target's cache; peak_bytes: the most that LongSpec's
     calls allocated at any time, weights and cache included; 0 where the device does not tell.
     """
 
     context: int
+    sampling: dict[str, Any]
     steps: list[Step]
     draft_state_bytes: int
     cache_bytes: int
@@ -106,8 +109,17 @@ class Rounds(NamedTuple):
         return median(of_rounds)
 
 
-def call(target: PreTrainedModel, prompt: Prompt, draft: LongSpecForCausalLM | None, rounds: int) -> Rounds:
-    """Call `generate` for `WARM_UP` + `rounds` rounds, or tokens without a draft, and leave the cache as it was."""
+def call(
+    target: PreTrainedModel,
+    prompt: Prompt,
+    draft: LongSpecForCausalLM | None,
+    rounds: int,
+    sampling: dict[str, Any] = GREEDY,
+) -> Rounds:
+    """Call `generate` for `WARM_UP` + `rounds` rounds, or tokens without a draft, and leave the cache as it was.
+
+    sampling: options of `generate` that say how tokens are picked.
+    """
     tokens = WARM_UP + rounds + 1  # and the one token of the prefill
     while True:
         watch = Stopwatch()
@@ -117,9 +129,9 @@ def call(target: PreTrainedModel, prompt: Prompt, draft: LongSpecForCausalLM | N
                 attention_mask=torch.ones_like(prompt.ids),
                 assistant_model=draft,
                 max_new_tokens=tokens,
-                do_sample=False,
                 streamer=watch,
                 return_dict_in_generate=True,
+                **sampling,
                 **{CACHE: prompt.cache},
             )
         shapes.cut(prompt.cache, prompt.held)
@@ -141,9 +153,17 @@ def call(target: PreTrainedModel, prompt: Prompt, draft: LongSpecForCausalLM | N
 class Bench:
     """The latency benchmark of a pair with random weights. The round grows the draft's own tree."""
 
-    def __init__(self, target: PreTrainedModel, draft: LongSpecForCausalLM, speed: Speed, rounds: int):
-        """Prepare to time `rounds` rounds of each call."""
-        self.target, self.draft, self.speed, self.rounds = target, draft, speed, rounds
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        draft: LongSpecForCausalLM,
+        speed: Speed,
+        rounds: int,
+        sampling: dict[str, Any] = GREEDY,
+    ):
+        """Prepare to time `rounds` rounds of each call, whose tokens are picked by the options `sampling`."""
+        self.target, self.draft, self.speed, self.rounds, self.sampling = target, draft, speed, rounds, sampling
+        self.settings = in_effect(target, sampling)
 
     def measure(self, context: int, verify_tokens: Sequence[int], static: bool) -> Latency:
         """Time all steps behind `context` tokens.
@@ -165,21 +185,24 @@ class Bench:
         del prompt
         if static:
             steps.insert(1, self._static(ids))
-        return Latency(context, steps, state_bytes, self._cache_bytes(context), peak)
+        return Latency(context, self.settings, steps, state_bytes, self._cache_bytes(context), peak)
 
     def _plain(self, prompt: Prompt) -> Iterator[Step]:
         floor = self._verify_floor(prompt.held)
-        yield call(self.target, prompt, None, self.rounds).step("generate", floor)
+        yield self._plainly(prompt).step("generate", floor)
         if self.target.device.type == "cuda" and is_flash_attn_2_available():
             with attending_by(self.target, "flash_attention_2"):
-                yield call(self.target, prompt, None, self.rounds).step("generate, flash_attention_2", floor)
+                yield self._plainly(prompt).step("generate, flash_attention_2", floor)
+
+    def _plainly(self, prompt: Prompt) -> Rounds:
+        return call(self.target, prompt, None, self.rounds, self.sampling)
 
     def _static(self, ids: Tensor) -> Step:
         torch.compiler.reset()  # otherwise the code compiled for another length would have to serve this one too
         held = ids.shape[1] - 1
         cache = StaticCache(config=self.target.config, max_cache_len=held + WARM_UP + self.rounds + 2)
         shapes.fill(cache, self.target, held)
-        rounds = call(self.target, Prompt(ids, cache), None, self.rounds)
+        rounds = self._plainly(Prompt(ids, cache))
         return rounds.step("generate, static cache", self._verify_floor(held))
 
     def _call(self, prompt: Prompt, tree: tuple[int, ...], verify_tokens: int | None, profile: bool) -> Rounds:
@@ -187,7 +210,7 @@ class Bench:
         own = config.tree_shape, config.verify_tokens, config.profile
         config.tree_shape, config.verify_tokens, config.profile = tree, verify_tokens, profile
         try:
-            return call(self.target, prompt, self.draft, self.rounds)
+            return call(self.target, prompt, self.draft, self.rounds, self.sampling)
         finally:
             config.tree_shape, config.verify_tokens, config.profile = own
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from ..writing import whole_file
 from .attention import Case
 from .latency import Latency
+from .sampling import in_words
 from .text import Comparison
 
 
@@ -41,7 +42,7 @@ def plot_latency(results: list[Latency], path: Path) -> None:
         )
         floors = [result.steps[index].floor for result in results]
         panels[0].plot(contexts, floors, "--", color=line.get_color(), linewidth=0.8)
-    _axes(panels[0], "steps, and dashed their floors", contexts)
+    _axes(panels[0], f"steps, {in_words(results[0].sampling)}; dashed their floors", contexts)
     rounds = [result.steps[-1] for result in results]
     bottom = [0.0] * len(rounds)
     for phase in rounds[0].phases:
@@ -59,7 +60,8 @@ def plot_text(results: list[Comparison], path: Path) -> None:
         names = [engine.name for engine in result.engines]
         panel.barh(names, [result.decoded_per_second(engine) for engine in result.engines])
         panel.invert_yaxis()
-        panel.set(title=f"batch {result.batch}, context {result.context:,}", xlabel="tokens/s, decoding")
+        title = f"batch {result.batch}, context {result.context:,}\n{in_words(result.sampling)}"
+        panel.set(title=title, xlabel="tokens/s, decoding")
     _save(figure, [], path)
 
 

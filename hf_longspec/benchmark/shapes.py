@@ -36,6 +36,7 @@ def _shape(
 SHAPES = {
     "tiny": _shape("llama", 2, 32, 48, (4, 2, 16), 101, False),
     "smollm2-135m": _shape("llama", 30, 576, 1536, (9, 3, 64), 49_152, True),
+    "qwen2.5-0.5b": _shape("qwen2", 24, 896, 4864, (14, 2, 64), 151_936, True),
     "llama-1b": _shape("llama", 16, 2048, 8192, (32, 8, 64), 128_256, True),
     "qwen2.5-1.5b": _shape("qwen2", 28, 1536, 8960, (12, 2, 128), 151_936, True),
     "llama-8b": _shape("llama", 32, 4096, 14_336, (32, 8, 128), 128_256, False),

@@ -11,11 +11,12 @@ from .attention import Case
 from .children import Choice
 from .latency import Latency
 from .prefill import Prefill
+from .sampling import in_words
 from .text import Comparison
 
 
-def _table(first: str, columns: Iterable[str]) -> Table:
-    rows = Table(box=None, header_style="bold", pad_edge=False)
+def _table(first: str, columns: Iterable[str], title: str | None = None) -> Table:
+    rows = Table(box=None, header_style="bold", pad_edge=False, title=title, title_style="", title_justify="left")
     rows.add_column(first, no_wrap=True)
     for name in columns:
         rows.add_column(name, justify="right", no_wrap=True)
@@ -46,9 +47,12 @@ def children_table(choices: list[Choice]) -> Table:
 
 
 def latency_table(results: list[Latency]) -> Table:
-    """Tabulate milliseconds and floor of each step, two columns for each context, then the phases of a round."""
+    """Tabulate milliseconds and floor of each step, two columns for each context, then the phases of a round.
+
+    The title says how tokens are picked.
+    """
     columns = [name for result in results for name in (f"{result.context:,}", "floor")]
-    rows = _table("ms, median", columns)
+    rows = _table("ms, median", columns, in_words(results[0].sampling))
 
     for alike in zip(*(result.steps for result in results), strict=True):
         cells = [(f"{step.milliseconds:.2f}", f"{step.floor:.2f}") for step in alike]
@@ -74,12 +78,12 @@ def prefill_table(results: list[Prefill]) -> Table:
 
 
 def text_table(results: list[Comparison]) -> Table:
-    """Tabulate speed, a row for each batch size and engine.
+    """Tabulate speed, a row for each batch size and engine; the title says how tokens are picked.
 
     A LongSpec engine has τ, and how many texts are equal / part at a tie / differ.
     """
     columns = ("batch", "prefill, s", "decode, s", "decode, tok/s", "x default", "x fastest", "τ", "= / ~ / ≠")
-    rows = _table("engine", columns)
+    rows = _table("engine", columns, in_words(results[0].sampling))
     for result in results:
         for engine in result.engines:
             fastest = " *" if engine is result.fastest_stock else ""

@@ -1,8 +1,8 @@
 """Whole texts, end to end: a target with its draft beside transformers' own engines, in one process, in turn.
 
 Prompts of different lengths end at evenly spaced places of a held-out text and are padded on the left, as a user's
-batch would be. Calls that write one token only tell how long it takes to read the prompt. Knows `generate`; loads no
-models.
+batch would be. Calls that write one token only tell how long it takes to read the prompt. All engines get the same
+seeds. Knows `generate`; loads no models.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..evaluation import side_by_side
 from ..evaluation.text import places
 from .engines import DEFAULT, engines_for
+from .judging import DIFFERENT, EQUAL, TIE, judged
+from .sampling import GREEDY, in_effect
 from .timing import uncollected
 
 
@@ -30,7 +31,7 @@ class Written:
     seconds, prefill_seconds: medians over the repeats, of whole calls and of calls that write one token.
     The other fields have values for LongSpec engines only. accept_length: τ, tokens per round of a row. phases: median
     milliseconds of each phase of a round, if profiled. equal, ties, different: how many texts are equal to the text of
-    plain `generate`, part from it at a tie, or differ.
+    plain `generate` under the same seed, part from it at a tie, or differ.
     """
 
     name: str
@@ -54,12 +55,16 @@ class Written:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All engines at one batch size."""
+    """All engines at one batch size.
+
+    sampling: the settings that the tokens were picked by, as `sampling.in_effect` returns them.
+    """
 
     batch: int
     context: int
     prompts: int
     new_tokens: int
+    sampling: dict[str, Any]
     engines: list[Written]
 
     @property
@@ -111,17 +116,20 @@ def measure(
     batches: int = 1,
     repeats: int = 3,
     assistant: PreTrainedModel | None = None,
+    sampling: dict[str, Any] = GREEDY,
     pad: int = 0,
 ) -> Comparison:
     """Run all engines in turn on `batches` batches, `repeats` times after one run to warm up.
 
-    The texts are greedy and as long as `max_new_tokens`, which is at least 2. Raises what `generate` raises.
+    sampling: options of `generate` that say how tokens are picked. The texts are as long as `max_new_tokens`, which is
+    at least 2: no token ends them. Raises what `generate` raises.
     """
     ends = places(tokens, context, batch * batches)
     prompts = [padded_prompts(tokens, ends[first::batches], context, pad) for first in range(batches)]
     prompts = [{name: value.to(target.device) for name, value in inputs.items()} for inputs in prompts]
-    options = {"pad_token_id": pad, "eos_token_id": None, "do_sample": False}
-    engines = engines_for(target, draft, batch, assistant)
+    options = {"pad_token_id": pad, "eos_token_id": None} | sampling
+    settings = in_effect(target, options)
+    engines = engines_for(target, draft, batch, assistant, context + max_new_tokens)
     whole: dict[str, list[float]] = defaultdict(list)
     first: dict[str, list[float]] = defaultdict(list)
     texts: dict[str, list[Tensor]] = {}
@@ -141,7 +149,7 @@ def measure(
         told = {} if engine.stock else what_ours_tells(target, prompts, *pair, engine.options, options)
         spans = median(whole[engine.name]), median(first[engine.name])
         rows.append(Written(engine.name, engine.stock, *spans, **told))
-    return Comparison(batch, context, batch * batches, max_new_tokens, rows)
+    return Comparison(batch, context, batch * batches, max_new_tokens, settings, rows)
 
 
 def timed(
@@ -149,15 +157,23 @@ def timed(
 ) -> tuple[float, list[Tensor]]:
     """Return the seconds that one call for each of `prompts` takes in all, and the sequences (B, L) of each call.
 
+    The seed of a call is the number of its prompt.
+
     The calls return sequences only. After a call that also returned its cache, LongSpec's next call would begin
     without a cache and without CUDA graphs.
     """
     _wait(target)
     with uncollected():
         began = time.perf_counter()
-        texts = [target.generate(**inputs, **options) for inputs in prompts]
+        texts = [write(target, inputs, seed, **options) for seed, inputs in enumerate(prompts)]
         _wait(target)
         return time.perf_counter() - began, texts
+
+
+def write(target: PreTrainedModel, inputs: dict[str, Tensor], seed: int, **options: Any) -> Any:
+    """Call `generate` with a seed set before, so that calls that sample draw the same numbers."""
+    torch.manual_seed(seed)
+    return target.generate(**inputs, **options)
 
 
 def what_ours_tells(
@@ -172,40 +188,22 @@ def what_ours_tells(
 
     plain, ours: sequences (B, L); own: options of this engine; options: options of plain `generate`.
     """
-    verdicts, rounds = [], []
+    verdicts: list[str] = []
+    rounds: list[int] = []
     phases: dict[str, list[float]] = defaultdict(list)
-    for inputs, theirs, text in zip(prompts, plain, ours, strict=True):
-        verdicts += judged(target, inputs, theirs, text, options)
-        output = target.generate(**inputs, **options, **own, return_dict_in_generate=True)
+    for seed, (inputs, theirs, text) in enumerate(zip(prompts, plain, ours, strict=True)):
+        verdicts += judged(target, inputs, theirs, text, options, seed)
+        output = write(target, inputs, seed, **options, **own, return_dict_in_generate=True)
         rounds += [count for row in output.accept_lengths for count in row]
         for phase, seconds in (output.phase_seconds or {}).items():
             phases[phase] += seconds
     return {
         "accept_length": fmean(rounds) if rounds else 1.0,
         "phases": {phase: 1000 * median(seconds) for phase, seconds in phases.items()} or None,
-        "equal": sum(verdict.equal for verdict in verdicts),
-        "ties": sum(not verdict.equal and verdict.tie for verdict in verdicts),
-        "different": sum(not verdict.equal and not verdict.tie for verdict in verdicts),
+        "equal": verdicts.count(EQUAL),
+        "ties": verdicts.count(TIE),
+        "different": verdicts.count(DIFFERENT),
     }
-
-
-def judged(
-    target: PreTrainedModel, inputs: dict[str, Tensor], plain: Tensor, ours: Tensor, options: dict[str, Any]
-) -> list[side_by_side.Verdict]:
-    """Judge, for each row of two batches of sequences (B, L), whether the two texts are the same."""
-    prompt = inputs["input_ids"].shape[1]
-    texts = plain[:, prompt:].tolist(), ours[:, prompt:].tolist()
-    logits = [None] * len(plain) if texts[0] == texts[1] else plain_logits(target, inputs, **options)
-    return [
-        side_by_side.judge(target, {"input_ids": ids[mask.bool()][None]}, *pair, plain_logits=own)
-        for ids, mask, *pair, own in zip(*inputs.values(), *texts, logits, strict=True)
-    ]
-
-
-def plain_logits(target: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> list[Tensor]:
-    """Return, for each row, the logits (new tokens, vocab) of plain `generate` on this batch."""
-    output = target.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
-    return list(torch.stack(output.logits, dim=1))
 
 
 def _wait(target: PreTrainedModel) -> None:

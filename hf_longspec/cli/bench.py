@@ -25,6 +25,7 @@ from .options import (
     load_pair,
     numbers,
     parse_tree,
+    sampling_settings,
 )
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ def latency(
     backend: Backend = "auto",
     compile_target: Compile = False,
     draft_vocab: Annotated[int | None, typer.Option(min=1, help="Tokens the draft guesses among.  [all]")] = None,
+    sampling: Annotated[Any, sampling_settings("Sample, by these settings.  [greedy]")] = None,
     dtype: RandomFormat = Dtype.auto,
     plot: Plot = None,
 ) -> None:
@@ -148,10 +150,13 @@ def latency(
     from ..benchmark import latency as steps
     from ..benchmark import prefill as reading
     from ..benchmark import shapes, tables, timing
+    from ..benchmark.sampling import EXAMPLE, GREEDY
 
     logging.disable_progress_bar()
     if not tree:
         fail("expected level widths such as 4,16,16, got an empty --tree")
+    if sampling == {}:
+        fail(f"expected settings such as {EXAMPLE}, got --sampling own: random weights come without a config")
     device, number_format = here(dtype)
     options: dict[str, Any] = {"tree_shape": tree, "attention_backend": backend, "compile_target": compile_target}
     options["verify_tokens"] = max(verify_tokens)  # for the calls that read prompts
@@ -160,7 +165,7 @@ def latency(
         speed = timing.measure_speed(device, number_format)
         target, draft = shapes.random_pair(shape, device, number_format, 2 * max(contexts), **options)
         draft.set_draft_vocab(None if draft_vocab is None else range(draft_vocab))
-        pair = steps.Bench(target, draft, speed, rounds)
+        pair = steps.Bench(target, draft, speed, rounds, sampling or GREEDY)
         for context in contexts:
             measured.append(pair.measure(context, verify_tokens, static))
             typer.echo(f"context {context:,}: {measured[-1].steps[-1].milliseconds:.2f} ms a round")
@@ -197,6 +202,9 @@ def text(
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to write.")] = 128,
     backend: Backend = "auto",
     compile_target: Compile = False,
+    sampling: Annotated[
+        Any, sampling_settings("Sample, by these settings, or as the target's `own`.  [greedy]")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each engine; their median counts.")] = 3,
     dtype: Format = Dtype.auto,
     profile: Profile = False,
@@ -205,13 +213,14 @@ def text(
 ) -> None:
     """Whole texts: a draft beside what transformers offers.
 
-    Greedy, one engine after the other. The fastest of transformers' own has a star.
+    One engine after the other, all with the same seeds. The fastest of transformers' own has a star.
     """
     check_plot(plot)
     from transformers.utils import logging
 
     from ..benchmark import tables
     from ..benchmark import text as whole
+    from ..benchmark.sampling import GREEDY
     from ..evaluation.room import check_room
     from ..evaluation.text import read_tokens
 
@@ -227,6 +236,7 @@ def text(
         "batches": count,
         "repeats": repeats,
         "assistant": helper,
+        "sampling": GREEDY if sampling is None else sampling,
     }
     with in_one_line("smaller --batches or a shorter --context take less"):
         check_room(model.config, context, max_new_tokens)

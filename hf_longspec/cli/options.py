@@ -50,6 +50,21 @@ def numbers(help: str, metavar: str = "N,N,...") -> Any:
     return typer.Option(parser=parse_numbers, metavar=metavar, help=help)
 
 
+def parse_sampling(text: str) -> dict[str, Any]:
+    """Parse `"temperature=0.7,top_k=20"` or `"own"` as options of `generate`."""
+    from ..benchmark import sampling
+
+    try:
+        return sampling.parse(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def sampling_settings(help: str) -> Any:
+    """Make an option that takes settings of sampling."""
+    return typer.Option(parser=parse_sampling, metavar="NAME=VALUE,...", help=help)
+
+
 Tree = Annotated[
     Any,
     typer.Option(
