@@ -107,7 +107,7 @@ class FastEngine(Engine):
         vocab, levels, noise = verified.logits.shape[-1], len(call.generator.shape), call.sampler.noise
         fused = self.unsure <= MOST_UNSURE
         if self.drawing is None or not self.drawing.has_room(call, levels) or (self.drawing.fused and not fused):
-            self.drawing = self._settled(Drawing.of(call, vocab, fused), call, levels)
+            self.drawing = self._settled(Drawing.of(call, vocab, fused), call, levels, vocab)
         elif self.astray:
             self.drawing.follow(call)
         if noise is not None:
@@ -118,12 +118,11 @@ class FastEngine(Engine):
         self.unsure += self.astray
         return None if self.astray else (walk, walks)
 
-    def _settled(self, drawing: Drawing, call: Call, levels: int) -> Drawing:
+    def _settled(self, drawing: Drawing, call: Call, levels: int, vocab: int) -> Drawing:
         """Move a drawing into the memory of the last one, and forget the graph of the last one if it differs."""
         noise, text = call.sampler.noise, call.text
         drawing = self.drawn.put("drawing", drawing)
         if noise is not None:
-            vocab = noise.draws[0].shape[1]
             form = (levels + 1 + (0 if text.together else text.lead), text.batch, vocab)
             kept = self.noise
             forbidden = kept is not None and kept.is_inference() and not torch.is_inference_mode_enabled()
