@@ -43,11 +43,12 @@ class ByLogits(NamedTuple):
 
     @classmethod
     def of(cls, processor: Any, **_: Any) -> ByLogits:
-        return cls(_shared(type(processor), tuple(sorted(vars(processor).items()))))
+        kind: Any = type(processor)
+        return cls(_shared(kind, tuple(sorted(vars(processor).items()))))
 
 
 @functools.lru_cache(maxsize=256)
-def _shared(kind: type, settings: tuple[tuple[str, Any], ...]) -> Any:
+def _shared(kind: Any, settings: tuple[tuple[str, Any], ...]) -> Any:
     """Return one processor for all calls with these settings, as graphs know it by its identity."""
     processor = kind.__new__(kind)
     vars(processor).update(settings)
@@ -189,7 +190,7 @@ class Forced(NamedTuple):
 
     @classmethod
     def of_first(cls, processor: Any, vocab: int, device: torch.device, **_: Any) -> Forced:
-        return cls(_mask(torch.tensor([processor.bos_token_id]), vocab, device), _number(1, device))
+        return cls(_mask(torch.tensor([processor.bos_token_id], device=device), vocab, device), _number(1, device))
 
     @classmethod
     def of_last(cls, processor: Any, vocab: int, device: torch.device, **_: Any) -> Forced:
@@ -307,7 +308,7 @@ class Biases(NamedTuple):
     @classmethod
     def of(cls, processor: Any, vocab: int, device: torch.device, **_: Any) -> Biases:
         biases = {tuple(tokens): float(bias) for tokens, bias in processor.sequence_bias.items()}
-        single = torch.zeros(vocab, dtype=torch.float32)
+        single = torch.zeros(vocab, dtype=torch.float32, device="cpu")
         by_length: dict[int, list[tuple[tuple[int, ...], float]]] = {}
         for tokens, bias in biases.items():
             if len(tokens) == 1:
