@@ -84,8 +84,7 @@ class FullLayer(CacheLayerMixin):
         """Make room for `capacity` tokens, by doubling: a long answer copies the cache a few times only."""
         if self.is_initialized and capacity > self.keys.shape[2]:
             size = _bucket(max(capacity, 2 * self.keys.shape[2]))
-            self.keys = _regrown(self.keys, size, self.length)
-            self.values = _regrown(self.values, size, self.length)
+            self.keys, self.values = _regrown(self.keys, size), _regrown(self.values, size)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Append (B, K, T, D) in place; returns all keys and values as views."""
@@ -307,9 +306,10 @@ def compacted(states: Tensor) -> Tensor:
         return states
 
 
-def _regrown(old: Tensor, capacity: int, length: int) -> Tensor:
+def _regrown(old: Tensor, capacity: int) -> Tensor:
+    """Return a store with more slots; all of the old ones are copied, as the device may be ahead of the host."""
     new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
-    new[:, :, :length] = old[:, :, :length]
+    new[:, :, : old.shape[2]] = old
     return new
 
 

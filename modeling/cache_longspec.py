@@ -44,7 +44,8 @@ class SpeculativeCache(Cache):
         the shortest row. longest: the largest length of text and tree, if known: a window of that size never slides.
         """
         self.past = past  # the cache of the user, which `hand_back` fills
-        self.tree_size = tree_size
+        self.tree_size, self.longest = tree_size, longest
+        self.ahead = 0  # tokens that rounds of which the host does not know yet may have kept
         self.placement: Placement | None = None
         self.starts = [0] * batch  # of each row, the first index that is no padding
         self.visible: Tensor | None = None  # see `Placement`
@@ -139,7 +140,8 @@ class SpeculativeCache(Cache):
 
     def make_room(self) -> bool:
         """Make room for a tree behind the longest row. Returns whether the stores of any layer had to move."""
-        needed = self.length + self.tree_size
+        needed = self.length + self.ahead + self.tree_size
+        needed = needed if self.longest is None else min(needed, self.longest)
         short = [layer for layer in self.owners if layer.is_initialized and needed > layer.capacity]
         for layer in short:
             layer.ensure(needed)

@@ -90,6 +90,13 @@ class Engine:
         """
         return None
 
+    def round(self, call: Any) -> list[int] | None:
+        """Run a round otherwise than phase by phase, and return the number of tokens that each row wrote.
+
+        None where it has to be run phase by phase.
+        """
+        return None
+
     def layers(self, call: Any) -> AbstractContextManager:
         """Return the context in which the layers of the call's target verify."""
         return nullcontext()

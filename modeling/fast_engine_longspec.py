@@ -20,6 +20,7 @@ from .cache_longspec import SpeculativeCache
 from .call_longspec import Call
 from .configuration_longspec import LongSpecConfig
 from .engine_longspec import Backend, Demand, Engine
+from .fast_ahead_longspec import MOST_AHEAD, Ends, Flights, can_fly, drawn_round, whole_round
 from .fast_choose_longspec import resolve_backend
 from .fast_draw_longspec import Drawing, draw_paths
 from .fast_graphs_longspec import Graphs, Settled, captured_values, graphs_misfit, plain
@@ -49,6 +50,8 @@ class FastEngine(Engine):
         self.drawn_with: Any = None  # what the graph of `draw_paths` has taken from its drawing
         self.astray = False  # whether the host has picked tokens that the drawing does not know
         self.unsure = 0  # rounds of this call in which kernels did not know a token
+        self.flights: Flights | None = None  # where this call's rounds run ahead of the host
+        self.ends: Ends | None = None
 
     def suits(self, device: torch.device) -> bool:
         # work on one stream does not wait for work on another
@@ -79,7 +82,10 @@ class FastEngine(Engine):
         if wanted == "auto" and reason and self.device.type == "cuda":
             logger.warning_once(f"LongSpec runs without CUDA graphs: {reason}")
         self.graphs.captures = wanted is not False and reason is None
-        self.drawing, self.unsure = None, 0
+        self.drawing, self.unsure, self.flights = None, 0, None
+        if self.graphs.captures and can_fly(call):
+            self.flights = Flights(call, self.device)
+            self.ends = self.settled.put("ends", Ends.of(call, self.device))
         cache, generator = call.cache, call.generator
         cache.on_device = self.graphs.captures
         cache.bounds_on(call.roots.positions.device)
@@ -103,28 +109,59 @@ class FastEngine(Engine):
     def draws(self, processors: list, device: torch.device) -> bool:
         return draws_on(device) and device == self.device and are_on_device(processors)
 
+    def round(self, call: Call) -> list[int] | None:
+        flights = self.flights
+        if flights is None or not (flights.rounds or self.graphs.captures):
+            return None
+        while flights.may_launch(call):
+            if not call.sampler.plan.drawn:
+                table = self.run(whole_round, call, self.ends)
+            elif (drawing := self._drawing(call, len(flights.rounds) * flights.steps)) is not None:
+                table = self.run(drawn_round, call, self.ends, drawing)
+            else:
+                break
+            flights.launch(call, table)
+        if not flights.rounds:
+            flights.grounded = False
+            return None
+        counts = flights.land(call)
+        self.unsure += flights.grounded
+        return counts
+
     def draw(self, call: Call, tree: TokenTree, verified: Verified) -> tuple[Walk, list[RowWalk]] | None:
-        vocab, levels, noise = verified.logits.shape[-1], len(call.generator.shape), call.sampler.noise
-        fused = self.unsure <= MOST_UNSURE
-        if self.drawing is None or not self.drawing.has_room(call, levels) or (self.drawing.fused and not fused):
-            self.drawing = self._settled(Drawing.of(call, vocab, fused), call, levels)
-        elif self.astray:
-            self.drawing.follow(call)
-        if noise is not None:
-            noise.draw_until(max(*call.text.steps, noise.first) + levels, vocab)
-        walk = self.run(draw_paths, call, tree, verified, self.drawing)
+        drawing = self._drawing(call, 0)
+        walk = self.run(draw_paths, call, tree, verified, drawing)
         walks = walk.on_host()
         self.astray = not all(row.nodes for row in walks)
         self.unsure += self.astray
         return None if self.astray else (walk, walks)
+
+    def _drawing(self, call: Call, unread: int) -> Drawing | None:
+        """Return what the next round draws with, its noise drawn; unread: tokens that the host may not know yet.
+
+        None where it must be made anew, for which the host has to know all.
+        """
+        levels, noise, vocab = len(call.generator.shape), call.sampler.noise, call.sampler.vocab
+        fused = self.unsure <= MOST_UNSURE
+        drawing = self.drawing
+        if drawing is None or not drawing.has_room(call, unread + levels) or (drawing.fused and not fused):
+            if unread:
+                return None
+            drawing = self.drawing = self._settled(Drawing.of(call, vocab, fused), call, levels)
+        elif self.astray:
+            drawing.follow(call)
+            self.astray = False
+        if noise is not None:
+            noise.draw_until(max(*call.text.steps, noise.first) + unread + levels, vocab)
+        return drawing
 
     def _settled(self, drawing: Drawing, call: Call, levels: int) -> Drawing:
         """Move a drawing into the memory of the last one, and forget the graph of the last one if it differs."""
         noise, text = call.sampler.noise, call.text
         drawing = self.drawn.put("drawing", drawing)
         if noise is not None:
-            vocab = noise.draws[0].shape[1]
-            form = (levels + 1 + (0 if text.together else text.lead), text.batch, vocab)
+            lead = MOST_AHEAD * (levels + 1) if text.together else text.lead + levels + 1
+            form = (lead, text.batch, call.sampler.vocab)
             kept = self.noise
             forbidden = kept is not None and kept.is_inference() and not torch.is_inference_mode_enabled()
             if kept is None or kept.shape != form or forbidden:
@@ -132,7 +169,7 @@ class FastEngine(Engine):
             noise.keep_in(kept)
             drawing = drawing._replace(noise=kept)
         if (drawn_with := plain(drawing)) != self.drawn_with:
-            self.graphs.drop(draw_paths)
+            self.graphs.drop(draw_paths, drawn_round)
         self.drawn_with, self.astray = drawn_with, False
         return drawing
 

@@ -61,10 +61,11 @@ class Graphs:
             self.forget()
         self.values = values
 
-    def drop(self, phase: Callable[..., Any]) -> None:
-        """Drop the graph of one phase, which will work on other tensors."""
-        self.warm.discard(phase)
-        self.captured.pop(phase, None)
+    def drop(self, *phases: Callable[..., Any]) -> None:
+        """Drop the graphs of some phases, which will work on other tensors."""
+        for phase in phases:
+            self.warm.discard(phase)
+            self.captured.pop(phase, None)
 
     def run(self, phase: Callable[..., Any], call: Any, *inputs: Any) -> Any:
         if not self.captures or phase not in self.warm:  # libraries set themselves up in a first run

@@ -43,15 +43,54 @@ class ByLogits(NamedTuple):
 
     @classmethod
     def of(cls, processor: Any, **_: Any) -> ByLogits:
-        return cls(_shared(type(processor), tuple(sorted(vars(processor).items()))))
+        kind: Any = type(processor)
+        return cls(_shared(kind, tuple(sorted(vars(processor).items()))))
 
 
 @functools.lru_cache(maxsize=256)
-def _shared(kind: type, settings: tuple[tuple[str, Any], ...]) -> Any:
+def _shared(kind: Any, settings: tuple[tuple[str, Any], ...]) -> Any:
     """Return one processor for all calls with these settings, as graphs know it by its identity."""
     processor = kind.__new__(kind)
     vars(processor).update(settings)
     return processor
+
+
+class TopP(NamedTuple):
+    """`TopPLogitsWarper`: without the assignment of a number, which the host would send."""
+
+    limit: float
+    least: int
+
+    def __call__(self, scores: Tensor, texts: Texts) -> Tensor:
+        ordered, tokens = scores.sort(dim=-1)
+        unlikely = ordered.softmax(dim=-1).cumsum(dim=-1) <= self.limit
+        unlikely = unlikely & (torch.arange(scores.shape[1], device=scores.device) < scores.shape[1] - self.least)
+        return scores.masked_fill(torch.zeros_like(unlikely).scatter(1, tokens, unlikely), -math.inf)
+
+    @classmethod
+    def of(cls, processor: Any, **_: Any) -> TopP:
+        return cls(1 - processor.top_p, processor.min_tokens_to_keep)
+
+
+class Typical(NamedTuple):
+    """`TypicalLogitsWarper`, likewise."""
+
+    mass: float
+    least: int
+
+    def __call__(self, scores: Tensor, texts: Texts) -> Tensor:
+        normalized = scores.log_softmax(dim=-1)
+        entropy = -(normalized * normalized.exp()).nansum(dim=-1, keepdim=True)
+        surprise, tokens = (-normalized - entropy).abs().sort(dim=-1)
+        reached = scores.gather(-1, tokens).softmax(dim=-1).cumsum(dim=-1)
+        last = (reached < self.mass).sum(dim=1, keepdim=True).clamp(max=scores.shape[1] - 1)
+        odd = surprise > surprise.gather(1, last)
+        odd = odd & (torch.arange(scores.shape[1], device=scores.device) >= self.least)
+        return scores.masked_fill(torch.zeros_like(odd).scatter(1, tokens, odd), -math.inf)
+
+    @classmethod
+    def of(cls, processor: Any, **_: Any) -> Typical:
+        return cls(processor.mass, processor.min_tokens_to_keep)
 
 
 class Eta(NamedTuple):
@@ -151,7 +190,7 @@ class Forced(NamedTuple):
 
     @classmethod
     def of_first(cls, processor: Any, vocab: int, device: torch.device, **_: Any) -> Forced:
-        return cls(_mask(torch.tensor([processor.bos_token_id]), vocab, device), _number(1, device))
+        return cls(_mask(torch.tensor([processor.bos_token_id], device=device), vocab, device), _number(1, device))
 
     @classmethod
     def of_last(cls, processor: Any, vocab: int, device: torch.device, **_: Any) -> Forced:
@@ -269,7 +308,7 @@ class Biases(NamedTuple):
     @classmethod
     def of(cls, processor: Any, vocab: int, device: torch.device, **_: Any) -> Biases:
         biases = {tuple(tokens): float(bias) for tokens, bias in processor.sequence_bias.items()}
-        single = torch.zeros(vocab, dtype=torch.float32)
+        single = torch.zeros(vocab, dtype=torch.float32, device="cpu")
         by_length: dict[int, list[tuple[tuple[int, ...], float]]] = {}
         for tokens, bias in biases.items():
             if len(tokens) == 1:
@@ -321,8 +360,8 @@ _ON_DEVICE: dict[str, Callable[..., Any]] = {
     "TemperatureLogitsWarper": ByLogits.of,
     "TopHLogitsWarper": TopH.of,
     "TopKLogitsWarper": ByLogits.of,
-    "TopPLogitsWarper": ByLogits.of,
-    "TypicalLogitsWarper": ByLogits.of,
+    "TopPLogitsWarper": TopP.of,
+    "TypicalLogitsWarper": Typical.of,
 }
 
 

@@ -150,7 +150,9 @@ def decode(call: Call, synced_gpus: bool) -> list[list[int]]:
             shift = int(call.roots.positions.max()) - cache.length
             call = call.engine.begin(call._replace(shift=shift), synced_gpus)
         else:
-            counts = decode_round(call.next_round())
+            call = call.next_round()
+            counts = call.engine.round(call)
+            counts = decode_round(call) if counts is None else counts
         if text.stopped != stopped:
             call.roots.follow(text)
         for lengths, count, padding in zip(accept_lengths, counts, stopped, strict=True):

@@ -143,9 +143,11 @@ class Sampler:
     def __init__(self, processors: Any, do_sample: bool, plan: Plan, batch: int, device: torch.device):
         self.processors, self.do_sample, self.plan = processors, do_sample, plan
         self.noise = Noise(batch, device) if plan.draws_ahead else None
+        self.vocab = 0  # of the logits; known behind the first token
 
     def pick(self, ids: Callable[[list[int]], Tensor], rows: list[int], steps: list[int], logits: Tensor) -> Picks:
         """Pick from logits (R, vocab) float32 of `rows`, each at its step; ids(rows): (R, L) of rows of one length."""
+        self.vocab = logits.shape[-1]
         if len(set(steps)) == 1:
             scores = self.processors(ids(rows), logits)
         else:

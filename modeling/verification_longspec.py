@@ -137,13 +137,16 @@ def accept(text: Text, paths: list[list[int]], write_next: WriteNext) -> None:
             paths[row].append(node)
 
 
-def along_walk(walks: list[RowWalk], verified: Verified, text: Text) -> WriteNext:
-    """Write the tokens that the device has picked. Scores, if they are recorded, are logits: see `Engine.draw`."""
+def along_walk(walks: list[RowWalk], verified: Verified | None, text: Text) -> WriteNext:
+    """Write the tokens that the device has picked; verified: None where nothing of it is recorded.
+
+    Scores, if they are recorded, are logits: see `Engine.draw`.
+    """
     step = 0  # all that move are equally far
 
     def write_next(rows: list[int], nodes: list[int]) -> dict[int, int | None]:
         nonlocal step
-        if not text.records.empty:
+        if verified is not None and not text.records.empty:
             logits = verified.logits[rows, nodes]
             text.record(rows, logits, logits, _states(verified, rows, nodes))
         text.write(rows, [walks[row].tokens[step] for row in rows])

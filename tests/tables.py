@@ -2,27 +2,22 @@
 
 import itertools
 import random
+from types import SimpleNamespace
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper
 
+from hf_longspec.modeling.fast_engine_longspec import FastEngine
 from hf_longspec.modeling.sampling_longspec import Plan, Sampler
 from hf_longspec.modeling.text_longspec import Text
 from hf_longspec.modeling.tree_longspec import TokenTree, ancestor_mask, node_depths
-from hf_longspec.modeling.verification_longspec import (
-    Verified,
-    accept,
-    along_walk,
-    emit,
-    pick_tree,
-    step_by_step,
-    walk,
-)
+from hf_longspec.modeling.verification_longspec import Verified, accept, along_walk, emit, step_by_step, walk
 
 VOCAB = 5
 PROMPT = [3, 1]
 PAD = 0
+NODES = 20  # of the largest tree
 TABLE = 2.0 * torch.randn(VOCAB, VOCAB, VOCAB, generator=torch.Generator().manual_seed(5))
 
 
@@ -43,26 +38,52 @@ def extend(tree, logits, text, paths, hidden_states=None):
     ancestors = ancestor_mask(tree.parents, tree.levels)
     verified = Verified(ancestors, node_depths(ancestors), logits, hidden_states)
     sampler = text.sampler
-    if not sampler.plan.by_tree:
-        accept(text, paths, step_by_step(tree, verified, sampler, text))
-    else:
-        picks = pick_tree(text, sampler, verified, tree.levels)
-        tokens = logits.argmax(dim=-1) if picks is None else picks.tokens
+    if sampler.plan.drawn:
+        _, walks = text.engine.draw(drawing_call(text), tree, verified)
+        accept(text, paths, along_walk(walks, verified, text))
+    elif sampler.plan.by_argmax:
+        tokens = logits.argmax(dim=-1)
         if text.padding is not None:
             tokens = tokens.masked_fill(torch.tensor(text.stopped)[:, None], text.padding)
         walks = walk(tree, ancestors, verified.depths, tokens).on_host()
-        accept(text, paths, along_walk(walks, verified, picks, text))
+        accept(text, paths, along_walk(walks, verified, text))
+    else:
+        accept(text, paths, step_by_step(tree, verified, sampler, text))
     sampler.forget(text.slowest)
 
 
+def drawing_call(text):
+    """Return what a fast engine asks of a call to draw its tokens; nothing is cached but the roots are missing."""
+    ends = torch.tensor(text.lengths) - 1
+    return SimpleNamespace(
+        text=text,
+        sampler=text.sampler,
+        cache=SimpleNamespace(lengths=ends.tolist(), bounds_on=lambda device: (torch.zeros_like(ends), ends)),
+        generator=SimpleNamespace(shape=(1,) * NODES),
+        levels=NODES,
+        backend=SimpleNamespace(draw=None),
+        roots=SimpleNamespace(stopped=torch.tensor(text.stopped)),
+    )
+
+
 def begin_text(
-    ids: torch.Tensor, processors, criteria, config, streamer=None, *, nodes, vocab, keeps_cache=True, together=False
+    ids: torch.Tensor,
+    processors,
+    criteria,
+    config,
+    streamer=None,
+    *,
+    nodes,
+    vocab,
+    keeps_cache=True,
+    together=False,
+    can_draw=False,
 ) -> Text:
-    """Begin a text as the decoding loop does; `text.sampler` picks its tokens."""
-    do_sample = config.do_sample
-    plan = Plan.of(processors, criteria, do_sample, ids, nodes * vocab, together or streamer is not None)
+    """Begin a text as the decoding loop does; `text.sampler` picks its tokens, or `text.engine`, if it can draw."""
+    do_sample, options = config.do_sample, {"together": together or streamer is not None, "can_draw": can_draw}
+    plan = Plan.of(processors, criteria, do_sample, len(ids), **options)
     text = Text(ids, criteria, config, streamer, plan, nodes=nodes, vocab=vocab, keeps_cache=keeps_cache)
-    text.sampler = Sampler(processors, do_sample, plan, len(ids), ids.device)
+    text.sampler, text.engine = Sampler(processors, do_sample, plan, len(ids), ids.device), FastEngine(ids.device)
     return text
 
 
@@ -93,7 +114,7 @@ def make_tree(tokens: list[int], parents: list[int]) -> TokenTree:
 
 def random_tree(root: int, rng: random.Random) -> TokenTree:
     """Make any tree at all: siblings may carry the same token, and most nodes are bad guesses."""
-    nodes = rng.choice([1, 2, 4, 9, 20])
+    nodes = rng.choice([1, 2, 4, 9, NODES])
     return make_tree(
         [root] + [rng.randrange(VOCAB) for _ in range(nodes - 1)], [0] + [rng.randrange(n) for n in range(1, nodes)]
     )
@@ -107,13 +128,14 @@ def make_text(
     criteria: list = (),
     prompts: list[list[int]] = (PROMPT,),
     keeps_cache: bool = True,
+    can_draw: bool = False,
     **options,
 ) -> Text:
     config = GenerationConfig(do_sample=do_sample, **options)
     config._pad_token_tensor = torch.tensor(PAD)
     stops = StoppingCriteriaList([MaxLengthCriteria(len(prompts[0]) + new_tokens), *criteria])
     ids = torch.tensor(list(prompts))
-    sizes = {"nodes": 20, "vocab": VOCAB, "keeps_cache": keeps_cache}
+    sizes = {"nodes": NODES, "vocab": VOCAB, "keeps_cache": keeps_cache, "can_draw": can_draw}
     return begin_text(ids, LogitsProcessorList(processors), stops, config, streamer, **sizes)
 
 

@@ -15,7 +15,7 @@ from probes import Stops
 from texts import prompt_of
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
-from hf_longspec.modeling import cache_layers_longspec, call_longspec, sampling_longspec
+from hf_longspec.modeling import cache_layers_longspec, call_longspec, fast_engine_longspec
 from hf_longspec.modeling.cache_layers_longspec import BUCKET, SLACK
 from hf_longspec.modeling.engine_longspec import Engine, Engines
 from hf_longspec.modeling.fast_engine_longspec import FastEngine
@@ -59,18 +59,20 @@ def pair():
 )
 @pytest.mark.parametrize("shape", quick_or_slow([SHAPE, (1, 1, 1), ()], [SHAPE, ()]))
 def test_calls_of_one_shape_are_captured_once(captures, monkeypatch, family, shape):
-    """Whatever their prompts, lengths and samplers."""
-    monkeypatch.setattr(sampling_longspec, "pays_by_tree", lambda *args: True)
+    """Whatever their prompts, lengths and samplers; only the drawing is captured anew where the sampler differs."""
+    monkeypatch.setattr(fast_engine_longspec, "draws_on", lambda device: True)
     target = tiny_target(family)
     draft = tiny_draft(target, tree_shape=shape)
     for count, length in enumerate((9, 30, 3, 9)):
         assert_same(target, draft, prompt_of(length), max_new_tokens=(20, 5, 30, 20)[count])
         assert len(captures) == (4 if shape else 3), "grow, verify, find paths, commit"
-    for length in (4, 17):
-        assert_same(target, draft, prompt_of(length), do_sample=True, temperature=0.7)
-    assert all(captures) and len(captures) == (5 if shape else 4), "what is sampled is picked between two phases"
-    assert_same(target, draft, prompt_of(12), repetition_penalty=1.3, do_sample=True)
-    assert len(captures) == (5 if shape else 4)
+    drawn = [{"temperature": 0.7}, {"repetition_penalty": 1.3}, {"temperature": 0.7}]
+    for count, options in enumerate(drawn, start=5):
+        for length in (4, 17):
+            assert_same(target, draft, prompt_of(length), do_sample=True, **options)
+            assert all(captures) and len(captures) == (count if shape else count - 1)
+    assert_same(target, draft, prompt_of(12))
+    assert len(captures) == (7 if shape else 6), "the largest logits are found as before"
 
 
 @pytest.mark.parametrize("family", quick_or_slow(["llama", "mistral", "gemma3_text"], ["llama", "gemma3_text"]))

@@ -128,7 +128,7 @@ def test_float32_equals_plain_generate(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float32_equals_plain_generate_for_a_batch(family):
-    """Eight prompts of other lengths; rows end at other steps; all nodes are picked from at once, or the path's."""
+    """Eight prompts of other lengths; rows end at other steps; the device draws, with each row's text."""
     target = tiny_target(family).cuda()
     draft = tiny_draft(target, window=8)
     inputs = batch_of(9, 1, 17, 4, 30, 2, 12, 7)

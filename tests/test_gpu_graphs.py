@@ -45,17 +45,17 @@ def assert_same(target, draft, ids, **options):
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss", "cohere2"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_phases_are_captured_once(family, batch, captures):
-    """Whatever prompts, lengths and samplers; a sampled call finds its paths in a phase of its own."""
+    """Whatever prompts and lengths; where the sampler differs, only the phase that draws is captured anew."""
     target = tiny_target(family).cuda()
     draft = tiny_draft(target, tree_shape=(4, 8, 8))
     for length, new in ((9, 40), (30, 12), (3, 60)):
         assert_same(target, draft, prompt_of(length, batch), max_new_tokens=new)
     moe = family == "gpt_oss"  # whose experts may ask the host how many tokens they get
     assert captures == [True] * 4 or (moe and captures == [True, False] * 3), captures
-    for length in (9, 20):
-        assert_same(target, draft, prompt_of(length, batch), do_sample=True)
-        assert_same(target, draft, prompt_of(length, batch), do_sample=True, repetition_penalty=1.3)
-    assert captures == [True] * 5 or moe
+    for count, options in enumerate(({}, {"repetition_penalty": 1.3}, {}), start=5):
+        for length in (9, 20):
+            assert_same(target, draft, prompt_of(length, batch), do_sample=True, **options)
+        assert captures == [True] * count or moe
 
 
 def test_no_graphs_where_they_are_not_wanted(captures):

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from hf_longspec.modeling import sampling_longspec, text_longspec
+from hf_longspec.modeling import fast_engine_longspec, text_longspec
 from hf_longspec.modeling.cache_layers_longspec import BUCKET
 from hf_longspec.modeling.cache_longspec import SpeculativeCache
 from hf_longspec.modeling.candidate_generator_longspec import DraftWindow
@@ -111,26 +111,26 @@ def test_a_batch_holds_one_cache_and_a_constant_for_each_row():
     assert over[1] - over[0] <= 8 * 3 * batch * 3072
 
 
-@pytest.mark.parametrize("by_tree", [False, True])
-def test_noise_is_held_for_no_more_steps_than_the_lead(monkeypatch, by_tree):
+@pytest.mark.parametrize("drawn", [False, True])
+def test_noise_is_held_for_no_more_steps_than_the_lead(monkeypatch, drawn):
     """Rows get ahead of each other as far as they may; an answer is many leads long."""
     held, lead = [], 12
-    original = Noise._draw_until
+    original = Noise.draw_until
 
     def counted(self, step, vocab):
         original(self, step, vocab)
         held.append(len(self.draws))
 
-    monkeypatch.setattr(Noise, "_draw_until", counted)
+    monkeypatch.setattr(Noise, "draw_until", counted)
     monkeypatch.setattr(text_longspec, "LEAD", lead)
-    monkeypatch.setattr(sampling_longspec, "pays_by_tree", lambda *args: by_tree)
+    monkeypatch.setattr(fast_engine_longspec, "draws_on", lambda device: drawn)
     target = tiny_target("llama")
     draft = tiny_draft(target, window=WINDOW, tree_shape=SHAPE)
     ids = torch.randint(2, 13, (4, 9), generator=torch.Generator().manual_seed(0))
     options = {"do_sample": True, "temperature": 0.3, "max_new_tokens": 120, "pad_token_id": 0, "eos_token_id": 7}
     target.generate(ids, assistant_model=draft, **options)
     nodes = 1 + sum(SHAPE)
-    assert held and max(held) <= lead + nodes + by_tree * (len(SHAPE) + 1)
+    assert held and max(held) <= lead + nodes + drawn * (len(SHAPE) + 1)
 
 
 def test_plain_generate_holds_more_at_its_peak():

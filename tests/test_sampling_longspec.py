@@ -1,4 +1,4 @@
-"""Noise against `torch.multinomial`, the tables of processors against what each does, both ways to pick a token.
+"""Noise against `torch.multinomial`, the table of processors against what each does, how the host picks a token.
 
 The criteria that become numbers are checked against the criteria themselves.
 """
@@ -7,7 +7,6 @@ import random
 
 import pytest
 import torch
-from helpers import tiny_draft, tiny_target
 from tables import Recorder, make_text
 from transformers import (
     LogitsProcessor,
@@ -28,12 +27,11 @@ from hf_longspec.modeling.sampling_longspec import (
     Stops,
     are_by_row,
     are_criteria_by_row,
-    are_without_history,
+    largest,
 )
-from hf_longspec.modeling.tree_longspec import ancestor_mask, node_depths
 
 CPU = torch.device("cpu")
-AHEAD = Plan(together=False, by_tree=True, by_argmax=False, draws_ahead=True, on_host=False)
+AHEAD = Plan(together=False, by_argmax=False, drawn=False, draws_ahead=True, on_host=False)
 SHAPES = [(1, 5), (2, 13), (4, 1001), (1, 151_936), (3, 50_257)]
 
 
@@ -91,11 +89,7 @@ def test_rows_at_their_own_steps_get_the_draws_of_those_steps(batch, vocab, seed
         rows = sorted(rng.sample(range(batch), rng.randrange(1, batch + 1)))
         got = noise.at(rows, [at[row] for row in rows], vocab)
         assert torch.equal(got, torch.stack([draws[at[row]][row] for row in rows]))
-        count = rng.randrange(1, 6)
-        ahead = noise.ahead(at, count, vocab)
-        assert ahead.shape == (batch, count, vocab)
-        for row in range(batch):
-            assert torch.equal(ahead[row], torch.stack([draws[at[row] + step][row] for step in range(count)]))
+        noise.draw_until(max(at) + rng.randrange(5), vocab)
         for row in rows:
             at[row] += 1
         if rng.random() < 0.5:
@@ -121,16 +115,39 @@ def test_nothing_is_drawn_before_it_is_needed():
     assert torch.equal(torch.get_rng_state(), state), "a draw that is held was drawn again"
 
 
-def test_a_row_that_rests_may_be_behind_what_is_held():
-    """A finished row's draws are gone; asked for all rows at once, it gets any."""
+@pytest.mark.parametrize("size", [4, 7])
+def test_noise_in_a_ring_is_the_same(size):
+    """Draws that were made before it, too; each lies at its step modulo the size, and stays while it is held."""
     torch.manual_seed(0)
-    draws = [torch.empty(2, 5).exponential_(1) for _ in range(8)]
+    draws = [torch.empty(2, 5).exponential_(1) for _ in range(20)]
+    after = torch.get_rng_state()
     torch.manual_seed(0)
-    noise = Noise(2, CPU)
-    noise.at([1], [5], 5)
-    noise.forget(5)
-    ahead = noise.ahead([1, 5], 3, 5)
-    assert torch.equal(ahead[1], torch.stack([draws[step][1] for step in (5, 6, 7)])) and ahead.shape == (2, 3, 5)
+    noise, ring = Noise(2, CPU), torch.full((size, 2, 5), float("nan"))
+    noise.at([0, 1], [1, 0], 5)
+    noise.keep_in(ring)
+    for slowest in range(20 - size + 1):
+        noise.forget(slowest)
+        noise.draw_until(slowest + size - 1, 5)
+        for step in range(slowest, slowest + size):
+            assert torch.equal(ring[step % size], draws[step])
+            assert torch.equal(noise.at([1], [step], 5), draws[step][1:])
+        if slowest == 9:  # the next call's rounds of another shape
+            ring = torch.empty(size, 2, 5)
+            noise.keep_in(ring)
+    assert torch.equal(torch.get_rng_state(), after)
+    noise.rewind(18)
+    assert torch.equal(torch.empty(2, 5).exponential_(1), draws[18])
+
+
+def test_a_ring_taken_over_in_place():
+    """Noise that already lies in it stays where it is."""
+    noise, ring = Noise(1, CPU), torch.empty(3, 1, 5)
+    noise.keep_in(ring)
+    noise.draw_until(4, 5)
+    noise.forget(3)
+    held = [draw.clone() for draw in noise.draws]
+    noise.keep_in(ring)
+    assert torch.equal(ring[3 % 3], held[0]) and torch.equal(ring[4 % 3], held[1])
 
 
 # --- kinds of processors and criteria --------------------------------------------------------------------------------
@@ -162,7 +179,6 @@ MADE = {
     "SuppressTokensAtBeginLogitsProcessor": lambda make: make([2, 7], 8),
     "WatermarkLogitsProcessor": lambda make: make(VOCAB, "cpu"),
 }
-WITHOUT_HISTORY = sorted(sampling_longspec._WITHOUT_HISTORY)
 
 
 def processor(name: str) -> LogitsProcessor:
@@ -176,11 +192,9 @@ def random_inputs(batch: int, length: int, seed: int) -> tuple[torch.Tensor, tor
 
 
 def test_the_tables_name_what_this_transformers_has():
-    assert set(MADE) == sampling_longspec._BY_ROW > sampling_longspec._WITHOUT_HISTORY
-    for name in MADE:
-        assert are_by_row([processor(name)])
-        assert are_without_history([processor(name)]) is (name in WITHOUT_HISTORY)
-    assert are_by_row([]) and are_without_history([]) and are_criteria_by_row([])
+    assert set(MADE) == sampling_longspec._BY_ROW
+    assert all(are_by_row([processor(name)]) for name in MADE)
+    assert are_by_row([]) and are_criteria_by_row([])
 
 
 @pytest.mark.parametrize("name", sorted(MADE))
@@ -198,21 +212,6 @@ def test_processors_by_row_keep_nothing_and_mix_no_rows(name):
     assert acted or name == "InfNanRemoveLogitsProcessor"
 
 
-@pytest.mark.parametrize("name", WITHOUT_HISTORY)
-def test_processors_without_history_do_not_look_at_the_text(name):
-    _, logits = random_inputs(4, 5, seed=0)
-    results = [processor(name)(random_inputs(4, length, seed=length)[0], logits.clone()) for length in (1, 5, 40)]
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-
-
-@pytest.mark.parametrize("name", sorted(set(MADE) - set(WITHOUT_HISTORY)))
-def test_processors_with_history_look_at_the_text(name):
-    """None is in the slower kind for nothing."""
-    _, logits = random_inputs(4, 5, seed=0)
-    scores = [processor(name)(random_inputs(4, length, seed=length)[0], logits.clone()) for length in (1, 5, 8, 40)]
-    assert any(not torch.equal(scores[0], other) for other in scores[1:])
-
-
 def test_what_is_unknown_or_a_subclass_keeps_rows_together():
     class Mine(LogitsProcessor):
         pass
@@ -224,7 +223,7 @@ def test_what_is_unknown_or_a_subclass_keeps_rows_together():
     known = processor("TopKLogitsWarper")
     for unknown in (Mine(), Tempered(0.7), TopKLogitsWarper(), lambda ids, scores: scores):
         for processors in ([unknown], [known, unknown], [unknown, known]):
-            assert not are_by_row(processors) and not are_without_history(processors)
+            assert not are_by_row(processors)
 
 
 def test_a_penalty_with_a_length_for_each_row_keeps_rows_together():
@@ -250,13 +249,6 @@ def test_criteria_by_row():
 
     for unknown in (Mine(), Timed(9.0), stopping_criteria.ConfidenceCriteria(0.5), lambda ids, scores: False):
         assert not are_criteria_by_row([*known, unknown])
-
-
-def test_all_nodes_pay_on_no_cpu_and_up_to_a_size():
-    largest = sampling_longspec.LARGEST_TREE_LOGITS
-    assert not sampling_longspec.pays_by_tree(CPU, 1)
-    assert sampling_longspec.pays_by_tree(torch.device("cuda"), largest)
-    assert not sampling_longspec.pays_by_tree(torch.device("cuda"), largest + 1)
 
 
 # --- the sampler -----------------------------------------------------------------------------------------------------
@@ -293,97 +285,16 @@ def test_pick_without_noise_is_multinomial():
     assert torch.equal(picks.tokens, expected) and torch.equal(torch.get_rng_state(), after)
 
 
-@pytest.mark.parametrize("do_sample", [False, True])
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("name", [None, *WITHOUT_HISTORY, "several"])
-def test_all_nodes_at_once_are_picked_as_along_every_path(name, batch, do_sample):
-    several = ["TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper"]
-    names = several if name == "several" else [] if name is None else [name]
-    processors = LogitsProcessorList([processor(each) for each in names])
-    rng = random.Random(batch)
-    nodes, steps = 12, [3, 0, 9, 5][:batch]
-    parents = [[0] + [rng.randrange(max(node - 4, 0), node) for node in range(1, nodes)] for _ in steps]
-    depths = node_depths(ancestor_mask(torch.tensor(parents), nodes))
-    logits = 2 * torch.randn(batch, nodes, VOCAB)
-    if names == ["InfNanRemoveLogitsProcessor"]:
-        logits[:, 3, 4], logits[:, 5, 6] = float("nan"), float("inf")
-    torch.manual_seed(2)
-    both = Sampler(processors, do_sample, AHEAD, batch, CPU).pick_tree(steps, logits, depths, int(depths.max()))
-    torch.manual_seed(2)
-    by_path = Sampler(processors, do_sample, AHEAD, batch, CPU)
-    for node in range(nodes):
-        for row, step in enumerate(steps):
-            texts = random_inputs(1, 4, seed=node)[0]  # of no use
-            at = step + int(depths[row, node])
-            picks = by_path.pick(lambda rows, texts=texts: texts, [row], [at], logits[row, node : node + 1].clone())
-            assert both.tokens[row, node] == picks.tokens[0] != IMPOSSIBLE
-            assert torch.equal(both.scores[row, node], picks.scores[0])
-
-
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 def test_scores_that_are_no_distribution_are_found_as_multinomial_finds_them(poison):
     logits = torch.zeros(2, 3, VOCAB)
     logits[1, 2] = poison
     with pytest.raises(RuntimeError, match="probability tensor contains either"):
         torch.multinomial(logits[1, 2].softmax(-1), 1)
-    depths = torch.tensor([[0, 1, 1], [0, 1, 2]])
-    sampler = Sampler(LogitsProcessorList(), True, AHEAD, 2, CPU)
-    picks = sampler.pick_tree([0, 4], logits, depths, 2)
-    assert (picks.tokens == IMPOSSIBLE).tolist() == [[False, False, False], [False, False, True]]
-    picks = sampler.pick(lambda rows: None, [0, 1], [1, 6], logits[:, 2])
+    found = largest(logits.softmax(-1), torch.empty(2, 3, VOCAB).exponential_(1)) == IMPOSSIBLE
+    assert found.tolist() == [[False, False, False], [False, False, True]]
+    picks = Sampler(LogitsProcessorList(), True, AHEAD, 2, CPU).pick(lambda rows: None, [0, 1], [1, 6], logits[:, 2])
     assert (picks.tokens == IMPOSSIBLE).tolist() == [False, True]
-
-
-# --- end to end ------------------------------------------------------------------------------------------------------
-
-OPTIONS = {
-    "plain": {},
-    "temperature": {"temperature": 0.7},
-    "top_k": {"top_k": 4},
-    "top_p": {"top_p": 0.7},
-    "min_p": {"min_p": 0.2},
-    "typical_p": {"typical_p": 0.6},
-    "epsilon": {"epsilon_cutoff": 0.05},
-    "eta": {"eta_cutoff": 0.2},
-    "top_h": {"top_h": 0.4},
-    "suppress": {"suppress_tokens": [2, 7]},
-    "renormalize": {"renormalize_logits": True, "top_k": 6},
-    "remove": {"remove_invalid_values": True},
-}
-OPTIONS = {name: {"do_sample": True} | options for name, options in OPTIONS.items()}
-OPTIONS |= {f"greedy, {name}": OPTIONS[name] | {"do_sample": False} for name in ("plain", "suppress", "remove")}
-
-
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_generate_with_all_nodes_picked_at_once(monkeypatch, options, batch):
-    """The way of the GPU, on the CPU: texts, scores, logits and the generator's state."""
-    asked = []
-    original = Sampler.pick_tree
-    monkeypatch.setattr(Sampler, "pick_tree", lambda self, *args: asked.append(args) or original(self, *args))
-    monkeypatch.setattr(sampling_longspec, "pays_by_tree", lambda *args: True)
-    target = tiny_target("llama")
-    draft = tiny_draft(target, tree_shape=(4, 8, 8))
-    ids = torch.randint(2, VOCAB, (batch, 9), generator=torch.Generator().manual_seed(batch))
-    pads = torch.tensor([0, 3, 8, 1][:batch])
-    mask = (torch.arange(9) >= pads[:, None]).long()
-    options = options | {"max_new_tokens": 16, "pad_token_id": 0, "eos_token_id": 11, "attention_mask": mask}
-    options["return_dict_in_generate"] = True
-    for recorded in (False, True):
-        options |= dict.fromkeys(("output_scores", "output_logits"), recorded)
-        torch.manual_seed(3)
-        plain, after = target.generate(ids, **options), torch.get_rng_state()
-        torch.manual_seed(3)
-        ours = target.generate(ids, assistant_model=draft, **options)
-        assert torch.equal(torch.get_rng_state(), after)
-        assert ours.sequences.tolist() == plain.sequences.tolist()
-        for name in ("scores", "logits"):
-            found, expected = getattr(ours, name), getattr(plain, name)
-            assert (found is None) is (expected is None) is (not recorded)
-            for mine, theirs in zip(found or (), expected or (), strict=True):
-                torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-    by_argmax = not options["do_sample"] and not options.keys() & {"suppress_tokens", "remove_invalid_values"}
-    assert bool(asked) is not by_argmax
 
 
 # --- criteria as numbers ---------------------------------------------------------------------------------------------

@@ -8,8 +8,7 @@ from tables import begin_text, emit_to
 from transformers import GenerationConfig, LogitsProcessorList, MaxLengthCriteria, StoppingCriteria
 from transformers.generation import EosTokenCriteria, StoppingCriteriaList, TemperatureLogitsWarper
 
-from hf_longspec.modeling import sampling_longspec
-from hf_longspec.modeling.text_longspec import LEAD, Text
+from hf_longspec.modeling.text_longspec import LEAD, LEAST_LEAD, Text
 
 VOCAB, EOS, PAD, NODES = 7, 5, 3, 10
 PROMPTS = [[1, 2], [4, 2], [6, 1]]
@@ -82,19 +81,31 @@ def test_rows_go_together_where_something_needs_it(arguments, together):
     assert make_text(*arguments.pop("criteria", ()), **arguments).together is together
 
 
-@pytest.mark.parametrize("device_pays", [False, True])
+@pytest.mark.parametrize("can_draw", [False, True])
 @pytest.mark.parametrize("do_sample", [False, True])
-@pytest.mark.parametrize("processors", [[], [TemperatureLogitsWarper(0.5)], [lambda ids, scores: scores]])
-def test_all_nodes_are_picked_at_once_where_history_does_not_matter(monkeypatch, processors, do_sample, device_pays):
-    asked = []
-    monkeypatch.setattr(sampling_longspec, "pays_by_tree", lambda device, size: asked.append(size) or device_pays)
-    text = make_text(processors=processors, options={"do_sample": do_sample})
-    largest = not processors and not do_sample
-    without_history = not processors or isinstance(processors[0], TemperatureLogitsWarper)
-    assert text.sampler.plan.by_tree is (largest or (without_history and device_pays))
-    assert asked == ([3 * NODES * VOCAB] if without_history and not largest else [])
-    needs_noise = do_sample and (text.sampler.plan.by_tree or without_history)
-    assert (text.sampler.noise is not None) is needs_noise
+@pytest.mark.parametrize("criteria", [[], [eos()], [Mine()]])
+@pytest.mark.parametrize("processors", [[], [TemperatureLogitsWarper(0.5)]])
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]])
+def test_who_picks_the_tokens(prompts, processors, criteria, do_sample, can_draw):
+    options = {"options": {"do_sample": do_sample}, "can_draw": can_draw}
+    plan = make_text(*criteria, prompts=prompts, processors=processors, **options).sampler.plan
+    known, largest = not any(isinstance(criterion, Mine) for criterion in criteria), not processors and not do_sample
+    assert plan.by_argmax is largest
+    assert plan.drawn is (can_draw and known and not largest)
+    assert plan.draws_ahead is (do_sample and known and (can_draw or len(prompts) > 1))
+    assert plan.on_host is (known and (can_draw or largest))
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_large_vocabulary_shortens_the_lead(drawn):
+    """No more noise is held than a quarter of a gigabyte, or that of some rounds; nothing is held without sampling."""
+    for vocab, batch, lead in ((VOCAB, 3, LEAD + NODES), (151_936, 8, 55), (262_144, 40, LEAST_LEAD)):
+        prompts = [[1, 2]] * batch
+        for do_sample in (False, True):
+            options = {"options": {"do_sample": do_sample}, "can_draw": drawn}
+            text = make_text(prompts=prompts, vocab=vocab, processors=[TemperatureLogitsWarper(0.5)], **options)
+            assert text.lead == (lead if do_sample else LEAD + NODES)
+            assert LEAST_LEAD == text.lead or text.lead * batch * vocab * 4 <= 2**28 or not do_sample
 
 
 # --- ends and padding ------------------------------------------------------------------------------------------------

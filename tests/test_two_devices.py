@@ -10,7 +10,7 @@ from observation import differences, observe
 from second_device import THERE, second_device
 from torch.utils._pytree import tree_leaves, tree_map
 
-from hf_longspec.modeling import sampling_longspec
+from hf_longspec.modeling import fast_engine_longspec
 from hf_longspec.modeling.target_longspec import bind
 
 HERE = torch.device("cpu")
@@ -116,12 +116,14 @@ def test_the_layer_of_the_draft(places, layer):
     assert next(draft.parameters()).device == places["layers"][layer]
 
 
-@pytest.mark.parametrize("by_tree", quick_or_slow([False, True], [True]))
+@pytest.mark.parametrize("drawn", quick_or_slow([False, True], [True]))
 @pytest.mark.parametrize("do_sample", quick_or_slow([False, True], [True]), ids=["greedy", "sampled"])
-def test_records(monkeypatch, do_sample, by_tree):
-    monkeypatch.setattr(sampling_longspec, "pays_by_tree", lambda *_: by_tree)
+def test_records(monkeypatch, do_sample, drawn):
+    monkeypatch.setattr(fast_engine_longspec, "draws_on", lambda device: drawn)
     target = split(tiny_target("llama", tie_word_embeddings=False), **MAPS["split"])
-    records = {"output_scores": True, "output_logits": True, "output_hidden_states": True, "eos_token_id": [5, 11]}
+    names = ("logits", "hidden_states") if drawn else ("scores", "logits", "hidden_states")  # scores are the host's
+    records = {f"output_{name}": True for name in names} | {"eos_token_id": [5, 11]}
+    records |= {"repetition_penalty": 1.3} if drawn else {}
     for layer in (0, 3):
         draft = draft_for(target, target_layer=layer)
         for batch in (1, 3):

@@ -54,7 +54,7 @@ TREE = make_tree([1, 4, 2, 0, 2, 0, 3], [0, 0, 0, 1, 1, 2, 4])
 @pytest.mark.parametrize("recorded", [False, True])
 def test_greedy_walk(choices, path, tokens, recorded):
     text = make_text(10, return_dict_in_generate=recorded, output_scores=recorded)
-    assert text.sampler.plan.by_tree
+    assert text.sampler.plan.by_argmax
     assert walk_row(TREE, logits_that_pick(*choices), text) == path
     assert text.sequences.tolist() == [PROMPT + tokens]
     assert not text.finished
@@ -131,20 +131,24 @@ def test_processor_that_writes_into_its_logits_spoils_nothing():
 # --- against plain decoding ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("drawn", [False, True])
 @pytest.mark.parametrize("processors", PROCESSORS.values(), ids=PROCESSORS)
 @pytest.mark.parametrize("seed", range(5))
-def test_greedy_text_is_the_plain_one(processors, seed):
-    assert write(make_text(30, processors), seed) == write_plainly(30, processors)
+def test_greedy_text_is_the_plain_one(processors, seed, drawn):
+    assert write(make_text(30, processors, can_draw=drawn), seed) == write_plainly(30, processors)
 
 
+@pytest.mark.parametrize("drawn", [False, True])
 @pytest.mark.parametrize("processors", PROCESSORS.values(), ids=PROCESSORS)
 @pytest.mark.parametrize("seed", range(5))
-def test_same_seed_same_text_and_the_generator_where_plain_decoding_leaves_it(processors, seed):
+def test_same_seed_same_text_and_the_generator_where_plain_decoding_leaves_it(processors, seed, drawn):
     torch.manual_seed(seed)
     expected = write_plainly(30, processors, do_sample=True)
     after = torch.rand(1)
     torch.manual_seed(seed)
-    assert write(make_text(30, processors, do_sample=True), seed) == expected
+    text = make_text(30, processors, do_sample=True, can_draw=drawn)
+    assert text.sampler.plan.drawn is drawn
+    assert write(text, seed) == expected
     assert torch.equal(torch.rand(1), after)
 
 

@@ -23,7 +23,6 @@ from tables import (
 from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria
 
-from hf_longspec.modeling import sampling_longspec
 from hf_longspec.modeling.text_longspec import Text
 from hf_longspec.modeling.tree_longspec import TokenTree, ancestor_mask, node_depths
 
@@ -103,13 +102,15 @@ CRITERIA = {
 }
 
 
-@pytest.mark.parametrize("by_tree", [False, True])
+@pytest.mark.parametrize("drawn", [False, True])
 @pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("processors", PROCESSORS.values(), ids=PROCESSORS)
 @pytest.mark.parametrize("criteria", CRITERIA.values(), ids=CRITERIA)
-def test_a_batch_is_written_as_plain_decoding_writes_it(monkeypatch, criteria, processors, do_sample, by_tree):
-    """Texts, records and the generator's state, whatever the pace of the rows and the lead they may take."""
-    monkeypatch.setattr(sampling_longspec, "pays_by_tree", lambda *args: by_tree)
+def test_a_batch_is_written_as_plain_decoding_writes_it(criteria, processors, do_sample, drawn):
+    """Texts, records and the generator's state, whatever the pace of the rows and the lead they may take.
+
+    drawn: whether the device draws; scores are then not recorded.
+    """
     parted = False
     for seed, recorded, lead in ((0, False, 3), (1, True, 1), (2, False, 84), (3, True, 20), (4, False, 1)):
         torch.manual_seed(seed)
@@ -118,9 +119,12 @@ def test_a_batch_is_written_as_plain_decoding_writes_it(monkeypatch, criteria, p
         after = torch.rand(1)
 
         torch.manual_seed(seed)
-        asked = dict.fromkeys(("output_scores", "output_logits", "output_hidden_states"), recorded)
-        options = {"keeps_cache": seed == 4, "return_dict_in_generate": recorded} | asked
+        names = ("logits", "hidden_states") if drawn else ("scores", "logits", "hidden_states")
+        asked = dict.fromkeys((f"output_{name}" for name in names), recorded)
+        options = {"keeps_cache": seed == 4, "return_dict_in_generate": recorded, "can_draw": drawn} | asked
         text = make_text(25, processors, do_sample, criteria=criteria(), prompts=PROMPTS, **options)
+        known = not any(isinstance(criterion, StopAfterTwo) for criterion in criteria())
+        assert text.sampler.plan.drawn is (drawn and known and bool(processors or do_sample))
         text.lead = lead
         rng = random.Random(seed)
         while not text.finished:
@@ -134,13 +138,15 @@ def test_a_batch_is_written_as_plain_decoding_writes_it(monkeypatch, criteria, p
         if recorded:
             records = text.records.as_dict()
             for name, values in zip(("scores", "logits"), expected[1:3], strict=True):
+                if name not in names:
+                    continue
                 assert len(records[name]) == len(values)
                 for mine, theirs in zip(records[name], values, strict=True):
                     assert torch.equal(mine, theirs)
             for mine, theirs in zip(records["hidden_states"], expected[3], strict=True):
                 assert all(torch.equal(*pair) for pair in zip(mine, theirs, strict=True))
     assert parted or criteria(), "nothing was tested"
-    assert not parted or not any(isinstance(criterion, StopAfterTwo) for criterion in criteria())
+    assert not parted or known
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
@@ -268,7 +274,7 @@ def test_distribution_of_pairs_of_texts_is_exactly_the_targets(processors, seed)
     while more:
         eos = [EosTokenCriteria(torch.tensor([end]))]
         text = make_text(steps, processors, do_sample=True, criteria=eos, prompts=prompts, keeps_cache=False)
-        assert not text.together and not text.sampler.plan.by_tree
+        assert not text.together and not text.sampler.plan.drawn
         text.sampler.noise = outcomes
         rng = random.Random(seed)
         while not text.finished:
