@@ -25,7 +25,7 @@ class Backend(NamedTuple):
 
     prefix_attention: as `eager_prefix`. attention: as `merged_attention`. move: how accepted nodes are moved in the
     stores of a layer, as `move_slots`. children: how the draft chooses a level of the tree, as `best_children`. draw:
-    kernels that draw tokens for engines that do so on the device; None where there are none.
+    how an engine draws tokens along the paths on the device, if there are kernels for that.
     """
 
     name: str

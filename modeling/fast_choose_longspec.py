@@ -26,13 +26,13 @@ def load_backend(name: str) -> Backend:
     """Load the backend of this name. Raises `ImportError` where its package is missing or cannot be loaded."""
     if name in ("eager", "torch"):
         return plain_backend(name)
-    from .fast_triton_draw_longspec import draw
+    from .fast_triton_draw_longspec import fused_paths
     from .fast_triton_tree_longspec import fused_best_children, triton_move
 
     if name == "triton":
         from .fast_triton_attention_longspec import triton_attention, triton_prefix
 
-        return Backend(name, triton_prefix, triton_attention, triton_move, fused_best_children, draw)
+        return Backend(name, triton_prefix, triton_attention, triton_move, fused_best_children, fused_paths)
     from .fast_flash_longspec import flash_attention, flash_prefix, load_flash_2, load_flash_3
 
     try:
@@ -43,7 +43,9 @@ def load_backend(name: str) -> Backend:
     except (ImportError, AttributeError) as error:  # of a package that is too old
         raise ImportError(f"attention_backend={name!r} cannot be loaded: {error}") from error
     attention = functools.partial(flash_attention, flash)
-    return Backend(name, functools.partial(flash_prefix, flash), attention, triton_move, fused_best_children, draw)
+    return Backend(
+        name, functools.partial(flash_prefix, flash), attention, triton_move, fused_best_children, fused_paths
+    )
 
 
 def resolve_backend(name: str, demand: Demand) -> Backend:

@@ -25,15 +25,14 @@ ROOM, SPARE = 4096, 512
 class Drawing(NamedTuple):
     """What a call's rounds draw with.
 
-    processors: see `on_device`; cuts: those at their end that the backend's kernels take over with the draw, if
-    `fused`. ids: (B, C), the texts. origin: (), how many tokens longer than the cached prefix a text with its root is;
-    prompt: (), the length of the prompts. noise: (N, B, vocab), the draws of `Noise`, each at its step modulo N; None
-    where the largest score is picked.
+    processors: see `on_device`; ending: those at their end that the backend's kernels take over with the draw; None
+    where it has none. ids: (B, C), the texts. origin: (), how many tokens longer than the cached prefix a text with
+    its root is; prompt: (), the length of the prompts. noise: (N, B, vocab), the draws of `Noise`, each at its step
+    modulo N; None where the largest score is picked.
     """
 
     processors: tuple[Any, ...]
-    cuts: Any
-    fused: bool
+    ending: Any
     ids: Tensor
     origin: Tensor
     prompt: Tensor
@@ -47,16 +46,14 @@ class Drawing(NamedTuple):
         ids = torch.zeros(text.batch, room, dtype=torch.long, device=device)
         texts = Texts(ids, torch.tensor(text.lengths, device=device))
         origin, prompt = torch.tensor([text.lengths[0] - call.cache.lengths[0], text.prompt], device=device)
-        processors, cuts = call.sampler.processors, None
-        fused = fused and call.sampler.do_sample and call.backend.draw is not None
-        if fused:
-            from .fast_triton_draw_longspec import Cuts
-
-            before, cuts = Cuts.of(processors, device)
-            processors = processors[:before]
-        drawing = cls((), cuts, fused, ids, origin, prompt, None)
+        drawing = cls((), None, ids, origin, prompt, None)
         drawing.follow(call)
-        return drawing._replace(processors=on_device(processors, vocab, texts))
+        processors, ending = on_device(call.sampler.processors, vocab, texts), None
+        if fused and call.backend.draw is not None:
+            from .fast_triton_draw_longspec import Ending
+
+            processors, ending = Ending.of(call.sampler.processors, processors, device)
+        return drawing._replace(processors=processors, ending=ending)
 
     def follow(self, call: Call) -> None:
         """Take the texts over from the host."""
@@ -69,22 +66,23 @@ class Drawing(NamedTuple):
 
 
 def draw_paths(call: Call, tree: TokenTree, verified: Verified, drawing: Drawing) -> Walk:
-    """Draw the tokens along the paths. A row whose token the device cannot tell has a count of 0."""
+    """Draw the tokens along the paths. A row of which kernels do not know a token has a count of 0."""
+    if drawing.ending is not None:
+        assert call.backend.draw is not None, "see `Drawing.of`"
+        return call.backend.draw(call, tree, verified, drawing)
     device, nodes = drawing.ids.device, tree.tokens.shape[1]
     rows, index = torch.arange(len(drawing.ids), device=device), torch.arange(nodes, device=device)
     lengths = call.cache.bounds_on(device)[1] + drawing.origin
     processors = begin(drawing.processors, Texts(drawing.ids, lengths), len(call.generator.shape) + 1)
     node, counts = torch.zeros_like(rows), torch.zeros_like(rows)
     alive = torch.ones_like(rows, dtype=torch.bool)
-    unsure = torch.zeros_like(alive)
     path, tokens = [], []
     for level in range(tree.levels + 1):
         scores = verified.logits[rows, node].to(device, torch.float32)
         texts = Texts(drawing.ids, lengths)
         for processor in processors:
             scores = processor(scores, texts)
-        token = pick(scores, call, drawing, lengths, rows)
-        unsure = unsure | (alive & ~call.roots.stopped & (token < IMPOSSIBLE))
+        token = pick(scores, drawing, lengths, rows)
         if call.text.padding is not None:
             token = token.masked_fill(call.roots.stopped & (token != IMPOSSIBLE), call.text.padding)
         path.append(node)
@@ -101,18 +99,12 @@ def draw_paths(call: Call, tree: TokenTree, verified: Verified, drawing: Drawing
         lengths = lengths + 1
     steps, picked = torch.stack(path, dim=1), torch.stack(tokens, dim=1)
     newest = picked.gather(1, counts[:, None] - 1)[:, 0]
-    counts = counts.masked_fill(unsure, 0)
     return Walk(Accepted(steps, counts, newest), torch.cat([steps, picked, counts[:, None]], dim=1))
 
 
-def pick(scores: Tensor, call: Call, drawing: Drawing, lengths: Tensor, rows: Tensor) -> Tensor:
-    """Pick the tokens (B,) behind texts of `lengths` (B,) from processed scores (B, vocab).
-
-    `IMPOSSIBLE` where a row has no probabilities, less than that where the kernels do not know.
-    """
+def pick(scores: Tensor, drawing: Drawing, lengths: Tensor, rows: Tensor) -> Tensor:
+    """Pick the tokens (B,) behind texts of `lengths` (B,) from processed scores (B, vocab)."""
     if drawing.noise is None:
         return scores.argmax(dim=-1)
     slots = (lengths - drawing.prompt) % len(drawing.noise)
-    if drawing.fused and call.backend.draw is not None:
-        return call.backend.draw(scores, drawing.cuts, drawing.noise, slots)
     return largest(scores.softmax(dim=-1), drawing.noise[slots, rows])

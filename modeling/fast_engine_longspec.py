@@ -144,7 +144,11 @@ class FastEngine(Engine):
         levels, noise, vocab = len(call.generator.shape), call.sampler.noise, call.sampler.vocab
         fused = self.unsure <= MOST_UNSURE
         drawing = self.drawing
-        if drawing is None or not drawing.has_room(call, unread + levels) or (drawing.fused and not fused):
+        if (
+            drawing is None
+            or not drawing.has_room(call, unread + levels)
+            or (drawing.ending is not None and not fused)
+        ):
             if unread:
                 return None
             drawing = self.drawing = self._settled(Drawing.of(call, vocab, fused), call, levels)

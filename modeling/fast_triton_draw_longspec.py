@@ -1,8 +1,9 @@
-"""Triton kernels that draw a token: top-k, top-p and min-p one after the other in any order, then `multinomial`.
+"""Triton kernels that draw tokens: a level of a walk is three launches, whatever the vocabulary.
 
-Each of the three keeps the tokens above a place in the order of their scores, so that together they keep the first few
-of that order: chunks of the vocabulary give up their best tokens, and one program a row goes down from the best until
-the first of the three lets a token go. No row is sorted. Imported only when a backend with Triton kernels is chosen.
+Top-k, top-p and min-p, in any order, each keep the tokens above a place in the order of their scores, so that together
+they keep the first few of that order. Chunks of the vocabulary give up their best tokens, and one program a row goes
+down from the best until the first of the three lets a token go. No row is sorted. Imported only when a backend with
+Triton kernels is chosen.
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .fast_processors_longspec import Penalty, Texts, begin
 from .fast_triton_attention_longspec import tl, triton
 from .fast_triton_tree_longspec import LOWEST, best_of, value_of
 from .sampling_longspec import is_of
+from .tree_longspec import TokenTree
+from .verification_longspec import Accepted, Walk
 
 CHUNK, BEST = 1024, 8  # tokens of a program of the first launch, and how many of them it gives up
+# Tokens with neighbouring ids that go to one program: the likeliest are neighbours too often for one to have them all.
+GROUP = tl.constexpr(4)
 MOST = 256  # tokens that a row may keep
 UNSURE = -2  # no token: one that is kept may not be known
 TOP_K, TOP_P, MIN_P = 0, 1, 2
@@ -30,28 +36,180 @@ class Cuts(NamedTuple):
     limits: Tensor  # (N,) float32: k, 1 - p as top-p compares it, min-p
     least: Tensor  # (N,) int32
 
+
+class Ending(NamedTuple):
+    """The processors at the end of a call's that the kernels take over: a penalty, a temperature, cuts."""
+
+    penalty: Penalty | None
+    temperature: float
+    cuts: Cuts | None
+
     @classmethod
-    def of(cls, processors: list, device: torch.device) -> tuple[int, Cuts | None]:
-        """Return how many of a call's processors come before the cuts at their end, and the cuts, if there are any."""
-        before = len(processors)
-        while before and is_of(processors[before - 1], "logits_process", set(_KINDS)):
-            before -= 1
-        cuts: list[Any] = processors[before:]
-        kinds = [_KINDS[type(cut).__name__] for cut in cuts]
-        if not cuts or (kinds[0] == TOP_K and cuts[0].top_k > MOST - 32):  # with room for tokens of one score
-            return len(processors), None
-        limits = [_limit(cut) for cut in cuts]
-        least = [getattr(cut, "min_tokens_to_keep", 1) for cut in cuts]
-        return before, cls(
-            torch.tensor(kinds, dtype=torch.int32, device=device),
-            torch.tensor(limits, dtype=torch.float32, device=device),
-            torch.tensor(least, dtype=torch.int32, device=device),
-        )
+    def of(
+        cls, processors: list, versions: tuple[Any, ...], device: torch.device
+    ) -> tuple[tuple[Any, ...], Ending | None]:
+        """Return the versions (see `on_device`) of the processors that come before, and the ending.
+
+        None for an ending that the kernels cannot take over.
+        """
+        if sum(isinstance(version, Penalty) for version in versions) > 1:
+            return versions, None
+        end = len(processors)
+        while end and is_of(processors[end - 1], "logits_process", set(_KINDS)):
+            end -= 1
+        cuts = processors[end:]
+        if cuts and is_of(cuts[0], "logits_process", {"TopKLogitsWarper"}) and cuts[0].top_k > MOST - 32:
+            return versions, cls(None, 1.0, None)  # no room for tokens of one score
+        temperature, penalty = 1.0, None
+        if end and is_of(processors[end - 1], "logits_process", {"TemperatureLogitsWarper"}):
+            end -= 1
+            temperature = processors[end].temperature
+        if end and isinstance(versions[end - 1], Penalty):
+            end -= 1
+            penalty = versions[end]
+        return versions[:end], cls(penalty, temperature, _cuts(cuts, device))
 
 
-def _limit(cut: Any) -> float:
-    kind = _KINDS[type(cut).__name__]
-    return cut.top_k if kind == TOP_K else 1 - cut.top_p if kind == TOP_P else cut.min_p
+def _cuts(processors: list, device: torch.device) -> Cuts | None:
+    if not processors:
+        return None
+    kinds = [_KINDS[type(cut).__name__] for cut in processors]
+    limits = [
+        cut.top_k if kind == TOP_K else 1 - cut.top_p if kind == TOP_P else cut.min_p
+        for kind, cut in zip(kinds, processors, strict=True)
+    ]
+    least = [cut.min_tokens_to_keep for cut in processors]
+    return Cuts(
+        torch.tensor(kinds, dtype=torch.int32, device=device),
+        torch.tensor(limits, dtype=torch.float32, device=device),
+        torch.tensor(least, dtype=torch.int32, device=device),
+    )
+
+
+# --- the state of a walk ---------------------------------------------------------------------------------------------
+
+NODE, LENGTH, COUNT, ALIVE, DOUBT = (tl.constexpr(index) for index in range(5))  # fields (B, 8) of a walk's state
+FIELDS = tl.constexpr(8)
+
+
+@triton.jit
+def scores_of(
+    source, state, seen, row, token, real, source_b, source_t, seen_b, penalty, over_penalty, over_temperature,
+    BY_NODE: tl.constexpr, PENALIZED: tl.constexpr, TEMPERED: tl.constexpr,
+):  # fmt: skip
+    """Load scores (N,) of tokens behind the node where a row stands, in float32, NaN as infinity.
+
+    Penalty and temperature are applied. A quotient is a product with the inverse, as torch has it on a GPU.
+    """
+    node = tl.load(state + row * FIELDS + NODE) if BY_NODE else 0
+    x = tl.load(source + row * source_b + node * source_t + token, mask=real, other=float("-inf")).to(tl.float32)
+    if PENALIZED:
+        known = tl.load(seen + row * seen_b + token, mask=real, other=0) != 0
+        x = tl.where(known, tl.where(x < 0, x * penalty, x * over_penalty), x)
+    if TEMPERED:
+        x = x * over_temperature
+    return tl.where(x == x, x, float("inf"))
+
+
+@triton.jit
+def tokens_of(chunk, chunks, BLOCK: tl.constexpr):
+    """Return the tokens (BLOCK,) of a chunk: small groups of neighbours, as far apart as there are chunks."""
+    lane = tl.arange(0, BLOCK)
+    return ((lane // GROUP) * chunks + chunk) * GROUP + lane % GROUP
+
+
+@triton.jit
+def noise_of(noise, state, prompt, row, slots, noise_n, noise_b):
+    """Return where the noise of a row's step begins."""
+    step = tl.load(state + row * FIELDS + LENGTH) - tl.load(prompt)
+    return noise + (step % slots) * noise_n + row * noise_b
+
+
+@triton.jit
+def step_kernel(
+    state, drawn, parents, tokens, path, picked, ids, stopped, seen, first, level, nodes, steps, padding,
+    parents_b, tokens_b, ids_b, seen_b, vocab, NODES: tl.constexpr, PADDED: tl.constexpr, PENALIZED: tl.constexpr,
+):  # fmt: skip
+    """Note a row's token at a level of its walk, and go on to the node that carries it; one program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    own = state + row * FIELDS
+    node, length, alive = tl.load(own + NODE), tl.load(own + LENGTH), tl.load(own + ALIVE)
+    token, done = tl.load(drawn + row), tl.load(stopped + row).to(tl.int64)
+    tl.store(own + DOUBT, tl.load(own + DOUBT) | (alive & (1 - done) & (token < -1).to(tl.int64)))
+    if PADDED:
+        token = tl.where((done != 0) & (token != -1), padding, token)
+    tl.store(path + row * steps + level, node)
+    tl.store(picked + row * steps + level, token)
+    tl.store(own + COUNT, tl.load(own + COUNT) + alive)
+    tl.store(ids + row * ids_b + length, tl.maximum(token, 0))
+    if PENALIZED:
+        real = (token >= 0) & (length >= tl.load(first + row))
+        tl.store(seen + row * seen_b + tl.minimum(tl.maximum(token, 0), vocab), 1, mask=real)
+    index = tl.arange(0, NODES)
+    there = (index > 0) & (index < nodes)
+    below = (tl.load(parents + row * parents_b + index, mask=there, other=-1) == node) & (
+        tl.load(tokens + row * tokens_b + index, mask=there, other=-1) == token
+    )
+    child = tl.min(tl.where(below & there, index, NODES), 0).to(tl.int64)  # of siblings with one token, the first
+    alive = alive & (child < NODES).to(tl.int64)
+    tl.store(own + ALIVE, alive)
+    tl.store(own + NODE, tl.where(alive != 0, child, node))
+    tl.store(own + LENGTH, length + 1)
+
+
+# --- a token without cuts --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def race_kernel(
+    source, state, seen, noise, prompt, peaks, times, winners, vocab, chunks, slots, noise_n, noise_b,
+    source_b, source_t, seen_b, penalty, over_penalty, over_temperature, BLOCK: tl.constexpr, DRAWN: tl.constexpr,
+    BY_NODE: tl.constexpr, PENALIZED: tl.constexpr, TEMPERED: tl.constexpr,
+):  # fmt: skip
+    """Store a chunk's largest score, the best of exp(score − largest) / noise, and its token.
+
+    Without noise, the best of the scores. Programs are (chunk, row).
+    """
+    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    token = tokens_of(chunk, chunks, BLOCK)
+    real = token < vocab
+    x = scores_of(
+        source, state, seen, row, token, real, source_b, source_t, seen_b, penalty, over_penalty, over_temperature,
+        BY_NODE, PENALIZED, TEMPERED,
+    )  # fmt: skip
+    peak = tl.max(x, 0)
+    race = x
+    if DRAWN:
+        shift = tl.where(tl.abs(peak) == float("inf"), 0.0, peak)
+        place = noise_of(noise, state, prompt, row, slots, noise_n, noise_b)
+        race = tl.div_rn(tl.exp(x - shift), tl.load(place + token, mask=real, other=1.0))
+    race = tl.where(real, race, float("-inf"))
+    best = tl.max(race, 0)
+    offset = row * chunks + chunk
+    tl.store(peaks + offset, peak)
+    tl.store(times + offset, best)
+    tl.store(winners + offset, tl.min(tl.where(real & (race == best), token, 0x7FFFFFFF), 0))
+
+
+@triton.jit
+def winner_kernel(peaks, times, winners, drawn, chunks, CHUNKS: tl.constexpr, DRAWN: tl.constexpr):
+    """Store the token that wins among the chunks of a row, one program each; -1 where there are no probabilities."""
+    row, chunk = tl.program_id(0).to(tl.int64), tl.arange(0, CHUNKS)
+    real = chunk < chunks
+    peak = tl.load(peaks + row * chunks + chunk, mask=real, other=float("-inf"))
+    race = tl.load(times + row * chunks + chunk, mask=real, other=float("-inf"))
+    token = tl.load(winners + row * chunks + chunk, mask=real, other=0x7FFFFFFF)
+    top = tl.max(peak, 0)
+    possible = True
+    if DRAWN:
+        possible = tl.abs(top) != float("inf")
+        shift = tl.where(possible, top, 0.0)
+        race = tl.where(peak == float("-inf"), -1.0, race * tl.exp(peak - shift))
+    winner = tl.min(tl.where(real & (race == tl.max(race, 0)), token, 0x7FFFFFFF), 0)
+    tl.store(drawn + row, tl.where(possible, winner, -1).to(tl.int64))
+
+
+# --- a token that cuts leave -----------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -66,28 +224,34 @@ def order_key(x, index):
 
 
 @triton.jit
-def best_kernel(scores, keys, peaks, totals, vocab, chunks, BLOCK: tl.constexpr, K: tl.constexpr):
+def best_kernel(
+    source, state, seen, keys, peaks, totals, vocab, chunks,
+    source_b, source_t, seen_b, penalty, over_penalty, over_temperature, BLOCK: tl.constexpr, K: tl.constexpr,
+    BY_NODE: tl.constexpr, PENALIZED: tl.constexpr, TEMPERED: tl.constexpr,
+):  # fmt: skip
     """Store the order keys of the K best tokens of a chunk, its largest score and the sum of exp(score − largest).
 
-    Programs are (chunk, row). No number counts as infinity, as both make the probabilities of a row none.
+    Programs are (chunk, row).
     """
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    token = chunk * BLOCK + tl.arange(0, BLOCK)
+    token = tokens_of(chunk, chunks, BLOCK)
     real = token < vocab
-    x = tl.load(scores + row * vocab + token, mask=real, other=float("-inf"))
-    x = tl.where(x == x, x, float("inf"))
+    x = scores_of(
+        source, state, seen, row, token, real, source_b, source_t, seen_b, penalty, over_penalty, over_temperature,
+        BY_NODE, PENALIZED, TEMPERED,
+    )  # fmt: skip
     peak = tl.max(x, 0)
     offset = row * chunks + chunk
     tl.store(peaks + offset, peak)
     shift = tl.where(tl.abs(peak) == float("inf"), 0.0, peak)
-    tl.store(totals + offset, tl.sum(tl.exp(x - shift), 0))
+    tl.store(totals + offset, tl.sum(tl.where(real, tl.exp(x - shift), 0.0), 0))
     best = best_of(tl.where(real, order_key(x, token), LOWEST), LOWEST, K)
     tl.store(keys + offset * K + tl.arange(0, K), best)
 
 
 @triton.jit
 def cut_kernel(
-    keys, peaks, totals, noise, slots, kinds, limits, least, tokens, chunks, cuts, noise_n, noise_b,
+    keys, peaks, totals, state, noise, prompt, kinds, limits, least, drawn, chunks, cuts, slots, noise_n, noise_b,
     N: tl.constexpr, CHUNKS: tl.constexpr, K: tl.constexpr, M: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """Store the token drawn for a row, one program each; -1 where there are no probabilities, -2 where unsure."""
@@ -147,88 +311,95 @@ def cut_kernel(
         share = tl.where(kept, share, 0.0)
 
     token = (best & 0xFFFFFFFF).to(tl.int64)
-    place = tl.load(slots + row) * noise_n + row * noise_b
-    drawn = tl.load(noise + place + token, mask=kept, other=1.0)
-    race = tl.where(kept, tl.div_rn(tl.div_rn(share, tl.zeros_like(share) + tl.sum(share, 0)), drawn), -1.0)
+    place = noise_of(noise, state, prompt, row, slots, noise_n, noise_b)
+    times = tl.load(place + token, mask=kept, other=1.0)
+    race = tl.where(kept, tl.div_rn(tl.div_rn(share, tl.zeros_like(share) + tl.sum(share, 0)), times), -1.0)
     winner = tl.min(tl.where(race == tl.max(race, 0), token, 0x7FFFFFFF), 0)
-    tl.store(tokens + row, tl.where(possible, tl.where(sure, winner, -2), -1))
+    tl.store(drawn + row, tl.where(possible, tl.where(sure, winner, -2), -1))
 
 
-@triton.jit
-def race_kernel(scores, noise, slots, peaks, times, winners, vocab, chunks, noise_n, noise_b, BLOCK: tl.constexpr):
-    """Store a chunk's largest score, the best of exp(score − largest) / noise, and its token; programs as above."""
-    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    token = chunk * BLOCK + tl.arange(0, BLOCK)
-    real = token < vocab
-    x = tl.load(scores + row * vocab + token, mask=real, other=float("-inf"))
-    x = tl.where(x == x, x, float("inf"))
-    peak = tl.max(x, 0)
-    shift = tl.where(tl.abs(peak) == float("inf"), 0.0, peak)
-    drawn = tl.load(noise + tl.load(slots + row) * noise_n + row * noise_b + token, mask=real, other=1.0)
-    race = tl.where(real, tl.div_rn(tl.exp(x - shift), drawn), -1.0)
-    best = tl.max(race, 0)
-    offset = row * chunks + chunk
-    tl.store(peaks + offset, peak)
-    tl.store(times + offset, best)
-    tl.store(winners + offset, tl.min(tl.where(race == best, token, 0x7FFFFFFF), 0))
+# --- a walk ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def winner_kernel(peaks, times, winners, tokens, chunks, CHUNKS: tl.constexpr):
-    """Store the token that wins among the chunks of a row, one program each; -1 where there are no probabilities."""
-    row, chunk = tl.program_id(0).to(tl.int64), tl.arange(0, CHUNKS)
-    real = chunk < chunks
-    peak = tl.load(peaks + row * chunks + chunk, mask=real, other=float("-inf"))
-    time = tl.load(times + row * chunks + chunk, mask=real, other=-1.0)
-    token = tl.load(winners + row * chunks + chunk, mask=real, other=0x7FFFFFFF)
-    top = tl.max(peak, 0)
-    possible = tl.abs(top) != float("inf")
-    race = tl.where(real & (peak != float("-inf")), time * tl.exp(peak - tl.where(possible, top, 0.0)), -1.0)
-    winner = tl.min(tl.where(race == tl.max(race, 0), token, 0x7FFFFFFF), 0)
-    tl.store(tokens + row, tl.where(possible, winner, -1).to(tl.int64))
+def pick_tokens(
+    source: Tensor, state: Tensor, ending: Ending, noise: Tensor | None, prompt: Tensor, by_node: bool
+) -> Tensor:
+    """Pick the next token of each row: (B,), -1 where a row has no probabilities, `UNSURE` where it keeps too many.
 
-
-def draw_any(scores: Tensor, noise: Tensor, slots: Tensor) -> Tensor:
-    """Draw tokens (B,) from processed scores (B, vocab) with the noise (N, B, vocab) of each row at slots (B,).
-
-    `IMPOSSIBLE` where a row has no probabilities.
+    source: logits (B, T, vocab) of the nodes, or with `by_node` false processed scores (B, 1, vocab). state: (B, 8).
+    noise: (N, B, vocab) as `Noise` has it; None for the largest score, which no cut takes away. prompt: (), length.
     """
-    batch, vocab = scores.shape
-    chunks, device = triton.cdiv(vocab, CHUNK), scores.device
-    peaks, times = torch.empty(2, batch, chunks, dtype=torch.float32, device=device)
-    winners = torch.empty(batch, chunks, dtype=torch.int32, device=device)
-    tokens = torch.empty(batch, dtype=torch.int64, device=device)
-    race_kernel[(chunks, batch)](
-        scores.contiguous(), noise, slots, peaks, times, winners, vocab, chunks, noise.stride(0), noise.stride(1),
-        BLOCK=CHUNK, num_warps=4,
-    )  # fmt: skip
-    winner_kernel[(batch,)](peaks, times, winners, tokens, chunks, CHUNKS=triton.next_power_of_2(chunks), num_warps=4)
-    return tokens
-
-
-def draw(scores: Tensor, cuts: Cuts | None, noise: Tensor, slots: Tensor) -> Tensor:
-    """Draw tokens (B,) from processed scores (B, vocab), cut first if there are cuts; see `draw_cut`."""
-    return draw_any(scores, noise, slots) if cuts is None else draw_cut(scores, cuts, noise, slots)
-
-
-def draw_cut(scores: Tensor, cuts: Cuts, noise: Tensor, slots: Tensor) -> Tensor:
-    """Draw tokens (B,) from processed scores (B, vocab), which `cuts` cut first.
-
-    noise: (N, B, vocab) as `Noise` has it, that of each row at slots (B,). `IMPOSSIBLE` where a row has no
-    probabilities, `UNSURE` where it keeps more tokens than the kernels can hold.
-    """
-    batch, vocab = scores.shape
-    block = CHUNK if vocab > 2 * CHUNK else BEST  # small vocabularies are known whole
-    chunks, device = triton.cdiv(vocab, block), scores.device
+    batch, _, vocab = source.shape
+    source = source if source.stride(2) == 1 else source.contiguous()
+    device, penalty = source.device, ending.penalty
+    drawn = torch.empty(batch, dtype=torch.int64, device=device)
+    cut = ending.cuts is not None and noise is not None
+    block = BEST if cut and vocab <= 2 * CHUNK else CHUNK  # small vocabularies are known whole
+    chunks = triton.cdiv(vocab, block)
+    chunks_power = triton.next_power_of_2(chunks)
+    seen = state if penalty is None else penalty.seen
+    factors = (1.0, 1.0) if penalty is None else (penalty.penalty, 1 / penalty.penalty)
+    scoring = (source.stride(0), source.stride(1), seen.stride(0), *factors, 1 / ending.temperature)
+    flags = {"BY_NODE": by_node, "PENALIZED": penalty is not None, "TEMPERED": ending.temperature != 1.0}
+    floats = torch.empty(2, batch, chunks, dtype=torch.float32, device=device)
+    ring = (1, 0, 0) if noise is None else (len(noise), noise.stride(0), noise.stride(1))
+    if not cut:
+        winners = torch.empty(batch, chunks, dtype=torch.int32, device=device)
+        race_kernel[(chunks, batch)](
+            source, state, seen, state if noise is None else noise, prompt, *floats, winners, vocab, chunks, *ring,
+            *scoring, BLOCK=block, DRAWN=noise is not None, **flags, num_warps=4,
+        )  # fmt: skip
+        winner_kernel[(batch,)](*floats, winners, drawn, chunks, CHUNKS=chunks_power, DRAWN=noise is not None)
+        return drawn
+    assert ending.cuts is not None and noise is not None
     keys = torch.empty(batch, chunks, BEST, dtype=torch.int64, device=device)
-    peaks, totals = torch.empty(2, batch, chunks, dtype=torch.float32, device=device)
     best_kernel[(chunks, batch)](
-        scores.contiguous(), keys, peaks, totals, vocab, chunks, BLOCK=block, K=BEST, num_warps=4
+        source, state, seen, keys, *floats, vocab, chunks, *scoring, BLOCK=block, K=BEST, **flags, num_warps=4
     )
-    tokens = torch.empty(batch, dtype=torch.int64, device=device)
     cut_kernel[(batch,)](
-        keys, peaks, totals, noise, slots, *cuts, tokens, chunks, len(cuts.kinds), noise.stride(0), noise.stride(1),
-        N=triton.next_power_of_2(chunks * BEST), CHUNKS=triton.next_power_of_2(chunks), K=BEST, M=MOST,
-        ALL=block == BEST, num_warps=8,
+        keys, *floats, state, noise, prompt, *ending.cuts, drawn, chunks, len(ending.cuts.kinds), *ring,
+        N=triton.next_power_of_2(chunks * BEST), CHUNKS=chunks_power, K=BEST, M=MOST, ALL=block == BEST,
+        num_warps=4,
     )  # fmt: skip
-    return tokens
+    return drawn
+
+
+def fused_paths(call: Any, tree: TokenTree, verified: Any, drawing: Any) -> Walk:
+    """Draw the tokens along the paths, as `draw_paths` without kernels."""
+    ids, logits, steps, nodes = drawing.ids, verified.logits, tree.levels + 1, tree.tokens.shape[1]
+    batch, device, ending = len(ids), ids.device, drawing.ending
+    lengths = call.cache.bounds_on(device)[1] + drawing.origin
+    growth = len(call.generator.shape) + 1
+    processors = begin(drawing.processors, Texts(ids, lengths), growth)
+    if ending.penalty is not None:
+        ending = ending._replace(penalty=ending.penalty.begin(Texts(ids, lengths), growth))
+    penalties = [each for each in (*processors, ending.penalty) if isinstance(each, Penalty)]
+    assert len(penalties) <= 1, "see `Ending.of`"
+    penalty = penalties[0] if penalties else None
+    state = torch.zeros(batch, FIELDS.value, dtype=torch.int64, device=device)
+    state[:, LENGTH.value].copy_(lengths)
+    state[:, ALIVE.value].fill_(1)
+    path, picked = torch.empty(2, batch, steps, dtype=torch.int64, device=device)
+    rows = torch.arange(batch, device=device)
+    seen = state if penalty is None else penalty.seen
+    padding = call.text.padding
+    for level in range(steps):
+        source = logits
+        if processors:
+            source = logits[rows, state[:, NODE.value]].float()
+            texts = Texts(ids, state[:, LENGTH.value])
+            for processor in processors:
+                source = processor(source, texts)
+            source = source[:, None]
+        drawn = pick_tokens(source, state, ending, drawing.noise, drawing.prompt, by_node=not processors)
+        step_kernel[(batch,)](
+            state, drawn, tree.parents, tree.tokens, path, picked, ids, call.roots.stopped, seen,
+            state if penalty is None else penalty.first, level, nodes, steps, padding or 0, tree.parents.stride(0),
+            tree.tokens.stride(0), ids.stride(0), seen.stride(0), seen.shape[1] - 1,
+            NODES=triton.next_power_of_2(nodes), PADDED=padding is not None, PENALIZED=penalty is not None,
+            num_warps=1,
+        )  # fmt: skip
+    count = state[:, COUNT.value]
+    newest = picked.gather(1, count[:, None] - 1)[:, 0]
+    counts = count.masked_fill(state[:, DOUBT.value] != 0, 0)
+    return Walk(Accepted(path, counts, newest), torch.cat([path, picked, counts[:, None]], dim=1))
