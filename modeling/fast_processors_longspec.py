@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.generation import ExponentialDecayLengthPenalty
 
 from .sampling_longspec import is_of
 
@@ -198,22 +199,32 @@ class Forced(NamedTuple):
 
 
 class Decay(NamedTuple):
-    """`ExponentialDecayLengthPenalty`: ends of text grow likelier beyond a length."""
+    """`ExponentialDecayLengthPenalty`: ends of text grow likelier beyond a length; `guarded`: only possible ones."""
 
     ends: Tensor  # (vocab,) bool
     start: Tensor
     factor: float
+    guarded: bool
 
     def __call__(self, scores: Tensor, texts: Texts) -> Tensor:
         beyond = (texts.lengths - self.start)[:, None]
         growth = torch.pow(self.factor, beyond.double()) - 1  # as the host computes it, in float64
         penalty = scores.abs() * growth.to(scores.dtype)
-        return torch.where(self.ends & (beyond > 0) & scores.isfinite(), scores + penalty, scores)
+        grows = self.ends & (beyond > 0)
+        return torch.where(grows & scores.isfinite() if self.guarded else grows, scores + penalty, scores)
 
     @classmethod
     def of(cls, processor: Any, vocab: int, device: torch.device, **_: Any) -> Decay:
         start = _number(processor.regulation_start, device)
-        return cls(_mask(processor.eos_token_id, vocab, device), start, float(processor.regulation_factor))
+        return cls(_mask(processor.eos_token_id, vocab, device), start, float(processor.regulation_factor), _guards())
+
+
+@functools.cache
+def _guards() -> bool:
+    """Tell whether this transformers leaves the scores of impossible ends of text alone; some make them no numbers."""
+    text = torch.zeros(1, 1, dtype=torch.long, device="cpu")
+    score = torch.full((1, 1), -math.inf, dtype=torch.float32, device="cpu")
+    return bool(ExponentialDecayLengthPenalty((0, 2.0), 0, 0)(text, score).isinf())
 
 
 # --- by the tokens ---------------------------------------------------------------------------------------------------

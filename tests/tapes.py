@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_longspec.modeling import fast_engine_longspec, fast_graphs_longspec
 
-ASKS_THE_HOST = {"_local_scalar_dense", "lift_fresh", "nonzero", "masked_select", "is_nonzero", "_to_cpu", "equal"}
+ASKS_THE_HOST = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "_to_cpu", "equal"}
 
 
 class Tape(TorchDispatchMode):
@@ -22,13 +22,19 @@ class Tape(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.operations = []
+        self.numbers = {}  # of the host, by identity
         self.fresh = True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func._schema.name.split("::")[1] in ASKS_THE_HOST:
+        kwargs, name = kwargs or {}, func._schema.name.split("::")[1]
+        is_number = name == "lift_fresh" and args[0].dim() == 0  # `x[:1] = 0` is a fill, which takes it as it is
+        meets_number = name != "fill_" and any(id(leaf) in self.numbers for leaf in tensors((args, kwargs)))
+        if name in ASKS_THE_HOST or (name == "lift_fresh" and not is_number) or meets_number:
             raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
-        kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if is_number:
+            self.numbers[id(result)] = result
+            return result
         given = {leaf.untyped_storage()._cdata for leaf in tensors((args, kwargs))}
         made = [leaf.untyped_storage()._cdata not in given for leaf in tensors(result)]
         if any(made) or not made or func._schema.is_mutable:  # all but views, which stay as they are
