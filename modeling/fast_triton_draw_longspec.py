@@ -34,7 +34,7 @@ class Cuts(NamedTuple):
     def of(cls, processors: list, device: torch.device) -> tuple[int, Cuts | None]:
         """Return how many of a call's processors come before the cuts at their end, and the cuts, if there are any."""
         before = len(processors)
-        while before and is_of(processors[before - 1], "logits_process", set(_KINDS)):
+        while before and _is_cut(processors[before - 1]):
             before -= 1
         cuts: list[Any] = processors[before:]
         kinds = [_KINDS[type(cut).__name__] for cut in cuts]
@@ -47,6 +47,13 @@ class Cuts(NamedTuple):
             torch.tensor(limits, dtype=torch.float32, device=device),
             torch.tensor(least, dtype=torch.int32, device=device),
         )
+
+
+def _is_cut(processor: Any) -> bool:
+    """Tell whether the kernels know a processor; of tokens of one score, a min-p that keeps several keeps any."""
+    if type(processor).__name__ == "MinPLogitsWarper" and processor.min_tokens_to_keep > 1:
+        return False
+    return is_of(processor, "logits_process", set(_KINDS))
 
 
 def _limit(cut: Any) -> float:
@@ -125,7 +132,7 @@ def cut_kernel(
         kth = tl.where(rank + 1 == limit, score, kth)
         mass += tl.where(taken, share, 0.0)
         rank += taken.to(tl.int32)
-        sure = sure | (listed & gone)
+        sure = tl.where(listed & (taken == 0), gone, sure)  # a token that would stay but finds no slot is in doubt
         going = taken
 
     # the others
