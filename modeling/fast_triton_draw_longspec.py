@@ -17,6 +17,7 @@ from .fast_triton_tree_longspec import LOWEST, best_of, value_of
 from .sampling_longspec import is_of
 
 CHUNK, BEST = 1024, 8  # tokens of a program of the first launch, and how many of them it gives up
+GROUP = tl.constexpr(4)  # tokens of a chunk that follow each other: the likely ones of a vocabulary lie together
 MOST = 256  # tokens that a row may keep
 UNSURE = -2  # no token: one that is kept may not be known
 TOP_K, TOP_P, MIN_P = 0, 1, 2
@@ -76,10 +77,12 @@ def order_key(x, index):
 def best_kernel(scores, keys, peaks, totals, vocab, chunks, BLOCK: tl.constexpr, K: tl.constexpr):
     """Store the order keys of the K best tokens of a chunk, its largest score and the sum of exp(score − largest).
 
-    Programs are (chunk, row). No number counts as infinity, as both make the probabilities of a row none.
+    Programs are (chunk, row); groups of tokens are dealt to the chunks in turn. No number counts as infinity, as both
+    make the probabilities of a row none.
     """
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    token = chunk * BLOCK + tl.arange(0, BLOCK)
+    place = tl.arange(0, BLOCK)
+    token = (place // GROUP * chunks + chunk) * GROUP + place % GROUP
     real = token < vocab
     x = tl.load(scores + row * vocab + token, mask=real, other=float("-inf"))
     x = tl.where(x == x, x, float("inf"))
