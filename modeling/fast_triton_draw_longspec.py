@@ -55,7 +55,7 @@ class Ending(NamedTuple):
         if sum(isinstance(version, Penalty) for version in versions) > 1:
             return versions, None
         end = len(processors)
-        while end and is_of(processors[end - 1], "logits_process", set(_KINDS)):
+        while end and _is_cut(processors[end - 1]):
             end -= 1
         cuts = processors[end:]
         if cuts and is_of(cuts[0], "logits_process", {"TopKLogitsWarper"}) and cuts[0].top_k > MOST - 32:
@@ -68,6 +68,13 @@ class Ending(NamedTuple):
             end -= 1
             penalty = versions[end]
         return versions[:end], cls(penalty, temperature, _cuts(cuts, device))
+
+
+def _is_cut(processor: Any) -> bool:
+    """Tell whether the kernels know a processor; of tokens of one score, a min-p that keeps several keeps any."""
+    if type(processor).__name__ == "MinPLogitsWarper" and processor.min_tokens_to_keep > 1:
+        return False
+    return is_of(processor, "logits_process", set(_KINDS))
 
 
 def _cuts(processors: list, device: torch.device) -> Cuts | None:
@@ -289,7 +296,7 @@ def cut_kernel(
         kth = tl.where(rank + 1 == limit, score, kth)
         mass += tl.where(taken, share, 0.0)
         rank += taken.to(tl.int32)
-        sure = sure | (listed & gone)
+        sure = tl.where(listed & (taken == 0), gone, sure)  # a token that would stay but finds no slot is in doubt
         going = taken
 
     # the others
