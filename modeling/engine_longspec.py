@@ -101,6 +101,10 @@ class Engine:
         """Return the context in which the layers of the call's target verify."""
         return nullcontext()
 
+    def draft_layer(self, call: Any) -> AbstractContextManager:
+        """Return the context in which the layer of the call's draft guesses."""
+        return nullcontext()
+
     def end(self, call: Any) -> None:
         """Keep what the next call can use again. Not called after a failure."""
 

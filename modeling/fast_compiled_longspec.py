@@ -1,4 +1,4 @@
-"""`config.compile_target`: the target's decoder layers go through torch.compile while they verify.
+"""`config.compile_target`: the decoder layers of the target, and the draft's, go through torch.compile in rounds.
 
 Between the matrix products of a layer lie some thirty kernels in most families (norms, rotary embedding, activation,
 residual sums); fused they are six. Attention and the cache are opaque to the compiler, which makes graphs of the
@@ -30,6 +30,9 @@ _SETTINGS: dict[str, Any] = {
 _LOCK = threading.Lock()
 
 
+PARTS = ("before_attention", "between_attentions", "behind_attention")  # of a draft's layer
+
+
 @contextmanager
 def compiled_layers(target: PreTrainedModel) -> Iterator[None]:
     """Let this thread run the decoder layers of `target` compiled; other threads run the layers' own code.
@@ -37,21 +40,37 @@ def compiled_layers(target: PreTrainedModel) -> Iterator[None]:
     The first forward of a new number of nodes or rows compiles, and the second such number for all that follow. Errors
     of the compiler come through.
     """
+    with compiled([(layer, "forward") for layer in decoder_layers(target)]):
+        yield
+
+
+@contextmanager
+def compiled_draft(draft: nn.Module) -> Iterator[None]:
+    """Do the same for what a draft's layer does before, between and behind its attentions."""
+    with compiled([(draft, part) for part in PARTS]):
+        yield
+
+
+@contextmanager
+def compiled(methods: list[tuple[nn.Module, str]]) -> Iterator[None]:
+    """Let this thread run methods of modules compiled, within the context."""
     import torch._dynamo  # seconds, which others need not wait
 
-    layers, thread = decoder_layers(target), threading.get_ident()
+    thread = threading.get_ident()
     with _LOCK, torch._dynamo.config.patch(**_SETTINGS):
-        own = [vars(layer).get("forward") for layer in layers]  # of an instance; most have only that of their class
+        own = [
+            vars(module).get(name) for module, name in methods
+        ]  # of an instance; most have only that of their class
         try:
-            for layer in layers:
-                layer.forward = functools.partial(dispatch, thread, layer.forward)
+            for module, name in methods:
+                setattr(module, name, functools.partial(dispatch, thread, getattr(module, name)))
             yield
         finally:
-            for layer, forward in zip(layers, own, strict=True):
-                if forward is not None:
-                    layer.forward = forward
+            for (module, name), method in zip(methods, own, strict=True):
+                if method is not None:
+                    setattr(module, name, method)
                 else:
-                    vars(layer).pop("forward", None)
+                    vars(module).pop(name, None)
 
 
 def dispatch(thread: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

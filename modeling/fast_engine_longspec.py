@@ -184,6 +184,14 @@ class FastEngine(Engine):
 
         return compiled_layers(call.target)
 
+    def draft_layer(self, call: Call) -> AbstractContextManager:
+        draft = call.generator.draft
+        if not draft.config.compile_target:
+            return nullcontext()
+        from .fast_compiled_longspec import compiled_draft
+
+        return compiled_draft(draft)
+
     def end(self, call: Call) -> None:
         self.memory = call.cache.memory
 

@@ -196,7 +196,8 @@ def decode_round(call: Call) -> list[int]:
 def grow(call: Call) -> TokenTree:
     """Grow a tree below each root; in rows that have stopped, a chain of padding where padding follows."""
     roots = call.roots
-    tree = call.generator.grow(roots.tokens, roots.positions, call.cache, call.levels, roots.hidden)
+    with call.engine.draft_layer(call):
+        tree = call.generator.grow(roots.tokens, roots.positions, call.cache, call.levels, roots.hidden)
     return tree if call.text.padding is None else tree.forced(roots.stopped, call.text.padding)
 
 

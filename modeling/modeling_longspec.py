@@ -180,19 +180,31 @@ class LongSpecForCausalLM(PreTrainedModel):
             read: what `read_hidden_state` made of the target's last hidden state, (B, T, hidden) or (B, 1, hidden).
         Returns: (B, T, hidden).
         """
+        x, query, key, value = self.before_attention(embeds, *angles)
+        x, query = self.between_attentions(x, self_attend(query, key, value), read)
+        return self.behind_attention(x, cross_attend(query))
+
+    def before_attention(self, embeds: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the layer's input, and query, key and value of the self-attention; see `layer`."""
         config = self.config
         x = embeds.to(self.self_attn.q_proj.weight.dtype)
         normed = self.input_layernorm(x)
         both = torch.cat(
             [self.self_attn.q_proj(normed), self.self_attn.k_proj(normed)], dim=-1
         )  # to be turned at once
-        both = rotate_half_pairs(_heads(both, config.head_dim), *angles)
+        both = rotate_half_pairs(_heads(both, config.head_dim), cos, sin)
         query, key = both.split([config.num_attention_heads, config.num_key_value_heads], dim=1)
-        value = _heads(self.self_attn.v_proj(normed), config.head_dim)
-        x = x + self.self_attn.o_proj(_merge_heads(self_attend(query, key, value)))
+        return x, query, key, _heads(self.self_attn.v_proj(normed), config.head_dim)
+
+    def between_attentions(self, x: Tensor, attended: Tensor, read: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the sum so far and the query of the cross-attention, from what the self-attention returned."""
+        x = x + self.self_attn.o_proj(_merge_heads(attended))
         x = x if read is None else x + read
-        query = _heads(self.cross_attn.q_proj(self.post_self_attention_layernorm(x)), config.head_dim)
-        x = x + self.cross_attn.o_proj(_merge_heads(cross_attend(query)))
+        return x, _heads(self.cross_attn.q_proj(self.post_self_attention_layernorm(x)), self.config.head_dim)
+
+    def behind_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Return what the layer returns, from what the cross-attention returned."""
+        x = x + self.cross_attn.o_proj(_merge_heads(attended))
         x = x + self.mlp(self.post_cross_attention_layernorm(x))
         return self.norm(x)
 
