@@ -55,7 +55,7 @@ def can_fly(call: Call) -> bool:
     text, plan = call.text, call.sampler.plan
     by_numbers = text.batch == 1 and text.stops is not None and text.streamer is None and text.records.empty
     # an interrupted call leaves a cache as long as the host knows it, and a ring has forgotten what came before
-    rings = text.keeps_tails and any(isinstance(layer, SlidingLayer) for layer in call.cache.owners)
+    rings = text.keeps_cache and any(isinstance(layer, SlidingLayer) for layer in call.cache.owners)
     profiled = call.generator.draft.config.profile
     return by_numbers and (plan.by_argmax or plan.drawn) and not (rings or profiled or call.positions.differ)
 

@@ -52,6 +52,7 @@ class Text:
         # a token that models can embed in the place of padding that they cannot; no token of a text sees either
         self.stand_in: dict[int | None, int] = {} if self.pad is None or 0 <= self.pad < vocab else {self.pad: 0}
         self.records = Records(self.batch, generation_config)
+        self.keeps_cache = keeps_cache
         self.keeps_tails = keeps_cache or not self.records.empty or self.pad is None
         ids = input_ids.long()  # as plain `generate` has them behind its first token
         self._ids = ids.cpu() if plan.on_host else ids  # (B, room)
