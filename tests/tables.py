@@ -39,6 +39,7 @@ def extend(tree, logits, text, paths, hidden_states=None):
     verified = Verified(ancestors, node_depths(ancestors), logits, hidden_states)
     sampler = text.sampler
     if sampler.plan.drawn:
+        sampler.vocab = logits.shape[-1]  # as the first token, which the host picks, leaves it
         _, walks = text.engine.draw(drawing_call(text), tree, verified)
         accept(text, paths, along_walk(walks, verified, text))
     elif sampler.plan.by_argmax:

@@ -12,9 +12,17 @@ import pytest
 import torch
 from helpers import interpreted
 from transformers import LogitsProcessorList
-from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from tree_cases import rest_slow
 
+from hf_longspec.modeling.fast_processors_longspec import Texts, on_device
 from hf_longspec.modeling.sampling_longspec import IMPOSSIBLE, largest
 
 INF, NAN = math.inf, math.nan
@@ -31,6 +39,22 @@ def kernels():
     from hf_longspec.modeling import fast_triton_draw_longspec
 
     return fast_triton_draw_longspec
+
+
+def ending_of(processors, device=CPU):
+    """Return how many processors the kernels leave, and what they take over."""
+    left, ending = kernels().Ending.of(processors, tuple(processors), device)
+    return len(left), ending
+
+
+def draw(scores, ending, noise, slots):
+    """Draw from processed scores (B, vocab) with the noise of each row at `slots` (B,)."""
+    td = kernels()
+    state = torch.zeros(len(scores), td.FIELDS.value, dtype=torch.long, device=scores.device)
+    state[:, td.LENGTH.value] = slots
+    nothing = td.Ending(None, 1.0, None)
+    prompt = torch.zeros((), dtype=torch.long, device=scores.device)
+    return td.pick_tokens(scores[:, None], state, ending or nothing, noise, prompt, by_node=False)
 
 
 def noise_of(batch, vocab, device=CPU):
@@ -63,12 +87,12 @@ def knows(scores, kept, best, most):
 def check(cuts, scores, tries=1):
     """Draw from scores (B, vocab) some times. Returns whether the kernels were unsure of each row."""
     td = kernels()
-    before, made = td.Cuts.of(cuts, scores.device)
+    before, made = ending_of(cuts, scores.device)
     assert before == 0 and made is not None
     for _ in range(tries):
         noise, slots = noise_of(*scores.shape, scores.device)
         expected, kept = expected_tokens(cuts, scores, noise, slots)
-        found = td.draw(scores, made, noise, slots).tolist()
+        found = draw(scores, made, noise, slots).tolist()
         unsure = []
         for row, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
             known = theirs == IMPOSSIBLE or knows(scores[row].cpu(), kept[row], td.BEST, td.MOST)
@@ -135,12 +159,12 @@ def test_equals_at_the_last_place(vocab):
     noise, slots = torch.full((1, 1, vocab), 1e9), torch.zeros(1, dtype=torch.long)
 
     def kept(cut):
-        _, cuts = kernels().Cuts.of([cut], CPU)
+        _, cuts = ending_of([cut])
         found = []
         for token in (0, 2, 4, 5, 7, 11):
             one = noise.clone()
             one[0, 0, token] = 1e-9  # drawn, if it is kept
-            found += [token] if kernels().draw(scores, cuts, one, slots).item() == token else []
+            found += [token] if draw(scores, cuts, one, slots).item() == token else []
         return found
 
     assert kept(TopKLogitsWarper(2)) == [2, 4, 5, 7, 11]
@@ -200,20 +224,31 @@ def test_the_later_cuts_are_no_reason_to_be_unsure():
 
 
 @interpreted
-def test_the_cuts_at_the_end():
-    of = kernels().Cuts.of
-    k, p, m, other = TopKLogitsWarper(20), TopPLogitsWarper(0.9), MinPLogitsWarper(0.1), TemperatureLogitsWarper(0.5)
-    for processors, before in (([], 0), ([other], 1), ([k, other], 2), ([TopKLogitsWarper(5000)], 1)):
-        assert of(processors, CPU) == (before, None)
-    for processors, before in (([k], 0), ([other, k, p], 1), ([k, other, m], 2), ([p, TopKLogitsWarper(5000)], 0)):
-        found, cuts = of(processors, CPU)
-        assert found == before and len(cuts.kinds) == len(processors) - before
-    sub = type("Sub", (TopKLogitsWarper,), {})
-    several = MinPLogitsWarper(0.1, min_tokens_to_keep=2)  # of equals, `topk` keeps any
-    for unknown in (sub(5), several):
-        assert of([unknown], CPU) == (1, None) and of([k, unknown, p], CPU)[0] == 2
-    _, cuts = of([k, TopPLogitsWarper(0.75, min_tokens_to_keep=3), m], CPU)
-    assert cuts.limits.tolist() == pytest.approx([20.0, 0.25, 0.1]) and cuts.least.tolist() == [1, 3, 1]
+def test_what_the_kernels_take_over():
+    """Cuts at the end, a temperature before them, a penalty before that; what comes before is left."""
+    texts = Texts(torch.zeros(1, 9, dtype=torch.long), torch.tensor([4]))
+    k, p, m, t = TopKLogitsWarper(20), TopPLogitsWarper(0.9), MinPLogitsWarper(0.1), TemperatureLogitsWarper(0.5)
+    penalty, other = RepetitionPenaltyLogitsProcessor(1.3), SuppressTokensLogitsProcessor([3])
+    sub, several = type("Sub", (TopKLogitsWarper,), {})(5), MinPLogitsWarper(0.1, min_tokens_to_keep=2)
+
+    def taken(*processors):
+        versions = tuple(on_device([each], 13, texts)[0] if each is penalty else each for each in processors)
+        left, ending = kernels().Ending.of(list(processors), versions, CPU)
+        if ending is None:
+            return None
+        cuts = 0 if ending.cuts is None else len(ending.cuts.kinds)
+        return len(left), ending.penalty is not None, ending.temperature, cuts
+
+    assert taken() == (0, False, 1.0, 0) and taken(t) == (0, False, 0.5, 0) and taken(penalty) == (0, True, 1.0, 0)
+    assert taken(penalty, t, k, p) == (0, True, 0.5, 2) and taken(other, penalty, t, k, p) == (1, True, 0.5, 2)
+    assert taken(k, t, m) == (1, False, 0.5, 1) and taken(penalty, other, k) == (2, False, 1.0, 1)
+    assert taken(t, penalty) == (1, True, 1.0, 0) and taken(p, TopKLogitsWarper(5000)) == (0, False, 1.0, 2)
+    assert taken(t, TopKLogitsWarper(5000)) == (2, False, 1.0, 0), "no room"
+    for unknown in (sub, several):  # of equals, `topk` keeps any
+        assert taken(unknown) == (1, False, 1.0, 0) and taken(k, unknown, p) == (2, False, 1.0, 1)
+    assert taken(penalty, penalty) is None
+    _, ending = ending_of([k, TopPLogitsWarper(0.75, min_tokens_to_keep=3), m])
+    assert ending.cuts.limits.tolist() == pytest.approx([20.0, 0.25, 0.1]) and ending.cuts.least.tolist() == [1, 3, 1]
 
 
 # --- without cuts ----------------------------------------------------------------------------------------------------
@@ -228,7 +263,7 @@ def test_any_token(kind):
         for _ in range(3):
             noise, slots = noise_of(batch, vocab)
             expected = largest(scores.softmax(-1), noise[slots, torch.arange(batch)])
-            assert kernels().draw(scores, None, noise, slots).tolist() == expected.tolist()
+            assert draw(scores, None, noise, slots).tolist() == expected.tolist()
 
 
 @interpreted
@@ -238,7 +273,7 @@ def test_chunks_that_are_far_apart():
     scores[0, 1024:2048], scores[0, 3072] = -200.0, 20.0
     noise, slots = torch.full((1, 1, 3073), 1e-6), torch.zeros(1, dtype=torch.long)
     noise[0, 0, 3072] = 1e6
-    assert kernels().draw(scores, None, noise, slots).tolist() == [3072]
+    assert draw(scores, None, noise, slots).tolist() == [3072]
 
 
 @interpreted
@@ -248,9 +283,9 @@ def test_noise_of_other_rows_and_steps_is_not_read():
     noise[3, 0], noise[1, 1] = torch.empty(2, 13).exponential_(1)
     scores = torch.randn(2, 13)
     expected = largest(scores.softmax(-1), noise[slots, torch.arange(2)]).tolist()
-    _, cuts = kernels().Cuts.of([TopKLogitsWarper(13)], CPU)
+    _, cuts = ending_of([TopKLogitsWarper(13)])
     for given in (None, cuts):
-        assert kernels().draw(scores, given, noise, slots).tolist() == expected
+        assert draw(scores, given, noise, slots).tolist() == expected
 
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------
@@ -275,9 +310,9 @@ def test_on_a_gpu(vocab, order):
     for kind in KINDS:
         cuts = [MAKERS[name](rng) for name in order]
         scores = scores_of(kind, 8, vocab).cuda()
-        _, made = td.Cuts.of(cuts, scores.device)
+        _, made = ending_of(cuts, scores.device)
         noise, slots = noise_of(8, vocab, scores.device)
         moved = [[nearby(cut, by) for cut in cuts] for by in (0, 1e-5, -1e-5)]
         edges = [expected_tokens(chain, scores, noise, slots)[0] for chain in moved]
-        for row, mine in enumerate(td.draw(scores, made, noise, slots).tolist()):
+        for row, mine in enumerate(draw(scores, made, noise, slots).tolist()):
             assert mine in {td.UNSURE, *(tokens[row] for tokens in edges)}

@@ -51,8 +51,9 @@ def test_phases_are_captured_once(family, batch, captures):
     for length, new in ((9, 40), (30, 12), (3, 60)):
         assert_same(target, draft, prompt_of(length, batch), max_new_tokens=new)
     moe = family == "gpt_oss"  # whose experts may ask the host how many tokens they get
-    assert captures == [True] * 4 or (moe and captures == [True, False] * 3), captures
-    for count, options in enumerate(({}, {"repetition_penalty": 1.3}, {}), start=5):
+    first = 1 if batch == 1 else 4  # a whole round, or its phases
+    assert captures == [True] * first or (moe and not all(captures)), captures
+    for count, options in enumerate(({}, {"repetition_penalty": 1.3}, {}), start=first + 1):
         for length in (9, 20):
             assert_same(target, draft, prompt_of(length, batch), do_sample=True, **options)
         assert captures == [True] * count or moe
@@ -170,7 +171,7 @@ def test_returned_caches_between(captures):
     assert_same(target, draft, prompt_of(20))
     for cache, keys in caches:
         assert all(torch.equal(layer.keys, held) for layer, held in zip(cache.layers, keys, strict=True))
-    assert captures == [True] * 12
+    assert captures == [True] * 3
 
 
 def test_changed_weights(captures):
@@ -180,10 +181,10 @@ def test_changed_weights(captures):
     texts = [assert_same(target, draft, prompt_of(9))]
     target.load_state_dict({name: value * 1.3 for name, value in target.state_dict().items()})
     texts.append(assert_same(target, draft, prompt_of(9)))
-    assert captures == [True] * 4
+    assert captures == [True]
     target.load_state_dict({name: value * 1.3 for name, value in target.state_dict().items()}, assign=True)
     texts.append(assert_same(target, draft, prompt_of(9)))
-    assert captures == [True] * 8 and texts[0] != texts[1] != texts[2]
+    assert captures == [True] * 2 and texts[0] != texts[1] != texts[2]
 
 
 def test_targets_take_turns_and_may_go(captures):
@@ -191,7 +192,7 @@ def test_targets_take_turns_and_may_go(captures):
     draft = tiny_draft(targets[0])
     for target in targets * 2:
         assert_same(target, draft, prompt_of(9))
-    assert captures == [True] * 16
+    assert captures == [True] * 4
     del target
     gone = weakref.ref(targets[1]), weakref.ref(targets[1].lm_head.weight)
     del targets[1]
@@ -213,7 +214,7 @@ def test_adapters_switched_between_calls(captures):
     wrapped.add_adapter("second", peft.LoraConfig(target_modules=["k_proj", "down_proj"], **config))
     wrapped.cuda().eval()
     first = assert_same(wrapped, draft, prompt_of(9))
-    assert assert_same(wrapped, draft, prompt_of(9)) == first and len(captures) == 8
+    assert assert_same(wrapped, draft, prompt_of(9)) == first and len(captures) == 2
     wrapped.set_adapter("second")
     second = assert_same(wrapped, draft, prompt_of(9))
     with wrapped.disable_adapter():
@@ -235,7 +236,7 @@ def test_other_streams(captures):
         with torch.cuda.stream(stream):
             for _ in range(2):
                 assert_same(target, draft, prompt_of(9))
-    assert captures == [True] * 12
+    assert captures == [True] * 3
 
 
 def test_nothing_of_an_earlier_call_is_seen(captures):
@@ -246,7 +247,7 @@ def test_nothing_of_an_earlier_call_is_seen(captures):
         for keys, values in draft._engines.kept.memory:
             keys.fill_(float("nan")), values.fill_(float("inf"))
         assert_same(target, draft, prompt_of(9))
-    assert captures == [True] * 8
+    assert captures == [True] * 2
 
 
 def test_threads_share_a_draft():

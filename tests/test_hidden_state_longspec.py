@@ -288,7 +288,7 @@ def test_graphs(captures, llama, lengths, monkeypatch):
         assert llama.generate(**inputs, assistant_model=draft, **OPTIONS).tolist() == plain.tolist()
         last = {hidden.data_ptr(): hidden for hidden in given}
         assert len(last) == 1, "the state has moved: a graph would read the old one"
-    assert captures == [True] * 4, "the second call captures nothing anew"
+    assert captures == [True] * (1 if len(lengths) == 1 else 4), "the second call captures nothing anew"
     out = llama.generate(**inputs, assistant_model=draft, return_dict_in_generate=True, **OPTIONS)
     alone = reading_draft(llama, cuda_graphs=False)
     expected = llama.generate(**inputs, assistant_model=alone, return_dict_in_generate=True, **OPTIONS)
