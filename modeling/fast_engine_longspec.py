@@ -29,6 +29,7 @@ from .tree_longspec import TokenTree
 from .verification_longspec import RowWalk, Verified, Walk
 
 logger = logging.get_logger(__name__)
+SPARE_NOISE = 16  # steps
 MOST_UNSURE = 4  # rounds in which the host picks the tokens after the device has tried; then a call has it sort
 
 
@@ -155,8 +156,9 @@ class FastEngine(Engine):
         elif self.astray:
             drawing.follow(call)
             self.astray = False
-        if noise is not None:
-            noise.draw_until(max(*call.text.steps, noise.first) + unread + levels, vocab)
+        last = max(*call.text.steps, call.text.slowest) + unread + levels
+        if noise is not None and not noise.holds(last):
+            noise.draw_until(last + _spare(call), vocab)
         return drawing
 
     def _settled(self, drawing: Drawing, call: Call, levels: int) -> Drawing:
@@ -165,7 +167,7 @@ class FastEngine(Engine):
         drawing = self.drawn.put("drawing", drawing)
         if noise is not None:
             lead = MOST_AHEAD * (levels + 1) if text.together else text.lead + levels + 1
-            form = (lead, text.batch, call.sampler.vocab)
+            form = (lead + _spare(call), text.batch, call.sampler.vocab)
             kept = self.noise
             forbidden = kept is not None and kept.is_inference() and not torch.is_inference_mode_enabled()
             if kept is None or kept.shape != form or forbidden:
@@ -194,6 +196,11 @@ class FastEngine(Engine):
 
     def end(self, call: Call) -> None:
         self.memory = call.cache.memory
+
+
+def _spare(call: Call) -> int:
+    """Return of how many steps noise is drawn at once beyond what is needed: the device idles before each launch."""
+    return SPARE_NOISE if call.text.batch == 1 else 0
 
 
 def draws_on(device: torch.device) -> bool:

@@ -106,9 +106,13 @@ class Noise:
         self.draw_until(max(steps), vocab)
         return torch.stack([self.draws[step - self.first][row] for row, step in zip(rows, steps, strict=True)])
 
+    def holds(self, step: int) -> bool:
+        """Tell whether the draw of a step is made."""
+        return step < self.first + len(self.draws)
+
     def draw_until(self, step: int, vocab: int) -> None:
         """Draw what is not yet drawn of the steps up to `step`."""
-        while self.first + len(self.draws) <= step:
+        while not self.holds(step):
             cuda = self.device.type == "cuda"
             self.states.append(torch.cuda.get_rng_state(self.device) if cuda else torch.get_rng_state())
             self.draws.append(self._place(self.first + len(self.draws), vocab).exponential_(1))
