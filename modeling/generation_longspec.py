@@ -151,8 +151,8 @@ def decode(call: Call, synced_gpus: bool) -> list[list[int]]:
             call = call.engine.begin(call._replace(shift=shift), synced_gpus)
         else:
             call = call.next_round()
-            counts = call.engine.round(call)
-            counts = decode_round(call) if counts is None else counts
+            whole = call.engine.round(call)
+            counts = decode_round(call) if whole is None else whole
         if text.stopped != stopped:
             call.roots.follow(text)
         for lengths, count, padding in zip(accept_lengths, counts, stopped, strict=True):
