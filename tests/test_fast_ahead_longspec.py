@@ -197,7 +197,7 @@ def test_a_table_of_positions(flights):
     assert_same(target, draft, prompt_of(9), max_new_tokens=20)
     assert flights
     flights.clear()
-    assert_same(target, draft, prompt_of(230), max_new_tokens=20)
+    assert_same(target, draft, prompt_of(235), max_new_tokens=20)
     assert flights == []
 
 
