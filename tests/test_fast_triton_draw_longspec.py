@@ -180,6 +180,15 @@ def test_equals_at_the_last_place(vocab):
     assert kept(MinPLogitsWarper(0.1)) == [2, 4, 5, 7, 11] and kept(MinPLogitsWarper(0.2)) == [4]
 
 
+@interpreted
+def test_minus_zero_is_zero():
+    """Of the two, top-p keeps the later."""
+    for scores in ([0.0, -0.0, -9.0], [-0.0, 0.0, -9.0]):
+        _, cuts = ending_of([TopPLogitsWarper(0.4)])
+        noise, slots = torch.tensor([[[1e-9, 1e9, 1e9]]]), torch.zeros(1, dtype=torch.long)
+        assert draw(torch.tensor([scores]), cuts, noise, slots).tolist() == [1]
+
+
 # --- unsure ----------------------------------------------------------------------------------------------------------
 
 
