@@ -300,7 +300,8 @@ def test_rows_that_go_on_with_padding(target, rounds):
     draft = tiny_draft(target, tree_shape=SHAPE)
     records = {"return_dict_in_generate": True, "output_logits": True, "output_hidden_states": True}
     for options in (records, {CACHE: lambda log: DynamicCache(), "return_dict_in_generate": True}):
-        assert_same(target, draft, 4, eos_token_id=[5, 11], **PENALTIES, **options)
+        seen = assert_same(target, draft, 4, seed=0, eos_token_id=[5, 11], **PENALTIES, **options)
+        assert len({row.index(0) for row in seen.calls[0]["output"]["sequences"][:, 11:].tolist() if 0 in row}) > 1
     assert rounds and all(rounds)
 
 
