@@ -252,9 +252,9 @@ CORE_FAULTS = [
     Fault(
         name="regrowth-loses-a-token",
         file="modeling/cache_layers_longspec.py",
-        what="a cache that grows forgets its newest token",
-        old="new[:, :, :length] = old[:, :, :length]",
-        new="new[:, :, : length - 1] = old[:, :, : length - 1]",
+        what="a cache that grows forgets its first token",
+        old="new[:, :, : old.shape[2]] = old",
+        new="new[:, :, 1 : old.shape[2]] = old[:, :, 1:]",
         tests=("test_cache_longspec.py::test_life_of_a_cache",),
     ),
     Fault(

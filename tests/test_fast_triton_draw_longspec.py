@@ -11,9 +11,13 @@ import random
 import pytest
 import torch
 from helpers import interpreted
+from tables import drawing_call, make_text
+from torch.utils._pytree import tree_leaves
 from transformers import LogitsProcessorList
 from transformers.generation import (
+    EosTokenCriteria,
     MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
@@ -22,8 +26,11 @@ from transformers.generation import (
 )
 from tree_cases import rest_slow
 
-from hf_longspec.modeling.fast_processors_longspec import Texts, on_device
+from hf_longspec.modeling.fast_draw_longspec import Drawing, draw_paths
+from hf_longspec.modeling.fast_processors_longspec import Penalty, Texts, on_device
 from hf_longspec.modeling.sampling_longspec import IMPOSSIBLE, largest
+from hf_longspec.modeling.tree_longspec import TokenTree, ancestor_mask, node_depths
+from hf_longspec.modeling.verification_longspec import Verified
 
 INF, NAN = math.inf, math.nan
 CPU = torch.device("cpu")
@@ -173,6 +180,15 @@ def test_equals_at_the_last_place(vocab):
     assert kept(MinPLogitsWarper(0.1)) == [2, 4, 5, 7, 11] and kept(MinPLogitsWarper(0.2)) == [4]
 
 
+@interpreted
+def test_minus_zero_is_zero():
+    """Of the two, top-p keeps the later."""
+    for scores in ([0.0, -0.0, -9.0], [-0.0, 0.0, -9.0]):
+        _, cuts = ending_of([TopPLogitsWarper(0.4)])
+        noise, slots = torch.tensor([[[1e-9, 1e9, 1e9]]]), torch.zeros(1, dtype=torch.long)
+        assert draw(torch.tensor([scores]), cuts, noise, slots).tolist() == [1]
+
+
 # --- unsure ----------------------------------------------------------------------------------------------------------
 
 
@@ -286,6 +302,63 @@ def test_noise_of_other_rows_and_steps_is_not_read():
     _, cuts = ending_of([TopKLogitsWarper(13)])
     for given in (None, cuts):
         assert draw(scores, given, noise, slots).tolist() == expected
+
+
+# --- a walk ----------------------------------------------------------------------------------------------------------
+
+CHAINS = {
+    "nothing": [],
+    "penalty": [RepetitionPenaltyLogitsProcessor(1.7)],
+    "all that the kernels know": [
+        RepetitionPenaltyLogitsProcessor(0.6, prompt_ignore_length=2),
+        TemperatureLogitsWarper(0.5),
+        TopKLogitsWarper(3),
+        TopPLogitsWarper(0.9),
+    ],
+    "others before": [NoRepeatNGramLogitsProcessor(2), TemperatureLogitsWarper(0.7), MinPLogitsWarper(0.1)],
+    "a penalty before others": [RepetitionPenaltyLogitsProcessor(1.7), SuppressTokensLogitsProcessor([3])],
+}
+QUICK_CHAINS = [("all that the kernels know", True), ("penalty", False), ("a penalty before others", True)]
+# a chain, siblings with one token, rows that part; a level more than any of them has
+PARENTS = [[0, 0, 1, 2, 0], [0, 0, 0, 1, 2], [0, 0, 1, 1, 0], [0, 0, 0, 2, 2]]
+
+
+@interpreted
+@pytest.mark.parametrize("name, do_sample", rest_slow(itertools.product(CHAINS, (False, True)), QUICK_CHAINS))
+def test_a_walk_is_the_one_without_kernels(name, do_sample):
+    """Rounds of four rows of other lengths, one of which has stopped: paths, tokens, texts, and what penalties saw."""
+    batch, vocab, levels = 4, 5, 4
+    text = make_text(
+        30, CHAINS[name], do_sample, criteria=[EosTokenCriteria(4)], prompts=[[3, 1, 3]] * batch, can_draw=True
+    )
+    for row, tokens in enumerate(([1], [2, 3], [], [0, 1])):
+        for token in tokens:
+            text.write([row], [token])
+    text.ends[3] = text.lengths[3]
+    call = drawing_call(text)
+    call.generator.shape = (1,) * levels
+    ours = Drawing.of(call, vocab, fused=False)
+    call.backend.draw = kernels().fused_paths
+    theirs = Drawing.of(call, vocab, fused=True)
+    assert theirs.ending is not None and text.padding is not None
+    for seed in range(2):
+        torch.manual_seed(seed)
+        noise = torch.empty(4, batch, vocab).exponential_(1) if do_sample else None
+        tokens = torch.randint(0, 4, (batch, 5))
+        tokens[:, 1:3] = tokens[:, 1:2]
+        tree = TokenTree(tokens, torch.tensor(PARENTS), torch.zeros(batch, 5), levels)
+        logits = 2 * torch.randn(batch, 5, vocab)
+        logits.scatter_(2, tokens[:, 1:2, None].expand(-1, 3, -1), 5.0)  # paths of some length
+        ancestors = ancestor_mask(tree.parents, levels)
+        verified = Verified(ancestors, node_depths(ancestors), logits, None)
+        walks = [draw_paths(call, tree, verified, each._replace(noise=noise)) for each in (ours, theirs)]
+        for mine, other in zip(*(tree_leaves(walk) for walk in walks), strict=True):
+            assert torch.equal(mine, other)
+        assert torch.equal(ours.ids, theirs.ids) and int(walks[0].accepted.counts.max()) > 1
+        penalties = [each for each in ours.processors if isinstance(each, Penalty)]
+        fused = [each for each in (*theirs.processors, theirs.ending.penalty) if isinstance(each, Penalty)]
+        assert all(torch.equal(mine.seen, other.seen) for mine, other in zip(penalties, fused, strict=True))
+        call.cache.bounds_on(CPU)[1].add_(walks[0].accepted.counts)
 
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------
