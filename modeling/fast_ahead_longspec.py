@@ -56,8 +56,10 @@ def can_fly(call: Call) -> bool:
     by_numbers = text.batch == 1 and text.stops is not None and text.streamer is None and text.records.empty
     # an interrupted call leaves a cache as long as the host knows it, and a ring has forgotten what came before
     rings = text.keeps_cache and any(isinstance(layer, SlidingLayer) for layer in call.cache.owners)
+    # a round ahead knows its largest position only roughly, which a table does not forgive
+    places = call.positions.differ or call.positions.table is not None
     profiled = call.generator.draft.config.profile
-    return by_numbers and (plan.by_argmax or plan.drawn) and not (rings or profiled or call.positions.differ)
+    return by_numbers and (plan.by_argmax or plan.drawn) and not (rings or profiled or places)
 
 
 def whole_round(call: Call, ends: Ends) -> Tensor:
@@ -134,7 +136,8 @@ class Flights:
         if come is not None:
             come.synchronize()
         row = table[0].tolist()
-        nodes, tokens, count = row[: self.steps], row[self.steps : -1], row[-1]
+        steps = len(row) // 2  # fewer than `self.steps` where few nodes are verified
+        nodes, tokens, count = row[:steps], row[steps:-1], row[-1]
         self.grounded = not count and not call.text.finished
         paths = [[0]]
         try:

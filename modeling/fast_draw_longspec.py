@@ -42,7 +42,8 @@ class Drawing(NamedTuple):
     def of(cls, call: Call, vocab: int, fused: bool) -> Drawing:
         """Make what the next rounds of a call need; without noise. fused: whether kernels may draw, where they can."""
         text, device = call.text, call.text.device
-        room = -(-(max(text.lengths) + SPARE) // ROOM) * ROOM
+        spare = max(SPARE, 2 * len(call.generator.shape) + 2)
+        room = -(-(max(text.lengths) + spare) // ROOM) * ROOM
         ids = torch.zeros(text.batch, room, dtype=torch.long, device=device)
         texts = Texts(ids, torch.tensor(text.lengths, device=device))
         origin, prompt = torch.tensor([text.lengths[0] - call.cache.lengths[0], text.prompt], device=device)

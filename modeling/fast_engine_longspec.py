@@ -171,6 +171,8 @@ class FastEngine(Engine):
             kept = self.noise
             forbidden = kept is not None and kept.is_inference() and not torch.is_inference_mode_enabled()
             if kept is None or kept.shape != form or forbidden:
+                self.graphs.drop(draw_paths, drawn_round)
+                self.noise = kept = None  # before as much is taken again
                 self.noise = kept = torch.empty(form, dtype=torch.float32, device=text.device)
             noise.keep_in(kept)
             drawing = drawing._replace(noise=kept)
@@ -204,8 +206,11 @@ def _spare(call: Call) -> int:
 
 
 def draws_on(device: torch.device) -> bool:
-    """Tell whether drawing on the device pays: a CPU would pay for all levels, others save a round trip a token."""
-    return device.type != "cpu"
+    """Tell whether drawing on the device pays: a CPU would pay for all levels, a GPU saves a round trip a token.
+
+    Of other devices nobody has looked whether `Noise` is their `multinomial`.
+    """
+    return device.type == "cuda"
 
 
 def check_graphs(wanted: str | bool, reason: str | None) -> None:

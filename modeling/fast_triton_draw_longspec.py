@@ -328,6 +328,11 @@ def cut_kernel(
 # --- a walk ----------------------------------------------------------------------------------------------------------
 
 
+def inverse(number: float) -> float:
+    """Return 1 / number, rounded as torch rounds it on a GPU before it multiplies."""
+    return torch.tensor(number, dtype=torch.float32, device="cpu").reciprocal().item()
+
+
 def pick_tokens(
     source: Tensor, state: Tensor, ending: Ending, noise: Tensor | None, prompt: Tensor, by_node: bool
 ) -> Tensor:
@@ -345,8 +350,8 @@ def pick_tokens(
     chunks = triton.cdiv(vocab, block)
     chunks_power = triton.next_power_of_2(chunks)
     seen = state if penalty is None else penalty.seen
-    factors = (1.0, 1.0) if penalty is None else (penalty.penalty, 1 / penalty.penalty)
-    scoring = (source.stride(0), source.stride(1), seen.stride(0), *factors, 1 / ending.temperature)
+    factors = (1.0, 1.0) if penalty is None else (penalty.penalty, inverse(penalty.penalty))
+    scoring = (source.stride(0), source.stride(1), seen.stride(0), *factors, inverse(ending.temperature))
     flags = {"BY_NODE": by_node, "PENALIZED": penalty is not None, "TEMPERED": ending.temperature != 1.0}
     floats = torch.empty(2, batch, chunks, dtype=torch.float32, device=device)
     ring = (1, 0, 0) if noise is None else (len(noise), noise.stride(0), noise.stride(1))

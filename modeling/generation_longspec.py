@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.generation import BaseStreamer
 from transformers.utils import logging
 
 from .call_longspec import Call, make_cache, read_prompt, read_tree
@@ -92,8 +93,9 @@ def assisted_decoding(
         do_sample, nodes = generation_config.do_sample, 1 + sum(tree)
         vocab = draft.config.vocab_size
         together = positions.by_length or streamer is not None
-        # scores of each step are the processors' own
-        can_draw = not config.output_scores and engine.draws(logits_processor, input_ids.device)
+        # scores of each step are the processors' own, and what is no streamer may draw random numbers between ours
+        alone = not config.output_scores and (streamer is None or isinstance(streamer, BaseStreamer))
+        can_draw = alone and engine.draws(logits_processor, input_ids.device)
         options = {"together": together, "can_draw": can_draw}
         plan = Plan.of(logits_processor, stopping_criteria, do_sample, len(input_ids), **options)
         sampler = Sampler(logits_processor, do_sample, plan, len(input_ids), input_ids.device)

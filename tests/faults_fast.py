@@ -57,8 +57,8 @@ FAST_FAULTS = [
         name="drawn-by-a-stale-graph",
         file="modeling/fast_engine_longspec.py",
         what="tokens are drawn with the processors of an earlier call",
-        old="            self.graphs.drop(draw_paths, drawn_round)\n",
-        new="            pass\n",
+        old="if (drawn_with := plain(drawing)) != self.drawn_with:",
+        new="if (drawn_with := plain(drawing)) is None:",
         tests=("test_fast_draw_longspec.py::test_only_the_drawing_is_captured_anew",),
     ),
     Fault(

@@ -14,7 +14,7 @@ from texts import prompt_of
 from transformers import DynamicCache, StoppingCriteriaList
 
 from hf_longspec.evaluation.tiny_models import tiny_model
-from hf_longspec.modeling import call_longspec
+from hf_longspec.modeling import call_longspec, fast_engine_longspec
 from hf_longspec.modeling.fast_ahead_longspec import Ends, Flights, up_to_the_end
 from hf_longspec.modeling.verification_longspec import Accepted, Walk
 
@@ -190,17 +190,6 @@ def test_a_profile_is_of_phases(flights, target):
     assert flights == []
 
 
-def test_a_table_of_positions(flights):
-    """Ahead only where no round can stand beyond it."""
-    target = tiny_model("gpt2")  # 256 positions
-    draft = tiny_draft(target, tree_shape=SHAPE)
-    assert_same(target, draft, prompt_of(9), max_new_tokens=20)
-    assert flights
-    flights.clear()
-    assert_same(target, draft, prompt_of(235), max_new_tokens=20)
-    assert flights == []
-
-
 @pytest.mark.parametrize("returned", [False, True])
 def test_rings(flights, returned):
     """A ring forgets what came before it: a cache that is returned keeps pace with the host."""
@@ -239,3 +228,45 @@ def test_up_to_the_end(tokens, counts, length, kept, ended):
         assert accepted.counts.tolist() == [now] == table[:, -1].tolist()
         assert accepted.newest.tolist() == [max(tokens[now - 1], 0) if now else 11]
         assert stopped or over.tolist() == [ended]
+
+
+@pytest.mark.parametrize("verify_tokens", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_fewer_nodes_than_levels_are_verified(flights, monkeypatch, target, verify_tokens, do_sample):
+    """A pruned tree has fewer levels, and a round fewer steps, than the draft has grown."""
+    monkeypatch.setattr(fast_engine_longspec, "draws_on", lambda device: True)
+    draft = tiny_draft(target, tree_shape=SHAPE, verify_tokens=verify_tokens)
+    for seed in range(2):
+        assert_same(target, draft, prompt_of(9), seed, do_sample=do_sample)
+    assert flights.count("up") > 6
+
+
+@pytest.mark.parametrize("new", [16, 24])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_positions_of_the_users_own_near_the_end_of_a_table(flights, monkeypatch, new, do_sample):
+    monkeypatch.setattr(fast_engine_longspec, "draws_on", lambda device: True)
+    target = tiny_model("gpt2")  # 256 positions
+    draft = tiny_draft(target, tree_shape=SHAPE)
+    inputs = {"position_ids": torch.arange(256 - 10 - new, 256 - new)[None], "max_new_tokens": new}
+    assert_same(target, draft, prompt_of(10), do_sample=do_sample, **inputs)
+    embeds = target.get_input_embeddings()(prompt_of(255 - new)).detach()
+    plain = {"inputs_embeds": embeds, "max_new_tokens": new, "pad_token_id": 0, "do_sample": do_sample}
+    texts = []
+    for assistant in ({}, {"assistant_model": draft}):
+        torch.manual_seed(3)
+        texts.append(target.generate(**plain, **assistant).tolist())
+    assert texts[0] == texts[1] and flights == []
+
+
+def test_a_streamer_that_draws(monkeypatch, target):
+    """Random numbers of its own come between the sampler's, one step after the other."""
+    monkeypatch.setattr(fast_engine_longspec, "draws_on", lambda device: True)
+
+    class Drawing:
+        def put(self, value):
+            torch.rand(1)
+
+        def end(self):
+            pass
+
+    assert_same(target, tiny_draft(target, tree_shape=SHAPE), prompt_of(9), do_sample=True, streamer=Drawing())
