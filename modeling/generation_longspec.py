@@ -95,8 +95,7 @@ def assisted_decoding(
         together = positions.by_length or streamer is not None
         # scores of each step are the processors' own, and what is no streamer may draw random numbers between ours
         alone = not config.output_scores and (streamer is None or isinstance(streamer, BaseStreamer))
-        can_draw = alone and engine.draws(logits_processor, input_ids.device)
-        options = {"together": together, "can_draw": can_draw}
+        options = {"together": together, "can_draw": alone and engine.draws(logits_processor, input_ids.device)}
         plan = Plan.of(logits_processor, stopping_criteria, do_sample, len(input_ids), **options)
         sampler = Sampler(logits_processor, do_sample, plan, len(input_ids), input_ids.device)
         sizes = {"nodes": nodes, "vocab": vocab}
