@@ -27,7 +27,8 @@ PUBLIC = {
     "PreTrainedConfig PreTrainedModel StaticCache initialization",
     "transformers.activations": "ACT2FN",
     "transformers.cache_utils": "CacheLayerMixin DynamicSlidingWindowLayer StaticLayer",
-    "transformers.generation": "GenerateDecoderOnlyOutput GenerationMixin GenerationMode",
+    "transformers.generation": "BaseStreamer ExponentialDecayLengthPenalty GenerateDecoderOnlyOutput GenerationMixin "
+    "GenerationMode",
     "transformers.modeling_rope_utils": "ROPE_INIT_FUNCTIONS",
     "transformers.utils": "logging",
 }

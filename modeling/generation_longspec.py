@@ -152,8 +152,7 @@ def decode(call: Call, synced_gpus: bool) -> list[list[int]]:
             call = call.engine.begin(call._replace(shift=shift), synced_gpus)
         else:
             call = call.next_round()
-            whole = call.engine.round(call)
-            counts = decode_round(call) if whole is None else whole
+            counts = call.engine.round(call) or decode_round(call)
         if text.stopped != stopped:
             call.roots.follow(text)
         for lengths, count, padding in zip(accept_lengths, counts, stopped, strict=True):
