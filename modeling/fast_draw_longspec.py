@@ -53,7 +53,7 @@ class Drawing(NamedTuple):
         if fused and call.backend.draw is not None:
             from .fast_triton_draw_longspec import Ending
 
-            processors, ending = Ending.of(call.sampler.processors, processors, device)
+            processors, ending = Ending.of(call.sampler.processors, processors, device, call.sampler.do_sample)
         return drawing._replace(processors=processors, ending=ending)
 
     def follow(self, call: Call) -> None:

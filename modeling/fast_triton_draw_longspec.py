@@ -46,16 +46,17 @@ class Ending(NamedTuple):
 
     @classmethod
     def of(
-        cls, processors: list, versions: tuple[Any, ...], device: torch.device
+        cls, processors: list, versions: tuple[Any, ...], device: torch.device, do_sample: bool = True
     ) -> tuple[tuple[Any, ...], Ending | None]:
         """Return the versions (see `on_device`) of the processors that come before, and the ending.
 
-        None for an ending that the kernels cannot take over.
+        None for an ending that the kernels cannot take over. Without sampling no cuts are: of largest scores that are
+        equal, top-p may let the first go, which is the token otherwise.
         """
         if sum(isinstance(version, Penalty) for version in versions) > 1:
             return versions, None
         end = len(processors)
-        while end and _is_cut(processors[end - 1]):
+        while end and do_sample and _is_cut(processors[end - 1]):
             end -= 1
         cuts = processors[end:]
         if cuts and is_of(cuts[0], "logits_process", {"TopKLogitsWarper"}) and cuts[0].top_k > MOST - 32:
@@ -339,7 +340,7 @@ def pick_tokens(
     """Pick the next token of each row: (B,), -1 where a row has no probabilities, `UNSURE` where it keeps too many.
 
     source: logits (B, T, vocab) of the nodes, or with `by_node` false processed scores (B, 1, vocab). state: (B, 8).
-    noise: (N, B, vocab) as `Noise` has it; None for the largest score, which no cut takes away. prompt: (), length.
+    noise: (N, B, vocab) as `Noise` has it; None for the largest score. prompt: (), length.
     """
     batch, _, vocab = source.shape
     source = source if source.stride(2) == 1 else source.contiguous()

@@ -316,9 +316,11 @@ CHAINS = {
         TopPLogitsWarper(0.9),
     ],
     "others before": [NoRepeatNGramLogitsProcessor(2), TemperatureLogitsWarper(0.7), MinPLogitsWarper(0.1)],
+    "top-p": [TopPLogitsWarper(0.3)],
     "a penalty before others": [RepetitionPenaltyLogitsProcessor(1.7), SuppressTokensLogitsProcessor([3])],
 }
-QUICK_CHAINS = [("all that the kernels know", True), ("penalty", False), ("a penalty before others", True)]
+QUICK_CHAINS = [("all that the kernels know", True), ("top-p", False), ("penalty", False)]
+QUICK_CHAINS += [("a penalty before others", True)]
 # a chain, siblings with one token, rows that part; a level more than any of them has
 PARENTS = [[0, 0, 1, 2, 0], [0, 0, 0, 1, 2], [0, 0, 1, 1, 0], [0, 0, 0, 2, 2]]
 
@@ -349,6 +351,7 @@ def test_a_walk_is_the_one_without_kernels(name, do_sample):
         tree = TokenTree(tokens, torch.tensor(PARENTS), torch.zeros(batch, 5), levels)
         logits = 2 * torch.randn(batch, 5, vocab)
         logits.scatter_(2, tokens[:, 1:2, None].expand(-1, 3, -1), 5.0)  # paths of some length
+        logits[:, 0, 1:3] = 5.0  # of equals the first is the largest, if top-p does not let it go
         ancestors = ancestor_mask(tree.parents, levels)
         verified = Verified(ancestors, node_depths(ancestors), logits, None)
         walks = [draw_paths(call, tree, verified, each._replace(noise=noise)) for each in (ours, theirs)]
