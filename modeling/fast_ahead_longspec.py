@@ -57,7 +57,7 @@ def can_fly(call: Call) -> bool:
     # an interrupted call leaves a cache as long as the host knows it, and a ring has forgotten what came before
     rings = text.keeps_cache and any(isinstance(layer, SlidingLayer) for layer in call.cache.owners)
     # a round ahead knows its largest position only roughly, which a table does not forgive
-    places = call.positions.differ or call.positions.table is not None
+    places = call.positions.by_length or call.positions.table is not None
     profiled = call.generator.draft.config.profile
     return by_numbers and (plan.by_argmax or plan.drawn) and not (rings or profiled or places)
 

@@ -145,18 +145,15 @@ class FastEngine(Engine):
         levels, noise, vocab = len(call.generator.shape), call.sampler.noise, call.sampler.vocab
         fused = self.unsure <= MOST_UNSURE
         drawing = self.drawing
-        if (
-            drawing is None
-            or not drawing.has_room(call, unread + levels)
-            or (drawing.ending is not None and not fused)
-        ):
+        fits = drawing is not None and drawing.has_room(call, unread + levels) and (fused or drawing.ending is None)
+        if drawing is None or not fits:
             if unread:
                 return None
             drawing = self.drawing = self._settled(Drawing.of(call, vocab, fused), call, levels)
         elif self.astray:
             drawing.follow(call)
             self.astray = False
-        last = max(*call.text.steps, call.text.slowest) + unread + levels
+        last = max(call.text.steps) + unread + levels
         if noise is not None and not noise.holds(last):
             noise.draw_until(last + _spare(call), vocab)
         return drawing
