@@ -19,6 +19,8 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 
 from .cache_longspec import SpeculativeCache
 from .candidate_generator_longspec import LongSpecCandidateGenerator
+from .choice_longspec import Chooser
+from .copies_longspec import Written
 from .engine_longspec import Backend, Engine, plain_backend
 from .hybrid_attention_longspec import Round
 from .interface_longspec import (
@@ -36,7 +38,7 @@ from .positions_longspec import Positions
 from .sampling_longspec import Sampler
 from .target_longspec import BoundTarget, catching, check_cached, foreign_hooks
 from .text_longspec import Text
-from .tree_longspec import Level, TokenTree, ancestor_mask, node_depths
+from .tree_longspec import Level, TokenTree, TreeForm, ancestor_mask, node_depths
 from .verification_longspec import Verified, emit
 
 HEADROOM = 512  # tokens that a call makes room for beyond its prompt before the cache has to grow
@@ -48,7 +50,8 @@ class Roots(NamedTuple):
     stump: the roots alone as trees; positions: (B,), where the roots stand; axes: (axes, B), how far each axis of a
     target's positions (mrope) is from the last axis: behind a prompt that ends in an image, or where time is no whole
     number, the axes differ for ever; None with one axis. stopped: (B,) bool, whether the row has stopped; hidden:
-    (B, hidden), the target's last hidden state at the token before the root, None for drafts that do not read it.
+    (B, hidden), the target's last hidden state at the token before the root, None for drafts that do not read it;
+    written: the texts with the roots, None where nothing is copied from them.
     """
 
     stump: TokenTree
@@ -56,6 +59,7 @@ class Roots(NamedTuple):
     axes: Tensor | None
     stopped: Tensor
     hidden: Tensor | None
+    written: Written | None = None
 
     @classmethod
     def of(
@@ -87,7 +91,7 @@ class Call(NamedTuple):
     """What all rounds of a call have in common.
 
     roots: moved on in place by each round; extras: unusual inputs of every forward of the target, see `step_inputs`;
-    shift: the largest position of a root less the length of the cache; levels: of the trees of the present round.
+    shift: the largest position of a root less the length of the cache; form: of the trees of the present round.
     """
 
     target: PreTrainedModel
@@ -102,14 +106,20 @@ class Call(NamedTuple):
     roots: Roots
     extras: dict[str, Any]
     shift: int
-    levels: int = 0
+    chooser: Chooser
+    form: TreeForm = TreeForm(())
+
+    @property
+    def rung(self) -> int:
+        """The number of the form in the ladder; −1 where it was cut off."""
+        return self.chooser.ladder.index(self.form) if self.form in self.chooser.ladder else -1
 
     def next_round(self) -> Call:
         """Return the call for a round behind what is cached. Only rows that have not stopped need their positions."""
         rows = zip(self.cache.lengths, self.text.ends, strict=True)
         position = max((length for length, end in rows if end is None), default=0) + self.shift
-        most = len(self.generator.shape)
-        return self._replace(levels=self.positions.levels(most, position, self.cache.length))
+        form = self.chooser.form
+        return self._replace(form=form.within(self.positions.levels(form.levels, position, self.cache.length)))
 
 
 # Packages whose hooks treat all tokens alike, or are checked elsewhere.
@@ -207,21 +217,20 @@ def check_steps(target: PreTrainedModel, inputs: dict[str, Any], later: dict[str
 
 def make_cache(
     target: PreTrainedModel,
-    draft: Any,
     text: Text,
     generation_config: GenerationConfig,
     model_kwargs: dict[str, Any],
+    tree_size: int,
     device: torch.device,
 ) -> SpeculativeCache:
     """Make an empty cache with room for the prompt, the first `HEADROOM` tokens of the answer and a tree.
 
-    device: where most layers lie.
+    tree_size: nodes of the largest tree. device: where most layers lie.
     """
     past: Cache = model_kwargs[CACHE]
     embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
     prompt = past.get_seq_length() + (text.prompt if embeds is None else embeds.shape[1])
     answer = max(generation_config.max_length - text.prompt, 0)
-    tree_size = 1 + sum(draft.config.tree_on(device))
     text_config = target.config.get_text_config(decoder=True)
     reserve = prompt + min(answer, HEADROOM) + tree_size
     longest = prompt + answer + tree_size
@@ -279,8 +288,12 @@ def read_prompt(
     generator: LongSpecCandidateGenerator,
     generation_config: GenerationConfig,
     model_kwargs: dict[str, Any],
+    copies: int,
 ) -> tuple[Roots, dict[str, Any], int]:
-    """Read the prompt, write the first token, fill the draft's window. Returns the last three fields of `Call`."""
+    """Read the prompt, write the first token, fill the draft's window. Returns `Call`'s roots, extras and shift.
+
+    copies: the most tokens that a round will copy from the text.
+    """
     draft, bound = generator.draft, generator.target
     prompt = text.sequences
     reads_hidden = bool(generator.shape) and draft.config.target_hidden_state
@@ -295,8 +308,11 @@ def read_prompt(
     (positions, extras), (_, later) = itertools.islice(step_inputs(target, prompt, outputs, model_kwargs), 2)
     check_steps(target, extras, later)
     emit(text, sampler, list(range(text.batch)), outputs.logits[:, -1], outputs.hidden_states)
+    written = None
+    if copies:
+        written = Written.of(text.sequences, generation_config.max_length - text.prompt, copies, bound.device)
     newest, stopped, starts = torch.tensor([text.newest, text.stopped, cache.starts], device=bound.device)
-    roots = Roots.of(newest, stopped.bool(), positions, cache.length, hidden)
+    roots = Roots.of(newest, stopped.bool(), positions, cache.length, hidden)._replace(written=written)
     window = slice(-draft.config.window, None)
     if (embeds := model_kwargs.get("inputs_embeds")) is not None:
         embeds = bound.scale(embeds[:, window]).to(bound.device)

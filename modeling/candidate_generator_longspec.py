@@ -5,6 +5,7 @@ Knows the draft's layer and the target's prefix; knows nothing of verification.
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from .attention_longspec import Memo, Prefix, Span, Spans, ring_contents, write_slots
 from .cache_longspec import SpeculativeCache
+from .copies_longspec import Written
 from .engine_longspec import Backend
 from .target_longspec import Angles, BoundTarget
-from .tree_longspec import Level, TokenTree, levels_above
+from .tree_longspec import Level, TokenTree, TreeForm, levels_above
 
 
 class DraftWindow:
@@ -95,13 +97,12 @@ class LevelInputs(NamedTuple):
 class LongSpecCandidateGenerator:
     """Grow token trees by beam search over cumulative draft log-probability, one draft forward a level."""
 
-    def __init__(self, draft: Any, target: BoundTarget, backend: Backend, batch: int):
+    def __init__(self, draft: Any, target: BoundTarget, backend: Backend, batch: int, shape: tuple[int, ...]):
+        """shape: the nodes of each level of the deepest trees; others have its first levels."""
         config, device = draft.config, target.device
-        self.draft, self.target, self.backend = draft, target, backend
-        self.shape = config.tree_on(device)
+        self.draft, self.target, self.backend, self.shape = draft, target, backend, shape
         self.head_rows = draft.head_rows(target) if self.shape else None
         self.vocab = draft.draft_vocab
-        self.verify_tokens = config.verify_tokens
         # the levels that have children, as slices of the tree's nodes
         starts = [*accumulate((1, *self.shape[:-1]), initial=0)]
         self.inner = [slice(*ends) for ends in pairwise(starts)]
@@ -143,16 +144,17 @@ class LongSpecCandidateGenerator:
         root: Tensor,
         position: Tensor,
         cache: SpeculativeCache,
-        levels: int | None = None,
+        form: TreeForm,
         hidden: Tensor | None = None,
+        written: Written | None = None,
     ) -> TokenTree:
-        """Grow the tree below `root` (B,), which stands at `position` (B,), and prune it to `verify_tokens`.
+        """Grow a tree of this form below `root` (B,), which stands at `position` (B,).
 
-        levels: the largest number of levels, None for the whole tree shape. hidden: (B, hidden), the target's last
-        hidden state at the token before the root, for drafts that read it.
+        hidden: (B, hidden), the target's last hidden state at the token before the root, for drafts that read it.
+        written: the texts that end with the roots, for forms with copies.
         """
         level = Level.of_root(root.to(position.device))
-        grown, shape = [level], self.shape[:levels]
+        grown, shape = [level], form.shape
         if shape:
             read = self.draft.read_hidden_state(None if hidden is None else hidden[:, None])
             inputs = self._level_inputs(position, cache, len(shape), read)
@@ -161,25 +163,32 @@ class LongSpecCandidateGenerator:
             level = self.backend.children(logits, level.scores, width, self.vocab)
             self._hand_down(inputs.mask, level.parents, depth + 1)
             grown.append(level)
-        return TokenTree.from_levels(grown, self.above[: 1 + sum(shape)]).prune(self.verify_tokens)
+            if form.least and not bool((level.scores >= math.log(form.least)).any()):
+                break
+        tree = TokenTree.from_levels(grown, self.above[: sum(part.tokens.shape[1] for part in grown)])
+        if form.copies:
+            assert written is not None, "copies come from the text"
+            tree = self.backend.copy(tree, written, form.copies, self.draft.config.vocab_size)
+        return tree.prune(min(tree.worth(form.least), form.nodes) if form.least else form.verified)
 
     def _level_inputs(
         self, root_position: Tensor, cache: SpeculativeCache, levels: int, read: Tensor | None
     ) -> LevelInputs:
         depths = self.depths[:levels]  # of no level that is not grown: some rotations look at the largest position
         positions = root_position[:, None] + depths
-        inner = root_position[:, None] + self.inner_depths
+        nodes = self.inner[levels - 1].stop
+        inner = root_position[:, None] + self.inner_depths[:nodes]
         return LevelInputs(
             self.draft.angles(positions),
             self.target.angles(self.window.keys, positions),
-            self.window.mask(inner, root_position, self.itself.expand(len(inner), -1, -1)),
+            self.window.mask(inner, root_position, self.itself[:nodes].expand(len(inner), -1, -1)),
             cache.layers[self.target.layer].prefix_of(cache.placement_of(depths.expand_as(positions))),
             read,
         )
 
     def _hand_down(self, mask: Tensor, parents: Tensor, depth: int) -> None:
         """Let the nodes at `depth`, with parents (B, width), see what their parents see of the tree."""
-        if depth == len(self.inner):
+        if self.inner[depth - 1].stop == mask.shape[1]:
             return  # leaves look at nothing
         above, nodes = self.inner[depth - 1], self.inner[depth]
         reach = slice(self.inner[max(depth - self.window.window + 1, 0)].start, nodes.start)

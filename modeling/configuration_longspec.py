@@ -78,6 +78,8 @@ from transformers import AutoConfig, DynamicCache, PreTrainedConfig  # noqa: E40
 
 # What a draft guesses by default: a CPU has no arithmetic to spare, so there only what is nearly sure pays.
 TREE, CPU_TREE = (4, 16, 16, 16, 16), (1, 1, 1)
+COPIES = 24  # tokens, with tree_shape="auto"
+ACCEPTANCE = (0.7, 0.65)
 ATTENTION_BACKENDS = ("auto", "eager", "torch", "triton", "flash_attn_2", "flash_attn_3")
 
 
@@ -96,9 +98,15 @@ class LongSpecConfig(PreTrainedConfig):
         draft_vocab_size (`int`, *optional*): how many tokens the draft guesses among, see
             `LongSpecForCausalLM.set_draft_vocab`. `None`: all.
         final_norm (`bool`): an RMSNorm before the target's LM head; the published drafts have none.
-        tree_shape (`tuple[int, ...]`, *optional*): nodes of each tree level below the root. `(1, 1, 1)` is a chain,
-            `()` means nothing to guess: one token a round. `None`: `CPU_TREE` on a CPU, elsewhere `TREE`.
-        verify_tokens (`int`, *optional*): rows fed to the target, root included: the tree's best. `None`: all of it.
+        tree_shape (`str` or `tuple[int, ...]`): `"auto"`: chosen round by round, from no guesses to `TREE`, on a CPU
+            `CPU_TREE`, by what rounds cost and write. Or the nodes of each tree level below the root: `(1, 1, 1)` is a
+            chain, `()` means that the draft guesses nothing.
+        verify_tokens (`int`, *optional*): rows fed to the target, root included: the tree's best. `None`: all of it;
+            with `"auto"` a number that suits the device.
+        copy_tokens (`int`, *optional*): length of a branch that is copied from the text itself, where the last tokens
+            have come before. `None`: none with a tree shape of your own, `COPIES` with `"auto"`.
+        acceptance (`tuple[float, ...]`): how often a guess of each level is accepted where its parent was; the last
+            one counts for all deeper levels. What `"auto"` begins with.
         attention_backend (`str`): how the target attends while it verifies: one of `ATTENTION_BACKENDS`. "auto" is
             "triton" on a GPU, with "flash_attn_3" for large trees if that is installed; "torch" elsewhere; "eager"
             where neither can run. With "triton" and the two of flash_attn, Triton kernels also choose the tree's nodes
@@ -137,8 +145,10 @@ class LongSpecConfig(PreTrainedConfig):
     target_num_hidden_layers: int = 32
     target_layer: int = 31
     target_hidden_state: bool = False
-    tree_shape: tuple | list | None = None
+    tree_shape: str | tuple | list | None = "auto"
     verify_tokens: int | None = None
+    copy_tokens: int | None = None
+    acceptance: tuple | list = ACCEPTANCE
     attention_backend: str = "auto"
     cuda_graphs: str | bool = "auto"
     compile_target: bool = False
@@ -149,6 +159,9 @@ class LongSpecConfig(PreTrainedConfig):
         self.transformers_range = RELEASES  # of the code that runs, whichever code has saved the draft
         if isinstance(self.tree_shape, list):  # JSON has lists only
             self.tree_shape = tuple(self.tree_shape)
+        if self.tree_shape is None:  # of drafts saved by earlier code
+            self.tree_shape = "auto"
+        self.acceptance = tuple(self.acceptance)
         super().__post_init__(**kwargs)
         self.check()
 
@@ -181,18 +194,24 @@ class LongSpecConfig(PreTrainedConfig):
         size = self.draft_vocab_size
         if size is not None and (not _is_int(size) or not 1 <= size <= self.vocab_size):
             raise ValueError(f"`draft_vocab_size` must be None or in 1..{self.vocab_size}, got {size!r}")
-        self.check_tree(TREE if self.tree_shape is None else self.tree_shape)
+        if self.copy_tokens is not None and (not _is_int(self.copy_tokens) or self.copy_tokens < 0):
+            raise ValueError(f"`copy_tokens` must be None or an integer of at least 0, got {self.copy_tokens!r}")
+        likely = self.acceptance
+        if not likely or not all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in likely):
+            raise ValueError(f"`acceptance` must be one number from 0 to 1 for each level, got {likely!r}")
+        self.check_tree(TREE if self.tree_shape == "auto" else self.tree_shape)
 
     def tree_on(self, device: Any) -> tuple[int, ...]:
-        """Return the nodes of each tree level of a draft that runs on `device`."""
-        if self.tree_shape is None:
+        """Return the nodes of each level of the deepest trees of a draft that runs on `device`."""
+        if self.tree_shape == "auto":
             return CPU_TREE if device.type == "cpu" else TREE
+        assert isinstance(self.tree_shape, (tuple, list)), "`check` has looked"
         return tuple(self.tree_shape)
 
     def check_tree(self, shape: Any, rows: int | None = None) -> None:
         """Raise `ValueError` for a tree that cannot be grown; rows: of the target's LM head, which may be pruned."""
         if not isinstance(shape, (tuple, list)) or not all(_is_int(width) for width in shape):
-            raise ValueError(f"`tree_shape` must be a tuple of integers, one width a level, got {shape!r}")
+            raise ValueError(f'`tree_shape` must be "auto" or a tuple of integers, one width a level, got {shape!r}')
         parents, known = 1, self.draft_vocab_size or self.vocab_size
         vocab = min(known, rows or known)
         head = " of the target's LM head" if vocab < known else ""

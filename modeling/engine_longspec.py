@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 
 from .attention_longspec import Attention, Move, PrefixAttention, eager_prefix, merged_attention, move_slots
+from .choice_longspec import Outcome, Times
+from .copies_longspec import copy_branch
 from .torch_attention_longspec import torch_prefix
 from .tree_longspec import Children, best_children
 
@@ -24,8 +27,9 @@ class Backend(NamedTuple):
     """A way to attend, and the small work of a round beside attention.
 
     prefix_attention: as `eager_prefix`. attention: as `merged_attention`. move: how accepted nodes are moved in the
-    stores of a layer, as `move_slots`. children: how the draft chooses a level of the tree, as `best_children`. draw:
-    how an engine draws tokens along the paths on the device, if there are kernels for that.
+    stores of a layer, as `move_slots`. children: how the draft chooses a level of the tree, as `best_children`. copy:
+    how the text's own guesses join a tree, as `copy_branch`. draw: how an engine draws tokens along the paths on the
+    device, if there are kernels for that.
     """
 
     name: str
@@ -33,6 +37,7 @@ class Backend(NamedTuple):
     attention: Attention
     move: Move = move_slots
     children: Children = best_children
+    copy: Callable[..., Any] = copy_branch
     draw: Callable[..., Any] | None = None
 
 
@@ -90,11 +95,8 @@ class Engine:
         """
         return None
 
-    def round(self, call: Any) -> list[int] | None:
-        """Run a round otherwise than phase by phase, and return the number of tokens that each row wrote.
-
-        None where it has to be run phase by phase.
-        """
+    def round(self, call: Any) -> Outcome | None:
+        """Run a round otherwise than phase by phase; None where it has to be run phase by phase."""
         return None
 
     def layers(self, call: Any) -> AbstractContextManager:
@@ -116,6 +118,12 @@ class Engines:
         self.lock = threading.Lock()
         self.kept: Engine | None = None
         self.calls = 0
+        self.times: weakref.WeakKeyDictionary[Any, dict[tuple, Times]] = weakref.WeakKeyDictionary()
+
+    def times_of(self, target: Any, kind: tuple) -> Times:
+        """Return the seconds of rounds over `target` in calls of this kind; they are added to as rounds go by."""
+        with self.lock:
+            return self.times.setdefault(target, {}).setdefault(kind, Times())
 
     def take(self, kind: type[Engine], device: torch.device) -> Engine:
         """Return an engine of this kind for a call on `device`: the kept one if it suits. It serves no other call."""

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from .cache_layers_longspec import SlidingLayer
 from .call_longspec import Call
+from .choice_longspec import Outcome
 from .fast_draw_longspec import Drawing, draw_paths
 from .generation_longspec import commit, find_paths, grow, verify
-from .tree_longspec import TokenTree
+from .tree_longspec import TokenTree, TreeForm
 from .verification_longspec import Accepted, RowWalk, Verified, Walk, accept, along_walk
 
 MOST_AHEAD = 2  # rounds that are launched and not read
@@ -44,8 +45,13 @@ class Ends(NamedTuple):
 
 
 class Flight(NamedTuple):
-    """A round that is launched: its table (see `Walk`) on the way to the host, and what tells that it has come."""
+    """A round that is launched: its table (see `Walk`) on the way to the host, and what tells that it has come.
 
+    form: of its tree, whose paths have so many steps.
+    """
+
+    form: TreeForm
+    steps: int
     table: Tensor
     come: torch.cuda.Event | None
 
@@ -74,17 +80,17 @@ def drawn_round(call: Call, ends: Ends, drawing: Drawing) -> Tensor:
 
 def _whole(call: Call, ends: Ends, find: Callable[[Call, TokenTree, Verified], Walk]) -> Tensor:
     roots = call.roots
-    tree = grow(call) if call.generator.shape else roots.stump
+    tree = grow(call) if call.form.nodes > 1 else roots.stump
     verified = verify(call, tree)
     walk = find(call, tree, verified)
-    accepted, table, ended = up_to_the_end(call, walk, ends)
+    (accepted, table), ended = up_to_the_end(call, walk, ends)
     commit(call, tree, accepted, verified.hidden)
     roots.stopped.logical_or_(ended)
     return table
 
 
-def up_to_the_end(call: Call, walk: Walk, ends: Ends) -> tuple[Accepted, Tensor, Tensor]:
-    """Return what is accepted of a walk up to the end of the text, the table of that, and which rows have ended (B,).
+def up_to_the_end(call: Call, walk: Walk, ends: Ends) -> tuple[Walk, Tensor]:
+    """Return the walk up to the end of the text, and which rows have ended (B,).
 
     A token that is none ends the text: the host will raise an error.
     """
@@ -98,14 +104,15 @@ def up_to_the_end(call: Call, walk: Walk, ends: Ends) -> tuple[Accepted, Tensor,
     newest = picked.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0].clamp(min=0)
     newest = torch.where(counts > 0, newest, roots.tokens)
     ended = (counts > first) | (lengths + counts >= ends.longest)
-    return Accepted(path, counts, newest), torch.cat([path, picked, counts[:, None]], dim=1), ended
+    walk = Walk(Accepted(path, counts, newest), torch.cat([path, picked, counts[:, None]], dim=1))
+    return walk.reporting(roots.written), ended
 
 
 class Flights:
     """The rounds of a call that are launched and not read."""
 
     def __init__(self, call: Call, device: torch.device):
-        self.steps = len(call.generator.shape) + 1  # the most tokens that a round can write
+        self.steps = call.chooser.deepest + 1  # the most tokens that a round can write
         self.device = device
         self.rounds: deque[Flight] = deque()
         self.grounded = False  # whether the host has to pick the next tokens
@@ -120,32 +127,31 @@ class Flights:
 
     def launch(self, call: Call, table: Tensor) -> None:
         """Send the table of a round that was just launched on its way to the host."""
-        call.cache.placement = None
+        call.cache.placement, steps = None, call.form.steps
         if self.device.type != "cuda":
-            self.rounds.append(Flight(table.clone(), None))
+            self.rounds.append(Flight(call.form, steps, table.clone(), None))
             return
         host = torch.empty(table.shape, dtype=table.dtype, device="cpu", pin_memory=True)
         host.copy_(table, non_blocking=True)
         come = torch.cuda.Event()
         come.record(torch.cuda.current_stream(self.device))
-        self.rounds.append(Flight(host, come))
+        self.rounds.append(Flight(call.form, steps, host, come))
 
-    def land(self, call: Call) -> list[int]:
-        """Read the round that was launched first, and write its tokens. Returns how many each row has written."""
-        table, come = self.rounds.popleft()
+    def land(self, call: Call) -> Outcome:
+        """Read the round that was launched first, and write its tokens."""
+        form, steps, table, come = self.rounds.popleft()
         if come is not None:
             come.synchronize()
-        row = table[0].tolist()
-        steps = len(row) // 2  # fewer than `self.steps` where few nodes are verified
-        nodes, tokens, count = row[:steps], row[steps:-1], row[-1]
+        row = RowWalk.of(table[0].tolist(), steps)
+        count = len(row.nodes)
         self.grounded = not count and not call.text.finished
         paths = [[0]]
         try:
             if count:
-                accept(call.text, paths, along_walk([RowWalk(nodes[:count], tokens[:count])], None, call.text))
+                accept(call.text, paths, along_walk([row], None, call.text))
         finally:  # also when a token is none: the cache keeps up with the text
             counts = [len(paths[0]) if count else 0]
             call.cache.end_round(counts)
         assert counts == [count], f"the device wrote {count} tokens, the criteria {counts}"
         call.sampler.forget(call.text.slowest)
-        return counts
+        return Outcome(counts, form, [row.report])

@@ -42,7 +42,7 @@ class Drawing(NamedTuple):
     def of(cls, call: Call, vocab: int, fused: bool) -> Drawing:
         """Make what the next rounds of a call need; without noise. fused: whether kernels may draw, where they can."""
         text, device = call.text, call.text.device
-        spare = max(SPARE, 2 * len(call.generator.shape) + 2)
+        spare = max(SPARE, 2 * call.chooser.deepest + 2)
         room = -(-(max(text.lengths) + spare) // ROOM) * ROOM
         ids = torch.zeros(text.batch, room, dtype=torch.long, device=device)
         texts = Texts(ids, torch.tensor(text.lengths, device=device))
@@ -66,6 +66,11 @@ class Drawing(NamedTuple):
         return max(call.text.lengths) + levels < self.ids.shape[1]
 
 
+def drawn_paths(call: Call, tree: TokenTree, verified: Verified, drawing: Drawing) -> Walk:
+    """Do as `draw_paths` does, and report."""
+    return draw_paths(call, tree, verified, drawing).reporting(call.roots.written)
+
+
 def draw_paths(call: Call, tree: TokenTree, verified: Verified, drawing: Drawing) -> Walk:
     """Draw the tokens along the paths. A row of which kernels do not know a token has a count of 0."""
     if drawing.ending is not None:
@@ -74,7 +79,7 @@ def draw_paths(call: Call, tree: TokenTree, verified: Verified, drawing: Drawing
     device, nodes = drawing.ids.device, tree.tokens.shape[1]
     rows, index = torch.arange(len(drawing.ids), device=device), torch.arange(nodes, device=device)
     lengths = call.cache.bounds_on(device)[1] + drawing.origin
-    processors = begin(drawing.processors, Texts(drawing.ids, lengths), len(call.generator.shape) + 1)
+    processors = begin(drawing.processors, Texts(drawing.ids, lengths), tree.levels + 1)
     node, counts = torch.zeros_like(rows), torch.zeros_like(rows)
     alive = torch.ones_like(rows, dtype=torch.bool)
     path, tokens = [], []

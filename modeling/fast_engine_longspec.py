@@ -18,11 +18,12 @@ from transformers.utils import logging
 from .cache_layers_longspec import Stores
 from .cache_longspec import SpeculativeCache
 from .call_longspec import Call
+from .choice_longspec import Outcome
 from .configuration_longspec import LongSpecConfig
 from .engine_longspec import Backend, Demand, Engine
 from .fast_ahead_longspec import MOST_AHEAD, Ends, Flights, can_fly, drawn_round, whole_round
 from .fast_choose_longspec import resolve_backend
-from .fast_draw_longspec import Drawing, draw_paths
+from .fast_draw_longspec import Drawing, drawn_paths
 from .fast_graphs_longspec import Graphs, Settled, captured_values, graphs_misfit, plain
 from .fast_processors_longspec import are_on_device
 from .tree_longspec import TokenTree
@@ -48,7 +49,7 @@ class FastEngine(Engine):
         self.drawing: Drawing | None = None  # of this call
         self.drawn = Settled()  # the drawing's tensors, but for the noise
         self.noise: Tensor | None = None
-        self.drawn_with: Any = None  # what the graph of `draw_paths` has taken from its drawing
+        self.drawn_with: Any = None  # what the graph of `drawn_paths` has taken from its drawing
         self.astray = False  # whether the host has picked tokens that the drawing does not know
         self.unsure = 0  # rounds of this call in which kernels did not know a token
         self.flights: Flights | None = None  # where this call's rounds run ahead of the host
@@ -103,14 +104,14 @@ class FastEngine(Engine):
         self.graphs.require((values, self.settled.location))
 
     def run(self, phase: Callable[..., Any], call: Call, *inputs: Any) -> Any:
-        if call.levels < len(call.generator.shape):  # graphs are of whole trees
+        if call.form not in call.chooser.ladder:  # cut off near the end of positions
             return phase(call, *inputs)
         return self.graphs.run(phase, call, *inputs)
 
     def draws(self, processors: list, device: torch.device) -> bool:
         return draws_on(device) and device == self.device and are_on_device(processors)
 
-    def round(self, call: Call) -> list[int] | None:
+    def round(self, call: Call) -> Outcome | None:
         flights = self.flights
         if flights is None or not (flights.rounds or self.graphs.captures):
             return None
@@ -125,13 +126,13 @@ class FastEngine(Engine):
         if not flights.rounds:
             flights.grounded = False
             return None
-        counts = flights.land(call)
+        landed = flights.land(call)
         self.unsure += flights.grounded
-        return counts
+        return landed
 
     def draw(self, call: Call, tree: TokenTree, verified: Verified) -> tuple[Walk, list[RowWalk]] | None:
         drawing = self._drawing(call, 0)
-        walk = self.run(draw_paths, call, tree, verified, drawing)
+        walk = self.run(drawn_paths, call, tree, verified, drawing)
         walks = walk.on_host()
         self.astray = not all(row.nodes for row in walks)
         self.unsure += self.astray
@@ -142,7 +143,7 @@ class FastEngine(Engine):
 
         None where it must be made anew, for which the host has to know all.
         """
-        levels, noise, vocab = len(call.generator.shape), call.sampler.noise, call.sampler.vocab
+        levels, noise, vocab = call.chooser.deepest, call.sampler.noise, call.sampler.vocab
         fused = self.unsure <= MOST_UNSURE
         drawing = self.drawing
         fits = drawing is not None and drawing.has_room(call, unread + levels) and (fused or drawing.ending is None)
@@ -168,13 +169,13 @@ class FastEngine(Engine):
             kept = self.noise
             forbidden = kept is not None and kept.is_inference() and not torch.is_inference_mode_enabled()
             if kept is None or kept.shape != form or forbidden:
-                self.graphs.drop(draw_paths, drawn_round)
+                self.graphs.drop(drawn_paths, drawn_round)
                 self.noise = kept = None  # before as much is taken again
                 self.noise = kept = torch.empty(form, dtype=torch.float32, device=text.device)
             noise.keep_in(kept)
             drawing = drawing._replace(noise=kept)
         if (drawn_with := plain(drawing)) != self.drawn_with:
-            self.graphs.drop(draw_paths, drawn_round)
+            self.graphs.drop(drawn_paths, drawn_round)
         self.drawn_with, self.astray = drawn_with, False
         return drawing
 

@@ -24,6 +24,7 @@ from .call_longspec import Call
 from .interface_longspec import OurName
 from .positions_longspec import last_short_length
 from .target_longspec import foreign_hooks
+from .tree_longspec import TreeForm
 
 logger = logging.get_logger(__name__)
 
@@ -36,8 +37,11 @@ class Captured(NamedTuple):
     result: Any
 
 
+Key = tuple[Callable[..., Any], TreeForm]  # a phase, and the form of the trees in it
+
+
 class Graphs:
-    """Run the phases of a round as CUDA graphs: all of them are captured, or none.
+    """Run the phases of a round as CUDA graphs, one for each form of trees: all of them are captured, or none.
 
     A phase is a function whose work is all on the device. Its first argument is the `Call`, the others are tensors and
     tuples of tensors. The inputs of the capture belong to the graph: a replay copies other inputs into them. The next
@@ -52,8 +56,8 @@ class Graphs:
 
     def forget(self) -> None:
         """Drop all graphs: something that they work on has moved or changed."""
-        self.warm: set[Callable[..., Any]] = set()
-        self.captured: dict[Callable[..., Any], Captured] = {}
+        self.warm: set[Key] = set()
+        self.captured: dict[Key, Captured] = {}
 
     def require(self, values: Any) -> None:
         """Forget the graphs if they were captured while the values were other ones than these."""
@@ -63,23 +67,24 @@ class Graphs:
 
     def drop(self, *phases: Callable[..., Any]) -> None:
         """Drop the graphs of some phases, which will work on other tensors."""
-        for phase in phases:
-            self.warm.discard(phase)
-            self.captured.pop(phase, None)
+        self.warm = {key for key in self.warm if key[0] not in phases}
+        self.captured = {key: graph for key, graph in self.captured.items() if key[0] not in phases}
 
     def run(self, phase: Callable[..., Any], call: Any, *inputs: Any) -> Any:
-        if not self.captures or phase not in self.warm:  # libraries set themselves up in a first run
-            self.warm.add(phase)
+        key = phase, call.form
+        if not self.captures or key not in self.warm:  # libraries set themselves up in a first run
+            self.warm.add(key)
             return phase(call, *inputs)
-        if phase not in self.captured and not self._capture(phase, call, inputs):
+        if key not in self.captured and not self._capture(key, call, inputs):
             return phase(call, *inputs)
-        graph, own, result = self.captured[phase]
+        graph, own, result = self.captured[key]
         overwrite(own, inputs)
         graph.replay()
         return result
 
-    def _capture(self, phase: Callable[..., Any], call: Any, inputs: tuple[Any, ...]) -> bool:
+    def _capture(self, key: Key, call: Any, inputs: tuple[Any, ...]) -> bool:
         """Record a phase. Returns whether that was possible."""
+        phase, _ = key
         graph = torch.cuda.CUDAGraph()
         try:
             with capturing(graph):
@@ -89,7 +94,7 @@ class Graphs:
             reason = str(error).strip().splitlines()[0]
             logger.warning_once(f"LongSpec goes on without CUDA graphs, a round cannot be captured: {reason}")
             return False
-        self.captured[phase] = Captured(graph, inputs, result)
+        self.captured[key] = Captured(graph, inputs, result)
         return True
 
 

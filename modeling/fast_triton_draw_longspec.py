@@ -382,7 +382,7 @@ def fused_paths(call: Any, tree: TokenTree, verified: Any, drawing: Any) -> Walk
     ids, logits, steps, nodes = drawing.ids, verified.logits, tree.levels + 1, tree.tokens.shape[1]
     batch, device, ending = len(ids), ids.device, drawing.ending
     lengths = call.cache.bounds_on(device)[1] + drawing.origin
-    growth = len(call.generator.shape) + 1
+    growth = tree.levels + 1
     processors = begin(drawing.processors, Texts(ids, lengths), growth)
     if ending.penalty is not None:
         ending = ending._replace(penalty=ending.penalty.begin(Texts(ids, lengths), growth))

@@ -6,6 +6,7 @@ work on the device alone. Knows the draft by its methods only.
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -19,6 +20,8 @@ from transformers.utils import logging
 from .call_longspec import Call, make_cache, read_prompt, read_tree
 from .candidate_generator_longspec import LongSpecCandidateGenerator
 from .checks_longspec import check_inputs, ended_on_error
+from .choice_longspec import Chooser, Outcome, ladder_of
+from .copies_longspec import Report
 from .engine_longspec import Backend, Demand
 from .interface_longspec import CACHE, decoding, has_unfinished, is_user_defined
 from .output_longspec import LongSpecOutput, PhaseClock
@@ -26,7 +29,7 @@ from .positions_longspec import Positions
 from .sampling_longspec import Plan, Sampler
 from .target_longspec import BoundTarget, catching
 from .text_longspec import Text
-from .tree_longspec import TokenTree
+from .tree_longspec import TokenTree, TreeForm
 from .verification_longspec import (
     Accepted,
     RowWalk,
@@ -71,8 +74,9 @@ def assisted_decoding(
         check_inputs(input_ids, generation_config, model_kwargs)
         bound = draft.bind(target)
         backend = choose_backend(draft, target, bound)
-        tree, config = draft.config.tree_on(bound.device), generation_config
-        positions = Positions(target, model_kwargs, config.max_length + len(tree))
+        ladder, config = ladder_of(draft.config, bound.device), generation_config
+        deepest, largest = (max(getattr(form, size) for form in ladder) for size in ("levels", "nodes"))
+        positions = Positions(target, model_kwargs, config.max_length + deepest)
         if synced_gpus and positions.differ:
             raise ValueError(
                 "LongSpec needs ranks that read alike, got synced_gpus with a text that may cross the end or the "
@@ -90,29 +94,31 @@ def assisted_decoding(
         if not (returns_cache or isinstance(returned, DynamicCache)):
             own = DynamicCache(config=target.config.get_text_config(decoder=True))
             model_kwargs |= {CACHE: own, "use_cache": True}
-        do_sample, nodes = generation_config.do_sample, 1 + sum(tree)
-        vocab = draft.config.vocab_size
+        do_sample, vocab = generation_config.do_sample, draft.config.vocab_size
         together = positions.by_length or streamer is not None
         # scores of each step are the processors' own, and what is no streamer may draw random numbers between ours
         alone = not config.output_scores and (streamer is None or isinstance(streamer, BaseStreamer))
         options = {"together": together, "can_draw": alone and engine.draws(logits_processor, input_ids.device)}
         plan = Plan.of(logits_processor, stopping_criteria, do_sample, len(input_ids), **options)
         sampler = Sampler(logits_processor, do_sample, plan, len(input_ids), input_ids.device)
-        sizes = {"nodes": nodes, "vocab": vocab}
+        sizes = {"nodes": largest, "vocab": vocab}
         text = Text(input_ids, stopping_criteria, config, streamer, plan, **sizes, keeps_cache=returns_cache)
-        cache = make_cache(target, draft, text, generation_config, model_kwargs, bound.device)
+        cache = make_cache(target, text, generation_config, model_kwargs, largest, bound.device)
         engine.give_memory(cache)
-        generator = LongSpecCandidateGenerator(draft, bound, backend, text.batch)
+        generator = LongSpecCandidateGenerator(draft, bound, backend, text.batch, draft.config.tree_on(bound.device))
 
         # 3. The prompt is read, then rounds write the text.
         try:
             with clock("prefill"):
                 cache.take_over()
-                prompt = read_prompt(target, text, sampler, cache, generator, generation_config, model_kwargs)
-            call = Call(target, text, sampler, cache, generator, backend, engine, positions, clock, *prompt)
+                copies = deepest if len(ladder) > 1 or ladder[0].copies else 0
+                prompt = read_prompt(target, text, sampler, cache, generator, config, model_kwargs, copies)
+            times = draft.times_of(target, text.batch, cache.length, sampler.plan.by_argmax)
+            chooser = Chooser(ladder, draft.config.acceptance, times, text.batch)
+            call = Call(target, text, sampler, cache, generator, backend, engine, positions, clock, *prompt, chooser)
             with decoding(target):
                 call = engine.begin(call, synced_gpus)
-                accept_lengths = decode(call, synced_gpus)
+                rounds = decode(call, synced_gpus)
         finally:  # also after a failure all is left as plain `generate` would leave it
             sampler.rewind(text.slowest)
             if returns_cache:
@@ -132,40 +138,46 @@ def assisted_decoding(
         sequences=text.sequences,
         **text.records.as_dict(whole=returned is None),
         **{CACHE: None if returned is None else cache.past},
-        accept_lengths=accept_lengths,
+        accept_lengths=[[count for count, _ in row] for row in rounds],
+        trees=[[form for _, form in row] for row in rounds],
         phase_seconds=clock.seconds() if draft.config.profile else None,
     )
 
 
-def decode(call: Call, synced_gpus: bool) -> list[list[int]]:
-    """Run rounds until every row is finished. Returns the number of tokens that each round wrote of each row."""
-    text, cache = call.text, call.cache
-    accept_lengths: list[list[int]] = [[] for _ in range(text.batch)]
+def decode(call: Call, synced_gpus: bool) -> list[list[tuple[int, TreeForm]]]:
+    """Run rounds until every row is finished.
+
+    Returns, for each row, the number of tokens that each round wrote and the form that its tree had.
+    """
+    text, cache, chooser = call.text, call.cache, call.chooser
+    rounds: list[list[tuple[int, TreeForm]]] = [[] for _ in range(text.batch)]
     # under synced_gpus a rank that has finished goes on with rounds that write nothing
     while has_unfinished(call.target, text.finished, synced_gpus, text.device):
         if cache.make_room():
             call.engine.moved(call)
         stopped = text.stopped
         if call.positions.drops_cache(text, cache):
-            counts = read_anew(call)
+            counts, form, _ = read_anew(call)
             shift = int(call.roots.positions.max()) - cache.length
             call = call.engine.begin(call._replace(shift=shift), synced_gpus)
         else:
-            call = call.next_round()
-            counts = call.engine.round(call) or decode_round(call)
+            call, began = call.next_round(), time.perf_counter()
+            outcome = call.engine.round(call) or decode_round(call)
+            chooser.learn(outcome, stopped, time.perf_counter() - began)
+            counts, form, _ = outcome
         if text.stopped != stopped:
             call.roots.follow(text)
-        for lengths, count, padding in zip(accept_lengths, counts, stopped, strict=True):
+        for row, count, padding in zip(rounds, counts, stopped, strict=True):
             if count and not padding:
-                lengths.append(count)
-    return accept_lengths
+                row.append((count, form))
+    return rounds
 
 
-def decode_round(call: Call) -> list[int]:
-    """Grow, verify, accept, commit. Returns the number of tokens that each row wrote; a row may rest."""
+def decode_round(call: Call) -> Outcome:
+    """Grow, verify, accept, commit. A row may rest."""
     text, cache, engine, clock = call.text, call.cache, call.engine, call.clock
     with clock("grow"):
-        tree = engine.run(grow, call) if call.generator.shape else call.roots.stump
+        tree = engine.run(grow, call) if call.form.nodes > 1 else call.roots.stump
     with clock("verify"):
         verified = engine.run(verify, call, tree)
     paths = [[0] if room else [] for room in text.room()]
@@ -190,14 +202,17 @@ def decode_round(call: Call) -> list[int]:
             engine.run(commit, call, tree, accepted, verified.hidden)
             cache.end_round(counts)
     call.sampler.forget(text.slowest)
-    return counts
+    reports = [row.report for row in walks] or None
+    if (written := call.roots.written) is not None and written.report.device.type == "cpu":  # no wait for a device
+        reports = [Report(*row) for row in written.report.tolist()]
+    return Outcome(counts, call.form, reports)
 
 
 def grow(call: Call) -> TokenTree:
     """Grow a tree below each root; in rows that have stopped, a chain of padding where padding follows."""
     roots = call.roots
     with call.engine.draft_layer(call):
-        tree = call.generator.grow(roots.tokens, roots.positions, call.cache, call.levels, roots.hidden)
+        tree = call.generator.grow(roots.tokens, roots.positions, call.cache, call.form, roots.hidden, roots.written)
     return tree if call.text.padding is None else tree.forced(roots.stopped, call.text.padding)
 
 
@@ -214,7 +229,7 @@ def find_paths(call: Call, tree: TokenTree, verified: Verified) -> Walk:
     picks = logits.argmax(dim=-1).to(tree.parents.device)
     if call.text.padding is not None:
         picks = picks.masked_fill(call.roots.stopped[:, None], call.text.padding)
-    return walk(tree, verified.ancestors, verified.depths, picks)
+    return walk(tree, verified.ancestors, verified.depths, picks).reporting(call.roots.written)
 
 
 def commit(call: Call, tree: TokenTree, accepted: Accepted, hidden: Tensor | None) -> None:
@@ -225,16 +240,19 @@ def commit(call: Call, tree: TokenTree, accepted: Accepted, hidden: Tensor | Non
         last = path.gather(1, (counts - 1).clamp(min=0)[:, None])
         states = hidden.gather(1, last[:, :, None].expand(-1, -1, hidden.shape[2]))[:, 0]
         roots.hidden.copy_(torch.where(counts[:, None] > 0, states, roots.hidden))
+    step, tokens = torch.arange(path.shape[1], device=path.device), tree.tokens.gather(1, path)
     if call.generator.shape:
-        step = torch.arange(path.shape[1], device=path.device)
-        call.generator.advance(tree.tokens.gather(1, path), roots.positions[:, None] + step, step < counts[:, None])
+        call.generator.advance(tokens, roots.positions[:, None] + step, step < counts[:, None])
+    if roots.written is not None:
+        following = torch.where(step < counts[:, None] - 1, tokens.roll(-1, 1), newest[:, None])
+        roots.written.append(following, counts, call.rung)
     roots.tokens.copy_(newest)
     roots.positions.add_(counts)
     # last: once a ring has moved on, nothing may fail before the round ends
     call.cache.commit(path, counts, call.backend.move)
 
 
-def read_anew(call: Call) -> list[int]:
+def read_anew(call: Call) -> Outcome:
     """Write one token of each row where plain `generate` reads all of the text anew; see `Positions`."""
     text, roots = call.text, call.roots
     with catching(call.target, roots.hidden is not None) as caught:
@@ -245,7 +263,9 @@ def read_anew(call: Call) -> list[int]:
         roots.hidden.copy_(caught.of_last_token())
     roots.positions.add_(1)
     roots.follow(text)
-    return [1] * text.batch
+    if roots.written is not None:
+        roots.written.append(roots.tokens[:, None], torch.ones_like(roots.tokens), call.rung)
+    return Outcome([1] * text.batch, TreeForm(()), None)
 
 
 def choose_backend(draft: Any, target: PreTrainedModel, bound: BoundTarget) -> Backend:

@@ -26,6 +26,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .checks_longspec import check_generation
+from .choice_longspec import Times
 from .configuration_longspec import LongSpecConfig
 from .engine_longspec import Backend, Demand, Engine, Engines
 from .generation_longspec import assisted_decoding
@@ -291,6 +292,10 @@ class LongSpecForCausalLM(PreTrainedModel):
     def find_backend(self, demand: Demand) -> Backend:
         """Return the attention backend that the config asks for. Raises `ValueError` where it cannot run."""
         return engine_class(self.config).backend(self.config.attention_backend, demand)
+
+    def times_of(self, target: PreTrainedModel, batch: int, length: int, greedy: bool) -> Times:
+        """Return what rounds have cost in earlier calls over `target` with about `length` tokens."""
+        return self._engines.times_of(target, (batch, length.bit_length(), greedy))
 
     def release(self) -> None:
         """Free the memory that the last call has left for the next call: one cache of the target, and graphs."""

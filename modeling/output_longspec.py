@@ -15,17 +15,21 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from .tree_longspec import TreeForm
+
 
 @dataclass
 class LongSpecOutput(GenerateDecoderOnlyOutput):
     """What `generate` returns with `return_dict_in_generate`, and two fields more.
 
     accept_lengths: for each row, the number of tokens that each round emitted; the first token is in no round.
+    trees: for each row, the form of the tree of each of these rounds.
     phase_seconds: the seconds of prefill, grow, verify, accept and commit, one list a phase, with
         `draft.config.profile`.
     """
 
     accept_lengths: list[list[int]] | None = None
+    trees: list[list[TreeForm]] | None = None
     phase_seconds: dict[str, list[float]] | None = None
 
 

@@ -6,6 +6,7 @@ no host synchronization, and no shape depends on a value. Knows logits and score
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -13,6 +14,41 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
+
+
+class TreeForm(NamedTuple):
+    """What the trees of a round look like.
+
+    shape: the nodes of each level that the draft grows. copies: tokens that are copied from the text, in one branch.
+    verified: nodes that are verified, root included: the best; None: all. least: the likelihood that makes a guess
+    worth its arithmetic: where none has as much, fewer levels are grown and fewer nodes verified. The host reads
+    scores for that, so it is for CPUs.
+    """
+
+    shape: tuple[int, ...]
+    copies: int = 0
+    verified: int | None = None
+    least: float = 0.0
+
+    @property
+    def levels(self) -> int:
+        """A bound on the depth of any node: a copied branch may begin below the last level."""
+        return len(self.shape) + self.copies
+
+    @property
+    def nodes(self) -> int:
+        """The number of nodes that are verified."""
+        grown = 1 + sum(self.shape) + self.copies
+        return grown if self.verified is None else min(grown, self.verified)
+
+    @property
+    def steps(self) -> int:
+        """The number of nodes of the longest path."""
+        return min(self.levels + 1, self.nodes)
+
+    def within(self, levels: int) -> TreeForm:
+        """Return the form of trees that are not deeper than this."""
+        return self if self.levels <= levels else self._replace(shape=self.shape[:levels], copies=0)
 
 
 class Level(NamedTuple):
@@ -58,6 +94,10 @@ class TokenTree(NamedTuple):
         return self._replace(
             tokens=torch.where(rows & ~root, token, self.tokens), parents=torch.where(rows, chain, self.parents)
         )
+
+    def worth(self, least: float) -> int:
+        """Return how many nodes have at least this likelihood in the tree with most of them; asks the device."""
+        return max(int((self.scores >= math.log(least)).sum(dim=1).max()), 1)
 
     def prune(self, size: int | None) -> TokenTree:
         """Keep the `size` best nodes by score, root included, in their old order; all nodes if `size` is None.

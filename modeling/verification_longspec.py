@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .copies_longspec import Report, Written
 from .sampling_longspec import Sampler
 from .text_longspec import Text
 from .tree_longspec import TokenTree, children
@@ -58,16 +59,27 @@ class Accepted(NamedTuple):
 
 
 class RowWalk(NamedTuple):
-    """The walk of one row on the host: the accepted nodes, root first, and the token picked behind each."""
+    """The walk of one row on the host: the accepted nodes, root first, and the token picked behind each.
+
+    report: of the round before, see `Report`.
+    """
 
     nodes: list[int]
     tokens: list[int]
+    report: Report | None = None
+
+    @classmethod
+    def of(cls, row: list[int], steps: int) -> RowWalk:
+        """Read a row of `Walk.table`, of paths of so many steps."""
+        count, report = row[2 * steps], row[2 * steps + 1 :]
+        return cls(row[:count], row[steps : steps + count], Report(*report) if report else None)
 
 
 class Walk(NamedTuple):
     """How far each tree agrees with the picked tokens.
 
-    table: (B, 2 · levels + 3), what the host reads: path, the token picked behind each node of the path, and count.
+    table: (B, 2 · levels + 3), what the host reads: path, the token picked behind each node of the path, and count;
+    then `Written.report`, if there is one.
     """
 
     accepted: Accepted
@@ -80,8 +92,14 @@ class Walk(NamedTuple):
             table = torch.empty(table.shape, dtype=table.dtype, device="cpu", pin_memory=True)
             table.copy_(self.table, non_blocking=True)
             torch.cuda.current_stream(self.table.device).synchronize()
-        steps = table.shape[1] // 2
-        return [RowWalk(row[: row[-1]], row[steps : steps + row[-1]]) for row in table.tolist()]
+        steps = self.accepted.path.shape[1]
+        return [RowWalk.of(row, steps) for row in table.tolist()]
+
+    def reporting(self, written: Written | None) -> Walk:
+        """Return the walk with a report in its table."""
+        if written is None:
+            return self
+        return self._replace(table=torch.cat([self.table, written.report.to(self.table.device)], dim=1))
 
 
 def walk(tree: TokenTree, ancestors: Tensor, depths: Tensor, picks: Tensor) -> Walk:

@@ -1,0 +1,167 @@
+"""Choice: which of a few forms the trees of the next round have, by what rounds cost here and what they write.
+
+A ladder of forms, from no guesses at all to the deepest tree. Seconds of a round are measured as rounds go by and kept
+from call to call; the tokens that a form will write follow from how often guesses of each level were accepted lately.
+Nothing is asked of the device. Knows forms, counts and seconds, no models.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .configuration_longspec import COPIES, LongSpecConfig
+from .copies_longspec import AGREEMENT, Report
+from .tree_longspec import TreeForm
+
+STEPS, NODES = (0, 1, 2, 3, 5), 32  # levels and verified nodes of the forms that guess
+LEAST = 0.15  # of a CPU, which has no arithmetic to spare
+
+KEPT, TRIES = (
+    5,
+    3,
+)  # times of a form that are kept, and that are enough; the least counts, as other things delay a round
+MEMORY = 0.95  # weight of what was seen before, at each row's round
+TRUST = 3.0  # rounds that the prior counts for
+LOOK = 32  # rounds after which the deepest form is looked at again
+BETTER = 1.03  # by how much another form must be better
+
+
+def ladder_of(config: LongSpecConfig, device: torch.device) -> list[TreeForm]:
+    """Return the forms that the trees of a call on `device` may have."""
+    shape, auto = config.tree_on(device), config.tree_shape == "auto"
+    copies = (COPIES if auto else 0) if config.copy_tokens is None else config.copy_tokens
+    if not auto:
+        return [TreeForm(shape, copies, config.verify_tokens)]
+    verified, least = config.verify_tokens or NODES, LEAST if device.type == "cpu" else 0.0
+    steps = [levels for levels in STEPS if levels <= len(shape)]
+    return [TreeForm(())] + [TreeForm(shape[:levels], copies, verified, least) for levels in steps]
+
+
+class Times:
+    """The seconds of rounds, by form, of calls alike: one target, batch, way to pick and about one length."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[TreeForm, deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
+
+    def add(self, form: TreeForm, seconds: float) -> None:
+        self.seconds[form].append(seconds)
+
+    def of(self, form: TreeForm) -> float | None:
+        """Return the seconds of a round of this form: measured, or drawn from two others by the number of levels.
+
+        None where fewer than two forms are known.
+        """
+        if form in self.seconds:
+            return min(self.seconds[form])
+        known = sorted((len(other.shape), min(times)) for other, times in self.seconds.items())
+        if len(known) < 2 or known[0][0] == known[-1][0]:
+            return None
+        (few, low), (many, high) = known[0], known[-1]
+        return low + (high - low) * (len(form.shape) - few) / (many - few)
+
+
+class Outcome(NamedTuple):
+    """A round: how many tokens each row wrote, and the form of the tree; reports: of this round or the one before."""
+
+    counts: list[int]
+    form: TreeForm
+    reports: list[Report | None] | None
+
+
+class Seen(NamedTuple):
+    """A decayed average: sum and weight."""
+
+    total: float = 0.0
+    weight: float = 0.0
+
+    def add(self, value: float) -> Seen:
+        return Seen(MEMORY * self.total + value, MEMORY * self.weight + 1.0)
+
+    def mean(self, prior: float) -> float:
+        return (self.total + TRUST * prior) / (self.weight + TRUST)
+
+
+class Chooser:
+    """Choose the form of each round of one call; `form` is the next one's."""
+
+    def __init__(self, ladder: Sequence[TreeForm], prior: Sequence[float], times: Times, batch: int):
+        """ladder: no guesses first, the deepest last; one form alone is always chosen. prior: of `acceptance`."""
+        self.ladder, self.times = tuple(ladder), times
+        self.deepest = max(form.levels for form in ladder)  # levels
+        levels = max(len(form.shape) for form in ladder)
+        self.prior = [prior[min(level, len(prior) - 1)] for level in range(levels)]
+        self.drafted = [Seen()] * levels  # how often guesses of each level are right where a copy is not
+        self.copied = [Seen()] * len(AGREEMENT)  # how often a copy is right, by the number of tokens that agree
+        self.same = [0] * batch  # how many tokens of each row agree; −1 where it has stopped
+        self.form = self.ladder[-1]
+        self.rounds = 0  # since the form was last another one
+        self.looks = False  # whether the next round is of the deepest form just to learn from it
+
+    def learn(self, outcome: Outcome, stopped: Sequence[bool], seconds: float) -> None:
+        """Take note of a round, and how long it took; then choose the form of the next one."""
+        if len(self.ladder) == 1:
+            return
+        self.times.add(outcome.form, seconds)
+        for row, (report, resting) in enumerate(zip(outcome.reports or (), stopped, strict=False)):
+            if resting or report is None:
+                self.same[row] = -1 if resting else self.same[row]
+                continue
+            self.same[row] = report.now
+            if report.wrote and report.rung >= 0:
+                self._accepted(report)
+        self.rounds += 1
+        self._choose()
+
+    def _accepted(self, report: Report) -> None:
+        """Learn from a row's round which guesses were right: the copy's as far as text was written, the draft's where
+        the copy's was wrong.
+        """
+        for step in range(min(report.agreed + 1, report.wrote)):
+            same = min(report.same + step, len(AGREEMENT) - 1)
+            self.copied[same] = self.copied[same].add(float(step < report.agreed))
+        levels = len(self.ladder[report.rung].shape)
+        for level in range(report.agreed, min(levels, report.wrote)):
+            self.drafted[level] = self.drafted[level].add(float(report.wrote - 1 > level))
+
+    def tokens(self, form: TreeForm, same: int) -> float:
+        """Return how many tokens a round of this form should write of a row of which so many tokens agree."""
+        expected, drafted, copied = 1.0, 1.0, float(form.copies > 0)
+        for level in range(form.steps - 1):
+            if level < len(form.shape):
+                drafted *= self.drafted[level].mean(self.prior[level])
+            else:
+                drafted = 0.0
+            agreeing = min(same + level, len(AGREEMENT) - 1)
+            copied *= self.copied[agreeing].mean(AGREEMENT[agreeing])
+            expected += copied + (1 - copied) * drafted
+        return expected
+
+    def rate(self, form: TreeForm) -> float:
+        """Return the tokens a second of all rows that rounds of this form should write; 0 if their time is unknown."""
+        if (seconds := self.times.of(form)) is None:
+            return 0.0
+        rows = Counter(same for same in self.same if same >= 0)
+        return sum(count * self.tokens(form, same) for same, count in rows.items()) / seconds
+
+    def _choose(self) -> None:
+        """Keep to a form, but for a better one; look at the deepest now and then, which tells of all levels."""
+        deepest, form = self.ladder[-1], self.form
+        for untried in (deepest, self.ladder[0]):
+            if len(self.times.seconds[untried]) < TRIES:
+                return self._take(untried)
+        rates = {other: self.rate(other) for other in self.ladder}
+        best = max(self.ladder, key=rates.__getitem__)
+        if self.looks or rates[best] > BETTER * rates[form]:
+            self.looks = False
+            self._take(best)
+        elif self.rounds >= LOOK and form != deepest:
+            self.looks = True
+            self._take(deepest)
+
+    def _take(self, form: TreeForm) -> None:
+        if form != self.form:
+            self.form, self.rounds = form, 0
