@@ -13,7 +13,7 @@ from helpers import CACHE
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-OF_OUR_OUTPUT = ("accept_lengths", "phase_seconds")  # fields that plain `generate` does not have
+OF_OUR_OUTPUT = ("accept_lengths", "trees", "phase_seconds")  # fields that plain `generate` does not have
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}  # for float32 values that were added up in another order
 
 

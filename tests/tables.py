@@ -11,7 +11,7 @@ from transformers.generation import RepetitionPenaltyLogitsProcessor, Temperatur
 from hf_longspec.modeling.fast_engine_longspec import FastEngine
 from hf_longspec.modeling.sampling_longspec import Plan, Sampler
 from hf_longspec.modeling.text_longspec import Text
-from hf_longspec.modeling.tree_longspec import TokenTree, ancestor_mask, node_depths
+from hf_longspec.modeling.tree_longspec import TokenTree, TreeForm, ancestor_mask, node_depths
 from hf_longspec.modeling.verification_longspec import Verified, accept, along_walk, emit, step_by_step, walk
 
 VOCAB = 5
@@ -56,14 +56,15 @@ def extend(tree, logits, text, paths, hidden_states=None):
 def drawing_call(text):
     """Return what a fast engine asks of a call to draw its tokens; nothing is cached but the roots are missing."""
     ends = torch.tensor(text.lengths) - 1
+    form = TreeForm((1,) * NODES)
     return SimpleNamespace(
         text=text,
         sampler=text.sampler,
         cache=SimpleNamespace(lengths=ends.tolist(), bounds_on=lambda device: (torch.zeros_like(ends), ends)),
-        generator=SimpleNamespace(shape=(1,) * NODES),
-        levels=NODES,
+        chooser=SimpleNamespace(deepest=NODES, ladder=[form]),
+        form=form,
         backend=SimpleNamespace(draw=None),
-        roots=SimpleNamespace(stopped=torch.tensor(text.stopped)),
+        roots=SimpleNamespace(stopped=torch.tensor(text.stopped), written=None),
     )
 
 

@@ -22,7 +22,7 @@ from hf_longspec.modeling.candidate_generator_longspec import DraftWindow, LongS
 from hf_longspec.modeling.fast_choose_longspec import load_backend
 from hf_longspec.modeling.hybrid_attention_longspec import Round
 from hf_longspec.modeling.interface_longspec import attending, switched
-from hf_longspec.modeling.tree_longspec import ancestor_mask, node_depths
+from hf_longspec.modeling.tree_longspec import TreeForm, ancestor_mask, node_depths
 
 # How a family turns its queries on the layer the draft looks at, and what it does to embeddings and logits.
 FAMILIES = {
@@ -131,7 +131,9 @@ class Session:
         config, batch = target.config, len(texts)
         nodes = 1 + sum(draft.config.tree_shape)
         self.cache = SpeculativeCache(config, DynamicCache(config=config), 200, nodes, batch=batch, lead=200)
-        self.generator = LongSpecCandidateGenerator(draft, self.bound, self.backend, batch)
+        self.generator = LongSpecCandidateGenerator(
+            draft, self.bound, self.backend, batch, tuple(draft.config.tree_shape)
+        )
         prompt = padding + max(map(len, texts)) - 1
         pads = torch.tensor([prompt - len(text) + 1 for text in texts])
         ids = torch.tensor([[0] * (prompt - len(text) + 1) + text[:-1] for text in texts])
@@ -148,7 +150,8 @@ class Session:
     @torch.no_grad()
     def grow(self, levels: int | None = None):
         roots = torch.tensor([text[-1] for text in self.texts])
-        return self.generator.grow(roots, self.root_position, self.cache, levels)
+        form = TreeForm(self.generator.shape[:levels], verified=self.draft.config.verify_tokens)
+        return self.generator.grow(roots, self.root_position, self.cache, form)
 
     @torch.no_grad()
     def commit(self, accepted: list[list[int]], steps: int) -> None:

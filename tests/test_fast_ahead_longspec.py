@@ -220,10 +220,10 @@ def test_up_to_the_end(tokens, counts, length, kept, ended):
     for stopped in (False, True):
         bounds = torch.tensor([[0], [length - 1]])
         call = SimpleNamespace(
-            roots=SimpleNamespace(stopped=torch.tensor([stopped]), tokens=torch.tensor([11])),
+            roots=SimpleNamespace(stopped=torch.tensor([stopped]), tokens=torch.tensor([11]), written=None),
             cache=SimpleNamespace(bounds_on=lambda device, bounds=bounds: bounds),
         )
-        accepted, table, over = up_to_the_end(call, walk, ends)
+        (accepted, table), over = up_to_the_end(call, walk, ends)
         now = 0 if stopped else kept
         assert accepted.counts.tolist() == [now] == table[:, -1].tolist()
         assert accepted.newest.tolist() == [max(tokens[now - 1], 0) if now else 11]

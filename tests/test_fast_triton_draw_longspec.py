@@ -338,7 +338,6 @@ def test_a_walk_is_the_one_without_kernels(name, do_sample):
             text.write([row], [token])
     text.ends[3] = text.lengths[3]
     call = drawing_call(text)
-    call.generator.shape = (1,) * levels
     ours = Drawing.of(call, vocab, fused=False)
     call.backend.draw = kernels().fused_paths
     theirs = Drawing.of(call, vocab, fused=True)

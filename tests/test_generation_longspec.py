@@ -25,6 +25,7 @@ from transformers import (
 from hf_longspec.evaluation.tiny_models import tiny_model
 from hf_longspec.modeling.candidate_generator_longspec import LongSpecCandidateGenerator
 from hf_longspec.modeling.configuration_longspec import CPU_TREE
+from hf_longspec.modeling.tree_longspec import TreeForm
 
 WINDOW = 8
 SHAPES = [(), (1, 1, 1, 1), (2, 3), (4, 8, 8, 8), (4, 16, 16, 16, 16)]
@@ -124,18 +125,18 @@ def test_every_sampler_on_every_tree(llama, shape, sampler):
         assert_same(llama, draft, prompt_of(length), **SAMPLERS[sampler])
 
 
-def test_the_default_tree_of_a_cpu_is_small(llama):
-    """And a tree that is set is verified whole, be it the default of a GPU."""
-    draft, read = tiny_draft(llama, window=WINDOW, tree_shape=None), []
+def test_a_tree_that_is_set_is_verified_whole(llama):
+    draft, read = tiny_draft(llama, window=WINDOW, tree_shape="auto"), []
     large = (4, 16, 16, 16, 16)
     hook = llama.model.register_forward_hook(lambda *call: read.append(call[-1][0].shape[1]))
-    for shape, nodes in ((None, 1 + sum(CPU_TREE)), (large, 1 + sum(large))):
+    for shape, nodes in ((CPU_TREE, 1 + sum(CPU_TREE)), (large, 1 + sum(large))):
         draft.config.tree_shape = shape
         read.clear()
         out = llama.generate(prompt_of(11), assistant_model=draft, max_new_tokens=12, return_dict_in_generate=True)
         assert set(read[read.index(11) + 1 :]) == {nodes}  # a target's first call probes it before the prompt
-        assert max(out.accept_lengths[0]) <= 1 + len(CPU_TREE if shape is None else large)
-        assert draft.state_bytes == 2 * 4 * 8 * 4 * (WINDOW + 2 + nodes - 1 - (shape or CPU_TREE)[-1])
+        assert max(out.accept_lengths[0]) <= 1 + len(shape)
+        assert set(out.trees[0]) == {TreeForm(shape)}
+        assert draft.state_bytes == 2 * 4 * 8 * 4 * (WINDOW + 2 + nodes - 1 - shape[-1])
     hook.remove()
 
 
