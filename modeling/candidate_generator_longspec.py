@@ -168,8 +168,8 @@ class LongSpecCandidateGenerator:
         tree = TokenTree.from_levels(grown, self.above[: sum(part.tokens.shape[1] for part in grown)])
         if form.copies:
             assert written is not None, "copies come from the text"
-            tree = self.backend.copy(tree, written, form.copies, self.draft.config.vocab_size)
-        return tree.prune(min(tree.worth(form.least), form.nodes) if form.least else form.verified)
+            return self.backend.join_copy(tree, written, form, self.draft.config.vocab_size)
+        return tree.of_form(form)
 
     def _level_inputs(
         self, root_position: Tensor, cache: SpeculativeCache, levels: int, read: Tensor | None

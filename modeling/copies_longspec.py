@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tree_longspec import TokenTree
+from .tree_longspec import TokenTree, TreeForm
 
 # How often the next token is the one that followed an earlier place where so many tokens agree, the last one first: an
 # average over code and prose (docs/LOG.md). A guess needs a likelihood beside the draft's only to be ranked with them.
@@ -68,23 +68,26 @@ class Written(NamedTuple):
         report[:, -1] = found.same
         return cls(kept, lengths, likely, found, report)
 
-    def append(self, tokens: Tensor, counts: Tensor, rung: int) -> None:
-        """Append the first `counts` (B,) of tokens (B, T), which trees of form number `rung` have given.
 
-        Tokens beyond `counts` lie behind the end until others take their place.
-        """
-        steps = torch.arange(tokens.shape[1], device=tokens.device)
-        most = min(tokens.shape[1], self.found.tokens.shape[1])
-        agrees = (tokens[:, :most] == self.found.tokens[:, :most]) & (steps[:most] < counts[:, None])
-        agreed = agrees.cumprod(dim=1).sum(dim=1)
-        places = self.lengths[:, None] + steps
-        self.ids.scatter_(1, places.clamp(max=self.ids.shape[1] - 1), tokens.int())
-        self.lengths.add_(counts).clamp_(max=self.ids.shape[1] - 1)
-        found = find(self.ids, self.lengths, self.found.tokens.shape[1])
-        form = torch.full_like(counts, rung)
-        self.report.copy_(torch.stack([form, self.found.same, agreed, counts, found.same], dim=1))
-        self.found.tokens.copy_(found.tokens)
-        self.found.same.copy_(found.same)
+def append(written: Written, tokens: Tensor, path: Tensor, counts: Tensor, newest: Tensor, rung: int) -> None:
+    """Append what a round wrote: the tokens (B, T) of the first `counts` (B,) nodes of `path` (B, P), but the root's.
+
+    newest: (B,), the last tokens written. rung: the number of the form of the trees. Then look at the texts anew.
+    """
+    ids, lengths, _, found, report = written
+    steps = torch.arange(path.shape[1], device=path.device)
+    following = tokens.gather(1, path).roll(-1, 1)
+    following = torch.where(steps < counts[:, None] - 1, following, newest[:, None])
+    most = min(len(steps), found.tokens.shape[1])
+    agrees = (following[:, :most] == found.tokens[:, :most]) & (steps[:most] < counts[:, None])
+    agreed = agrees.cumprod(dim=1).sum(dim=1)
+    # those beyond `counts` lie behind the end until others take their place
+    ids.scatter_(1, (lengths[:, None] + steps).clamp(max=ids.shape[1] - 1), following.int())
+    lengths.add_(counts).clamp_(max=ids.shape[1] - 1)
+    anew = find(ids, lengths, found.tokens.shape[1])
+    report.copy_(torch.stack([torch.full_like(counts, rung), found.same, agreed, counts, anew.same], dim=1))
+    found.tokens.copy_(anew.tokens)
+    found.same.copy_(anew.same)
 
 
 def find(ids: Tensor, lengths: Tensor, count: int) -> Found:
@@ -148,3 +151,8 @@ def copy_branch(tree: TokenTree, written: Written, copies: int, vocab: int) -> T
         torch.cat([scores, branch], dim=1),
         tree.levels + copies,
     )
+
+
+def join_copy(tree: TokenTree, written: Written, form: TreeForm, vocab: int) -> TokenTree:
+    """Return trees of a form, with the copied branch, from what the draft has grown; see `copy_branch`."""
+    return copy_branch(tree, written, form.copies, vocab).of_form(form)

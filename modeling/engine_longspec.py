@@ -18,7 +18,7 @@ import torch
 
 from .attention_longspec import Attention, Move, PrefixAttention, eager_prefix, merged_attention, move_slots
 from .choice_longspec import Outcome, Times
-from .copies_longspec import copy_branch
+from .copies_longspec import append, join_copy
 from .torch_attention_longspec import torch_prefix
 from .tree_longspec import Children, best_children
 
@@ -27,9 +27,9 @@ class Backend(NamedTuple):
     """A way to attend, and the small work of a round beside attention.
 
     prefix_attention: as `eager_prefix`. attention: as `merged_attention`. move: how accepted nodes are moved in the
-    stores of a layer, as `move_slots`. children: how the draft chooses a level of the tree, as `best_children`. copy:
-    how the text's own guesses join a tree, as `copy_branch`. draw: how an engine draws tokens along the paths on the
-    device, if there are kernels for that.
+    stores of a layer, as `move_slots`. children: how the draft chooses a level of the tree, as `best_children`.
+    append: how the texts that guesses are copied from go on, as `append`. join_copy: how a copy joins a tree, as
+    `join_copy`. draw: how an engine draws tokens along the paths on the device, if there are kernels for that.
     """
 
     name: str
@@ -37,7 +37,8 @@ class Backend(NamedTuple):
     attention: Attention
     move: Move = move_slots
     children: Children = best_children
-    copy: Callable[..., Any] = copy_branch
+    append: Callable[..., None] = append
+    join_copy: Callable[..., Any] = join_copy
     draw: Callable[..., Any] | None = None
 
 

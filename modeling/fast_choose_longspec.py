@@ -26,13 +26,21 @@ def load_backend(name: str) -> Backend:
     """Load the backend of this name. Raises `ImportError` where its package is missing or cannot be loaded."""
     if name in ("eager", "torch"):
         return plain_backend(name)
+    from .fast_triton_copies_longspec import fused_append, fused_join
     from .fast_triton_draw_longspec import fused_paths
     from .fast_triton_tree_longspec import fused_best_children, triton_move
 
+    kernels: dict[str, Any] = {
+        "move": triton_move,
+        "children": fused_best_children,
+        "append": fused_append,
+        "join_copy": fused_join,
+        "draw": fused_paths,
+    }
     if name == "triton":
         from .fast_triton_attention_longspec import triton_attention, triton_prefix
 
-        return Backend(name, triton_prefix, triton_attention, triton_move, fused_best_children, fused_paths)
+        return Backend(name, triton_prefix, triton_attention, **kernels)
     from .fast_flash_longspec import flash_attention, flash_prefix, load_flash_2, load_flash_3
 
     try:
@@ -43,9 +51,7 @@ def load_backend(name: str) -> Backend:
     except (ImportError, AttributeError) as error:  # of a package that is too old
         raise ImportError(f"attention_backend={name!r} cannot be loaded: {error}") from error
     attention = functools.partial(flash_attention, flash)
-    return Backend(
-        name, functools.partial(flash_prefix, flash), attention, triton_move, fused_best_children, fused_paths
-    )
+    return Backend(name, functools.partial(flash_prefix, flash), attention, **kernels)
 
 
 def resolve_backend(name: str, demand: Demand) -> Backend:

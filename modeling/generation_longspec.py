@@ -240,12 +240,11 @@ def commit(call: Call, tree: TokenTree, accepted: Accepted, hidden: Tensor | Non
         last = path.gather(1, (counts - 1).clamp(min=0)[:, None])
         states = hidden.gather(1, last[:, :, None].expand(-1, -1, hidden.shape[2]))[:, 0]
         roots.hidden.copy_(torch.where(counts[:, None] > 0, states, roots.hidden))
-    step, tokens = torch.arange(path.shape[1], device=path.device), tree.tokens.gather(1, path)
     if call.generator.shape:
-        call.generator.advance(tokens, roots.positions[:, None] + step, step < counts[:, None])
+        step = torch.arange(path.shape[1], device=path.device)
+        call.generator.advance(tree.tokens.gather(1, path), roots.positions[:, None] + step, step < counts[:, None])
     if roots.written is not None:
-        following = torch.where(step < counts[:, None] - 1, tokens.roll(-1, 1), newest[:, None])
-        roots.written.append(following, counts, call.rung)
+        call.backend.append(roots.written, tree.tokens, path, counts, newest, call.rung)
     roots.tokens.copy_(newest)
     roots.positions.add_(counts)
     # last: once a ring has moved on, nothing may fail before the round ends
@@ -264,7 +263,8 @@ def read_anew(call: Call) -> Outcome:
     roots.positions.add_(1)
     roots.follow(text)
     if roots.written is not None:
-        roots.written.append(roots.tokens[:, None], torch.ones_like(roots.tokens), call.rung)
+        ones = torch.ones_like(roots.tokens)
+        call.backend.append(roots.written, roots.stump.tokens, ones[:, None] - 1, ones, roots.tokens, call.rung)
     return Outcome([1] * text.batch, TreeForm(()), None)
 
 

@@ -95,6 +95,10 @@ class TokenTree(NamedTuple):
             tokens=torch.where(rows & ~root, token, self.tokens), parents=torch.where(rows, chain, self.parents)
         )
 
+    def of_form(self, form: TreeForm) -> TokenTree:
+        """Return the tree with the nodes that a form verifies."""
+        return self.prune(min(self.worth(form.least), form.nodes) if form.least else form.verified)
+
     def worth(self, least: float) -> int:
         """Return how many nodes have at least this likelihood in the tree with most of them; asks the device."""
         return max(int((self.scores >= math.log(least)).sum(dim=1).max()), 1)
