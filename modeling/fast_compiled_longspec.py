@@ -86,13 +86,13 @@ def run_layer(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 @functools.cache
 def compiled_run() -> Callable[..., Any]:
     """Return `run_layer`, compiled; torch keeps the compiled code beside the layers' own code, for all calls."""
-    from .fast_linear_pass_longspec import OneRowPass  # seconds, as above
+    from .fast_linear_pass_longspec import LinearPass  # seconds, as above
 
     options: dict[str, Any] = {
         # rounded where the layers' own code rounds, so that texts in half precision part no more often than they must
         "emulate_precision_casts": True,
         "triton.cudagraphs": False,
-        "post_grad_custom_pre_pass": OneRowPass(),
+        "post_grad_custom_pre_pass": LinearPass(),
     }
     return torch.compile(run_layer, options=options)
 

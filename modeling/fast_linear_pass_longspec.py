@@ -1,62 +1,97 @@
-"""A pass over Inductor's graphs that gives products of one row to the Triton kernel of `fast_triton_linear_longspec`.
+"""A pass over Inductor's graphs that gives products of few rows to the kernels of `fast_triton_linear_longspec`.
 
-Products of one row by a 16-bit weight of the target on a CUDA device are replaced; every other product stays as it
-is, since with more rows cuBLAS is as fast. The target's modules are not touched. Imported only when a target is
-compiled.
+Products by 16-bit weights of the target on a CUDA device are replaced where two or three share their rows, as queries,
+keys and values do; those of one row also where they stand alone. Every other product stays as it is, since cuBLAS is
+as fast. The target's modules are not touched. Imported only when a target is compiled.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import operator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
+from torch.nn.functional import linear
 
 aten = torch.ops.aten
 DEVICE = "cuda"
+FEW = 96  # rows, at most, of a product that the kernels compute
+MOST = 3  # weights of a launch
 # Each copy of this file registers an operator of its own: every draft of the Hub carries a copy.
-NAME = f"{__name__.replace('.', '_')}::one_row_linear"
+NAME = f"{__name__.replace('.', '_')}::linears"
 
 
 @torch.library.custom_op(NAME, mutates_args=())
-def one_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply x (1, K) by weight (N, K) and add bias (N,) or None, as an operator that graphs can hold."""
-    from .fast_triton_linear_longspec import one_row_linear as run
+def linears(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
+    """Multiply x (M, K) by each weight (N, K), and add the biases (N,), if there are any: an operator for graphs.
 
-    return run(x, weight, bias)
+    A graph may have been made for fewer rows than it meets.
+    """
+    if x.shape[0] > FEW:
+        added: list[Any] = biases or [None] * len(weights)
+        return [linear(x, weight, bias) for weight, bias in zip(weights, added, strict=True)]
+    from .fast_triton_linear_longspec import linears as run
+
+    return run(x, weights, biases)
 
 
-@one_row_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+@linears.register_fake
+def _(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
 
 
-class OneRowPass(CustomGraphPass):
-    """Replace the products that `served` finds by `one_row_linear`; an Inductor `post_grad_custom_pre_pass`."""
+class Product(NamedTuple):
+    """A product that the kernels compute, and its parts."""
+
+    node: Node
+    x: Node  # (M, K)
+    weight: Node  # (N, K)
+    bias: Node | None  # (N,)
+
+
+class LinearPass(CustomGraphPass):
+    """Replace the products that `groups` finds by `linears`; an Inductor `post_grad_custom_pre_pass`."""
 
     def __call__(self, graph: Graph) -> None:
-        for node in list(graph.nodes):
-            if (parts := served(node)) is not None:
-                with graph.inserting_before(node):
-                    ours = graph.call_function(one_row_linear._opoverload, parts)
-                ours.meta.update(node.meta)
-                transposed: Any = node.args[-1]
-                node.replace_all_uses_with(ours)
-                graph.erase_node(node)
-                if not transposed.users:
-                    graph.erase_node(transposed)
+        for group in groups(graph):
+            weights = [product.weight for product in group]
+            biases = [product.bias for product in group if product.bias is not None]
+            with graph.inserting_before(group[0].node):
+                ours = graph.call_function(linears._opoverload, (group[0].x, weights, biases))
+                outs = [graph.call_function(operator.getitem, (ours, index)) for index in range(len(group))]
+            ours.meta["val"] = [product.node.meta["val"] for product in group]
+            for product, out in zip(group, outs, strict=True):
+                out.meta.update(product.node.meta)
+                product.node.replace_all_uses_with(out)
+                graph.erase_node(product.node)
+        graph.eliminate_dead_code()
 
     def uuid(self) -> bytes:
         return get_hash_for_files((__file__,), extra=NAME)
 
 
-def served(node: Node) -> tuple[Node, Node, Node | None] | None:
-    """Find x (1, K), weight (N, K) and bias (N,) or None of a product that the kernel computes; None for another node.
+def groups(graph: Graph) -> list[list[Product]]:
+    """Return the products to compute together, in the order of the graph: up to three that share their rows.
 
-    A graph with a symbolic number of rows always has more than one: torch specializes on 1.
+    Weights and biases are the graph's inputs, so all that a group needs is there at the first of its products.
     """
+    found: dict[Any, list[Product]] = {}
+    for node in graph.nodes:
+        if (product := served(node)) is not None:
+            # each linear layer makes rows of its input by itself
+            views = product.x.target in (aten.reshape.default, aten.view.default)
+            source = product.x.args[0] if views else product.x
+            key = source, product.weight.meta["val"].shape[1], product.bias is None
+            found.setdefault(key, []).append(product)
+    parts = [some[start : start + MOST] for some in found.values() for start in range(0, len(some), MOST)]
+    return [part for part in parts if len(part) > 1 or rows_of(part[0].x) == 1]
+
+
+def served(node: Node) -> Product | None:
+    """Return the parts of a product that the kernels compute; None for another node."""
     inputs: Any = node.args
     if node.target == aten.mm.default:
         bias, (x, transposed) = None, inputs
@@ -69,13 +104,20 @@ def served(node: Node) -> tuple[Node, Node, Node | None] | None:
     weight = transposed.args[0]
     if weight.op != "placeholder":  # computed in the graph, as from a quantized weight
         return None
-    states, values = x.meta["val"], weight.meta["val"]
+    values = weight.meta["val"]
     if values.device.type != DEVICE or values.dtype not in (torch.float16, torch.bfloat16):
         return None
     if not all(isinstance(size, int) for size in values.shape) or not values.is_contiguous():
         return None
-    if bias is not None and (bias.meta["val"].shape != values.shape[:1] or bias.meta["val"].dtype != values.dtype):
-        return None
-    if not isinstance(states.shape[0], int) or states.shape[0] != 1:
-        return None
-    return x, weight, bias
+    if bias is not None:
+        added = bias.meta["val"]
+        if bias.op != "placeholder" or added.shape != values.shape[:1] or added.dtype != values.dtype:
+            return None
+    rows = rows_of(x)
+    return Product(node, x, weight, bias) if rows is not None and rows <= FEW else None
+
+
+def rows_of(x: Node) -> int | None:
+    """Return the number of rows; where it is symbolic, the one that the graph was made for, or None for none."""
+    rows = x.meta["val"].shape[0]
+    return rows if isinstance(rows, int) else rows.node.hint

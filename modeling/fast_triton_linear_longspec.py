@@ -1,29 +1,73 @@
-"""The Triton kernel of a linear layer of one row, at the speed of reading the weight from memory.
+"""Triton kernels of linear layers of few rows that share their input, at the speed of reading the weights from memory.
 
-All time goes into the weight's bytes, and a matrix unit would mostly wait. cuBLAS splits the inner dimension and adds
-the parts in a second launch; here a program reads whole rows of the weight, enough of them at a time to keep the
-memory busy. Needs the package triton; imported only when the kernel is first called.
+One launch reads up to three weights where they lie, such as those of queries, keys and values. With one row all time
+goes into the weights' bytes, and a matrix unit would mostly wait: a program reads whole rows of a weight, enough of
+them at a time to keep the memory busy. With more, a program holds all rows of the input, whose reading again costs
+as much as that of a weight's block of as many rows; so blocks are wide, and where they would be too few for the
+device, the inner dimension is shared out, and a second launch adds the shares in their order. Needs the package
+triton; imported only when a kernel is first called.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .fast_triton_attention_longspec import tl, triton
 
-ROWS = 4  # rows of the weight in a program; with the widths below, the best of 42 settings on an H200 (docs/LOG.md)
+SUMMED = 4  # rows of a program that adds shares
+
+
+class Tiles(NamedTuple):
+    """How a launch cuts products: a program multiplies so many rows of a weight, `width` numbers at a time."""
+
+    columns: int  # of the product, which are rows of the weight
+    width: int
+    shares: int  # of the inner dimension
+    warps: int
+    stages: int
+
+
+def tiles_of(rows: int, inner: int, columns: int) -> Tiles:
+    """Choose the tiles for x (rows, inner) and weights of so many columns in all.
+
+    The same for 2 rows and for 96, so that the others do not change a row's result.
+    """
+    if rows == 1:
+        return Tiles(4, 2048, 1, 8, 3) if inner > 1024 else Tiles(4, 1024, 1, 4, 3)
+    if inner <= 1024:
+        return Tiles(64, 128, 1, 4, 4) if columns > 4096 else Tiles(32, 128, 1, 4, 4)
+    return Tiles(128, 64, 1, 4, 4) if columns > 16384 else Tiles(128, 64, 4, 4, 4)
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def part_of(block, weights, biases, outs, columns, BLOCK_N: tl.constexpr):
+    """Return weight, bias, out and number of columns of the product that a block is of, and the block's columns."""
+    weight, bias, out, end, first = weights[0], biases[0], outs[0], columns[0], 0
+    start = 0
+    for part in tl.static_range(1, len(weights)):
+        start += tl.cdiv(columns[part - 1], BLOCK_N)
+        here = block >= start
+        weight, bias = tl.where(here, weights[part], weight), tl.where(here, biases[part], bias)
+        out, end = tl.where(here, outs[part], out), tl.where(here, columns[part], end)
+        first = tl.where(here, start, first)
+    return weight, bias, out, end, (block - first) * BLOCK_N + tl.arange(0, BLOCK_N)
 
 
 @triton.jit
 def one_row_kernel(
-    x, weight, bias, out, columns, inner, x_k,
+    x, weights, biases, outs, columns, inner, x_k,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Multiply a block of rows of weight (columns, inner) by x (inner,), and store that block of out (columns,)."""
+    """Multiply a block of rows of a weight (N, inner) by x (inner,), and store that block of its out (N,)."""
+    weight, bias, out, end, column = part_of(tl.program_id(0), weights, biases, outs, columns, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    known = tl.minimum(column, columns - 1)  # the last block reads a row again rather than with a mask
+    known = tl.minimum(column, end - 1)  # the last block reads a row again rather than with a mask
     weight_row = weight + known.to(tl.int64)[:, None] * inner
     total = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     for start in range(0, inner, BLOCK_K):
@@ -39,27 +83,128 @@ def one_row_kernel(
     summed = tl.sum(total, 1)
     if BIAS:
         summed += tl.load(bias + known).to(tl.float32)
-    tl.store(out + column, summed, mask=column < columns)
+    tl.store(out + column, summed, mask=column < end)
 
 
-def one_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply x (1, K) by weight (N, K), contiguous, and add bias (N,) or None: (1, N), summed in float32."""
-    (rows, inner), columns = x.shape, weight.shape[0]
-    assert rows == 1 and weight.shape[1] == inner and weight.is_contiguous()
-    out = torch.empty(1, columns, dtype=x.dtype, device=x.device)
-    width, warps = (2048, 8) if inner > 1024 else (1024, 4)
-    one_row_kernel[(triton.cdiv(columns, ROWS),)](
-        x,
-        weight,
-        x if bias is None else bias.contiguous(),  # a pointer that one variant of the kernel does not read
-        out,
-        columns,
-        inner,
-        x.stride(1),
-        BLOCK_N=ROWS,
-        BLOCK_K=width,
-        EVEN=inner % width == 0,
-        BIAS=bias is not None,
-        num_warps=warps,
-    )
-    return out
+@triton.jit
+def states_of(x, row, position, rows, inner, x_m, x_k, EVEN: tl.constexpr):
+    """Load numbers (K, M) of rows of x, zeros behind the last."""
+    real = (row < rows)[None, :]
+    if not EVEN:
+        real = real & (position < inner)[:, None]
+    return tl.load(x + row[None, :] * x_m + position[:, None] * x_k, mask=real, other=0.0)
+
+
+@triton.jit
+def keep(
+    total, row, rows, out, bias, column, end, shared, block, share,
+    BLOCK_N: tl.constexpr, SHARES: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Store sums (N, M) of a block into out (rows, end), or a share of them into shared (SHARES, rows, all blocks)."""
+    real = (row < rows)[None, :]
+    if SHARES > 1:
+        place = (share * rows + row).to(tl.int64) * (tl.num_programs(0) * BLOCK_N) + block * BLOCK_N
+        tl.store(shared + place[None, :] + tl.arange(0, BLOCK_N)[:, None], total, mask=real)
+    else:
+        inside = column < end
+        if BIAS:
+            total += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[:, None]
+        tl.store(out + row[None, :] * end + column[:, None], total, mask=real & inside[:, None])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def few_rows_kernel(
+    x, weights, biases, outs, columns, shared, rows, inner, x_m, x_k,
+    ROWS: tl.constexpr, MORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SHARES: tl.constexpr,
+    EVEN: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Multiply a block of rows of a weight (N, inner) by all of x (rows, inner), or by a share of its columns.
+
+    Triton's blocks are powers of two, so the rows beyond the first ROWS are a second block, of MORE. Programs are
+    (block, share).
+    """
+    block, share = tl.program_id(0), tl.program_id(1)
+    weight, bias, out, end, column = part_of(block, weights, biases, outs, columns, BLOCK_N)
+    k, row = tl.arange(0, BLOCK_K), tl.arange(0, ROWS)
+    known = tl.minimum(column, end - 1)
+    weight_row = weight + known.to(tl.int64)[:, None] * inner
+    total = tl.zeros([BLOCK_N, ROWS], dtype=tl.float32)
+    if MORE:
+        further = ROWS + tl.arange(0, MORE)
+        more = tl.zeros([BLOCK_N, MORE], dtype=tl.float32)
+    length = tl.cdiv(tl.cdiv(inner, BLOCK_K), SHARES) * BLOCK_K
+    for start in range(share * length, tl.minimum((share + 1) * length, inner), BLOCK_K):
+        position = start + k
+        if EVEN:
+            w = tl.load(weight_row + position[None, :], eviction_policy="evict_first")
+        else:
+            w = tl.load(weight_row + position[None, :], mask=(position < inner)[None, :], other=0.0)
+        total = tl.dot(w, states_of(x, row, position, rows, inner, x_m, x_k, EVEN), total)
+        if MORE:
+            more = tl.dot(w, states_of(x, further, position, rows, inner, x_m, x_k, EVEN), more)
+    keep(total, row, rows, out, bias, column, end, shared, block, share, BLOCK_N, SHARES, BIAS)
+    if MORE:
+        keep(more, further, rows, out, bias, column, end, shared, block, share, BLOCK_N, SHARES, BIAS)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def shares_kernel(
+    shared, biases, outs, columns, rows,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SHARES: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Add shared (SHARES, rows, all blocks) in the order of the shares; programs are (block, ROWS rows)."""
+    block = tl.program_id(0)
+    _, bias, out, end, column = part_of(block, outs, biases, outs, columns, BLOCK_N)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    real, inside = (row < rows)[:, None], (column < end)[None, :]
+    total = tl.zeros([ROWS, BLOCK_N], dtype=tl.float32)
+    for share in tl.static_range(SHARES):
+        place = (share * rows + row).to(tl.int64) * (tl.num_programs(0) * BLOCK_N) + block * BLOCK_N
+        total += tl.load(shared + place[:, None] + tl.arange(0, BLOCK_N)[None, :], mask=real, other=0.0)
+    if BIAS:
+        total += tl.load(bias + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row[:, None] * end + column[None, :], total, mask=real & inside)
+
+
+# --- launches --------------------------------------------------------------------------------------------------------
+
+
+def linears(x: Tensor, weights: list[Tensor], biases: list[Tensor], tiles: Tiles | None = None) -> list[Tensor]:
+    """Multiply x (M, K), M at most 96, by each weight (N, K), contiguous: (M, N) each, summed in float32.
+
+    biases: (N,) for each weight, or none at all; tiles: None for those of `tiles_of`.
+    """
+    rows, inner = x.shape
+    columns = tuple(weight.shape[0] for weight in weights)
+    assert all(weight.shape[1] == inner and weight.is_contiguous() for weight in weights)
+    tiles = tiles or tiles_of(rows, inner, sum(columns))
+    outs = tuple(torch.empty(rows, n, dtype=x.dtype, device=x.device) for n in columns)
+    blocks = sum(triton.cdiv(n, tiles.columns) for n in columns)
+    # without biases, pointers that one variant of each kernel does not read
+    held = tuple(bias.contiguous() for bias in biases) or outs
+    options = dict(BLOCK_N=tiles.columns, BIAS=bool(biases), num_warps=tiles.warps, num_stages=tiles.stages)
+    widths = dict(BLOCK_K=tiles.width, EVEN=inner % tiles.width == 0)
+    if rows == 1:
+        one_row_kernel[(blocks,)](x, tuple(weights), held, outs, columns, inner, x.stride(1), **widths, **options)
+        return list(outs)
+    size = (tiles.shares, rows, blocks * tiles.columns) if tiles.shares > 1 else (1,)
+    shared = torch.empty(size, dtype=torch.float32, device=x.device)
+    first, more = row_blocks(rows)
+    few_rows_kernel[(blocks, tiles.shares)](
+        x, tuple(weights), held, outs, columns, shared, rows, inner, x.stride(0), x.stride(1),
+        ROWS=first, MORE=more, SHARES=tiles.shares, **widths, **options,
+    )  # fmt: skip
+    if tiles.shares > 1:
+        shares_kernel[(blocks, triton.cdiv(rows, SUMMED))](
+            shared, held, outs, columns, rows,
+            ROWS=SUMMED, BLOCK_N=tiles.columns, SHARES=tiles.shares, BIAS=bool(biases), num_warps=4,
+        )  # fmt: skip
+    return list(outs)
+
+
+def row_blocks(rows: int) -> tuple[int, int]:
+    """Return two powers of two, or one and 0, that hold at most 96 rows with less than 16 to spare."""
+    padded = triton.cdiv(rows, 16) * 16
+    first = 1 << padded.bit_length() - 1
+    assert padded <= 96
+    return first, padded - first
