@@ -26,7 +26,8 @@ KEPT, TRIES = (
 )  # times of a form that are kept, and that are enough; the least counts, as other things delay a round
 MEMORY = 0.95  # weight of what was seen before, at each row's round
 TRUST = 3.0  # rounds that the prior counts for
-LOOK = 32  # rounds after which the deepest form is looked at again
+LOOK = 32  # rounds after which the deepest form is looked at again, at first; then twice as many
+NOTHING = 0.01  # tokens that do not count
 BETTER = 1.03  # by how much another form must be better
 
 
@@ -50,14 +51,19 @@ class Times:
     def add(self, form: TreeForm, seconds: float) -> None:
         self.seconds[form].append(seconds)
 
+    def known(self, form: TreeForm) -> bool:
+        """Tell whether there are enough times of a form: its first rounds may wait for a compiler or for a capture."""
+        return len(self.seconds.get(form, ())) >= TRIES
+
     def of(self, form: TreeForm) -> float | None:
         """Return the seconds of a round of this form: measured, or drawn from two others by the number of levels.
 
         None where fewer than two forms are known.
         """
-        if form in self.seconds:
+        if self.known(form):
             return min(self.seconds[form])
-        known = sorted((len(other.shape), min(times)) for other, times in self.seconds.items())
+        others = [other for other in list(self.seconds) if self.known(other)]
+        known = sorted((len(other.shape), min(self.seconds[other])) for other in others)
         if len(known) < 2 or known[0][0] == known[-1][0]:
             return None
         (few, low), (many, high) = known[0], known[-1]
@@ -96,10 +102,13 @@ class Chooser:
         self.prior = [prior[min(level, len(prior) - 1)] for level in range(levels)]
         self.drafted = [Seen()] * levels  # how often guesses of each level are right where a copy is not
         self.copied = [Seen()] * len(AGREEMENT)  # how often a copy is right, by the number of tokens that agree
-        self.same = [0] * batch  # how many tokens of each row agree; −1 where it has stopped
+        self.same = [1] * batch  # how many tokens of each row agree; −1 where it has stopped
         self.form = self.ladder[-1]
         self.rounds = 0  # since the form was last another one
-        self.looks = False  # whether the next round is of the deepest form just to learn from it
+        self.left: TreeForm | None = None  # the form that was left to look at the deepest
+        self.patience = LOOK
+        if len(self.ladder) > 1:
+            self._choose()
 
     def learn(self, outcome: Outcome, stopped: Sequence[bool], seconds: float) -> None:
         """Take note of a round, and how long it took; then choose the form of the next one."""
@@ -131,13 +140,12 @@ class Chooser:
         """Return how many tokens a round of this form should write of a row of which so many tokens agree."""
         expected, drafted, copied = 1.0, 1.0, float(form.copies > 0)
         for level in range(form.steps - 1):
-            if level < len(form.shape):
-                drafted *= self.drafted[level].mean(self.prior[level])
-            else:
-                drafted = 0.0
-            agreeing = min(same + level, len(AGREEMENT) - 1)
-            copied *= self.copied[agreeing].mean(AGREEMENT[agreeing])
-            expected += copied + (1 - copied) * drafted
+            drafted *= self.likely[level] if level < len(form.shape) else 0.0
+            copied *= self.copies[min(same + level, len(AGREEMENT) - 1)]
+            further = copied + (1 - copied) * drafted
+            if further < NOTHING:
+                break
+            expected += further
         return expected
 
     def rate(self, form: TreeForm) -> float:
@@ -145,21 +153,26 @@ class Chooser:
         if (seconds := self.times.of(form)) is None:
             return 0.0
         rows = Counter(same for same in self.same if same >= 0)
-        return sum(count * self.tokens(form, same) for same, count in rows.items()) / seconds
+        return sum(number * self.tokens(form, same) for same, number in rows.items()) / seconds
 
     def _choose(self) -> None:
         """Keep to a form, but for a better one; look at the deepest now and then, which tells of all levels."""
         deepest, form = self.ladder[-1], self.form
         for untried in (deepest, self.ladder[0]):
-            if len(self.times.seconds[untried]) < TRIES:
+            if not self.times.known(untried):
                 return self._take(untried)
+        self.likely = [seen.mean(prior) for seen, prior in zip(self.drafted, self.prior, strict=True)]
+        self.copies = [seen.mean(prior) for seen, prior in zip(self.copied, AGREEMENT, strict=True)]
         rates = {other: self.rate(other) for other in self.ladder}
         best = max(self.ladder, key=rates.__getitem__)
-        if self.looks or rates[best] > BETTER * rates[form]:
-            self.looks = False
+        if self.left is not None:
+            self.patience = 2 * self.patience if best == self.left else LOOK  # whether it was worth a look
+            self.left = None
             self._take(best)
-        elif self.rounds >= LOOK and form != deepest:
-            self.looks = True
+        elif rates[best] > BETTER * rates[form]:
+            self._take(best)
+        elif self.rounds >= self.patience and form != deepest:
+            self.left = form
             self._take(deepest)
 
     def _take(self, form: TreeForm) -> None:

@@ -16,7 +16,8 @@ from .tree_longspec import TokenTree, TreeForm
 # How often the next token is the one that followed an earlier place where so many tokens agree, the last one first: an
 # average over code and prose (docs/LOG.md). A guess needs a likelihood beside the draft's only to be ranked with them.
 AGREEMENT = (0.0, 0.2, 0.33, 0.42, 0.52, 0.6, 0.7, 0.77, 0.88)
-ROOM = 4096  # tokens; buffers are multiples, so that calls of about one length share graphs
+# Tokens: buffers are multiples of ROOM, with some to spare, so that calls of about one length share graphs.
+ROOM, SPARE = 4096, 512
 LONGEST = 2**20  # tokens that a call may write into a buffer; what follows is not looked through
 
 
@@ -58,7 +59,7 @@ class Written(NamedTuple):
     def of(cls, ids: Tensor, more: int, count: int, device: torch.device) -> Written:
         """Begin with texts (B, L) that may grow by `more` tokens; count: the most tokens to copy at once."""
         batch, length = ids.shape
-        room = -(-(length + min(more, LONGEST)) // ROOM) * ROOM
+        room = -(-(length + min(max(more, SPARE), LONGEST)) // ROOM) * ROOM
         kept = torch.zeros(batch, room, dtype=torch.int32, device=device)
         kept[:, :length] = ids.clamp(-1, 2**31 - 1)
         lengths = torch.full((batch,), length, device=device)

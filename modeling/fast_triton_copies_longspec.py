@@ -37,7 +37,7 @@ def append_kernel(
     place = length + step
     tl.store(ids + row * room + place, token.to(tl.int32), mask=(step < count) & (place < room))
     tl.store(lengths + row, tl.minimum(length + count, room - 1))
-    tl.store(report + row * 5, rung.to(tl.int64))
+    tl.store(report + row * 5, row * 0 + rung)
     tl.store(report + row * 5 + 1, tl.load(same + row))
     tl.store(report + row * 5 + 2, agreed.to(tl.int64))
     tl.store(report + row * 5 + 3, count)

@@ -96,7 +96,8 @@ def _cuts(processors: list, device: torch.device) -> Cuts | None:
 
 # --- the state of a walk ---------------------------------------------------------------------------------------------
 
-NODE, LENGTH, COUNT, ALIVE, DOUBT = (tl.constexpr(index) for index in range(5))  # fields (B, 8) of a walk's state
+# Fields (B, 8) of a walk's state. A row is alive while its path is in the tree; behind that, nothing is computed.
+NODE, LENGTH, COUNT, ALIVE, DOUBT = (tl.constexpr(index) for index in range(5))
 FIELDS = tl.constexpr(8)
 
 
@@ -142,6 +143,10 @@ def step_kernel(
     row = tl.program_id(0).to(tl.int64)
     own = state + row * FIELDS
     node, length, alive = tl.load(own + NODE), tl.load(own + LENGTH), tl.load(own + ALIVE)
+    if alive == 0:
+        tl.store(path + row * steps + level, node)
+        tl.store(picked + row * steps + level, 0)
+        return
     token, done = tl.load(drawn + row), tl.load(stopped + row).to(tl.int64)
     tl.store(own + DOUBT, tl.load(own + DOUBT) | (alive & (1 - done) & (token < -1).to(tl.int64)))
     if PADDED:
@@ -179,6 +184,8 @@ def race_kernel(
     Without noise, the best of the scores. Programs are (chunk, row).
     """
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if tl.load(state + row * FIELDS + ALIVE) == 0:
+        return
     token = tokens_of(chunk, chunks, BLOCK)
     real = token < vocab
     x = scores_of(
@@ -242,6 +249,8 @@ def best_kernel(
     Programs are (chunk, row).
     """
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if tl.load(state + row * FIELDS + ALIVE) == 0:
+        return
     token = tokens_of(chunk, chunks, BLOCK)
     real = token < vocab
     x = scores_of(
@@ -264,6 +273,8 @@ def cut_kernel(
 ):  # fmt: skip
     """Store the token drawn for a row, one program each; -1 where there are no probabilities, -2 where unsure."""
     row = tl.program_id(0).to(tl.int64)
+    if tl.load(state + row * FIELDS + ALIVE) == 0:
+        return
     chunk, candidate, slot = tl.arange(0, CHUNKS), tl.arange(0, N), tl.arange(0, M)
     peak = tl.load(peaks + row * chunks + chunk, mask=chunk < chunks, other=float("-inf"))
     total = tl.load(totals + row * chunks + chunk, mask=chunk < chunks, other=0.0)

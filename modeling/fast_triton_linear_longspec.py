@@ -3,9 +3,8 @@
 One launch reads up to three weights where they lie, such as those of queries, keys and values. With one row all time
 goes into the weights' bytes, and a matrix unit would mostly wait: a program reads whole rows of a weight, enough of
 them at a time to keep the memory busy. With more, a program holds all rows of the input, whose reading again costs
-as much as that of a weight's block of as many rows; so blocks are wide, and where they would be too few for the
-device, the inner dimension is shared out, and a second launch adds the shares in their order. Needs the package
-triton; imported only when a kernel is first called.
+as much as that of a weight's block of as many rows, so blocks are wide. Needs the package triton; imported only when a
+kernel is first called.
 """
 
 from __future__ import annotations
@@ -17,15 +16,12 @@ from torch import Tensor
 
 from .fast_triton_attention_longspec import tl, triton
 
-SUMMED = 4  # rows of a program that adds shares
-
 
 class Tiles(NamedTuple):
     """How a launch cuts products: a program multiplies so many rows of a weight, `width` numbers at a time."""
 
     columns: int  # of the product, which are rows of the weight
     width: int
-    shares: int  # of the inner dimension
     warps: int
     stages: int
 
@@ -33,13 +29,14 @@ class Tiles(NamedTuple):
 def tiles_of(rows: int, inner: int, columns: int) -> Tiles:
     """Choose the tiles for x (rows, inner) and weights of so many columns in all.
 
-    The same for 2 rows and for 96, so that the others do not change a row's result.
+    The best of some fourteen on an H200 (docs/LOG.md); the same for 2 rows and for 96, so that the others do not
+    change a row's result.
     """
     if rows == 1:
-        return Tiles(4, 2048, 1, 8, 3) if inner > 1024 else Tiles(4, 1024, 1, 4, 3)
-    if inner <= 1024:
-        return Tiles(64, 128, 1, 4, 4) if columns > 4096 else Tiles(32, 128, 1, 4, 4)
-    return Tiles(128, 64, 1, 4, 4) if columns > 16384 else Tiles(128, 64, 4, 4, 4)
+        return Tiles(2, 2048, 8, 3) if inner > 1024 else Tiles(4, 1024, 4, 3)
+    if columns > 16384:
+        return Tiles(128, 64, 4, 3)
+    return Tiles(64, 64, 4, 4) if inner <= 1024 and columns > 2048 else Tiles(64, 128, 4, 4)
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -70,8 +67,8 @@ def one_row_kernel(
     known = tl.minimum(column, end - 1)  # the last block reads a row again rather than with a mask
     weight_row = weight + known.to(tl.int64)[:, None] * inner
     total = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
-    for start in range(0, inner, BLOCK_K):
-        position = start + k
+    for first in range(0, inner, BLOCK_K):
+        position = first + k
         if EVEN:
             w = tl.load(weight_row + position[None, :], eviction_policy="evict_first")
             state = tl.load(x + position * x_k)
@@ -96,35 +93,25 @@ def states_of(x, row, position, rows, inner, x_m, x_k, EVEN: tl.constexpr):
 
 
 @triton.jit
-def keep(
-    total, row, rows, out, bias, column, end, shared, block, share,
-    BLOCK_N: tl.constexpr, SHARES: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
-    """Store sums (N, M) of a block into out (rows, end), or a share of them into shared (SHARES, rows, all blocks)."""
-    real = (row < rows)[None, :]
-    if SHARES > 1:
-        place = (share * rows + row).to(tl.int64) * (tl.num_programs(0) * BLOCK_N) + block * BLOCK_N
-        tl.store(shared + place[None, :] + tl.arange(0, BLOCK_N)[:, None], total, mask=real)
-    else:
-        inside = column < end
-        if BIAS:
-            total += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[:, None]
-        tl.store(out + row[None, :] * end + column[:, None], total, mask=real & inside[:, None])
+def keep(total, row, rows, out, bias, column, end, BIAS: tl.constexpr):
+    """Store sums (N, M) of a block into out (rows, end)."""
+    inside = column < end
+    if BIAS:
+        total += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[:, None]
+    tl.store(out + row[None, :] * end + column[:, None], total, mask=(row < rows)[None, :] & inside[:, None])
 
 
 @triton.jit(do_not_specialize=["rows"])
 def few_rows_kernel(
-    x, weights, biases, outs, columns, shared, rows, inner, x_m, x_k,
-    ROWS: tl.constexpr, MORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SHARES: tl.constexpr,
-    EVEN: tl.constexpr, BIAS: tl.constexpr,
+    x, weights, biases, outs, columns, rows, inner, x_m, x_k,
+    ROWS: tl.constexpr, MORE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Multiply a block of rows of a weight (N, inner) by all of x (rows, inner), or by a share of its columns.
+    """Multiply a block of rows of a weight (N, inner) by all of x (rows, inner).
 
-    Triton's blocks are powers of two, so the rows beyond the first ROWS are a second block, of MORE. Programs are
-    (block, share).
+    Triton's blocks are powers of two, so the rows beyond the first ROWS are a second block, of MORE.
     """
-    block, share = tl.program_id(0), tl.program_id(1)
-    weight, bias, out, end, column = part_of(block, weights, biases, outs, columns, BLOCK_N)
+    weight, bias, out, end, column = part_of(tl.program_id(0), weights, biases, outs, columns, BLOCK_N)
     k, row = tl.arange(0, BLOCK_K), tl.arange(0, ROWS)
     known = tl.minimum(column, end - 1)
     weight_row = weight + known.to(tl.int64)[:, None] * inner
@@ -132,8 +119,7 @@ def few_rows_kernel(
     if MORE:
         further = ROWS + tl.arange(0, MORE)
         more = tl.zeros([BLOCK_N, MORE], dtype=tl.float32)
-    length = tl.cdiv(tl.cdiv(inner, BLOCK_K), SHARES) * BLOCK_K
-    for start in range(share * length, tl.minimum((share + 1) * length, inner), BLOCK_K):
+    for start in range(0, inner, BLOCK_K):
         position = start + k
         if EVEN:
             w = tl.load(weight_row + position[None, :], eviction_policy="evict_first")
@@ -142,28 +128,9 @@ def few_rows_kernel(
         total = tl.dot(w, states_of(x, row, position, rows, inner, x_m, x_k, EVEN), total)
         if MORE:
             more = tl.dot(w, states_of(x, further, position, rows, inner, x_m, x_k, EVEN), more)
-    keep(total, row, rows, out, bias, column, end, shared, block, share, BLOCK_N, SHARES, BIAS)
+    keep(total, row, rows, out, bias, column, end, BIAS)
     if MORE:
-        keep(more, further, rows, out, bias, column, end, shared, block, share, BLOCK_N, SHARES, BIAS)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def shares_kernel(
-    shared, biases, outs, columns, rows,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SHARES: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
-    """Add shared (SHARES, rows, all blocks) in the order of the shares; programs are (block, ROWS rows)."""
-    block = tl.program_id(0)
-    _, bias, out, end, column = part_of(block, outs, biases, outs, columns, BLOCK_N)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    real, inside = (row < rows)[:, None], (column < end)[None, :]
-    total = tl.zeros([ROWS, BLOCK_N], dtype=tl.float32)
-    for share in tl.static_range(SHARES):
-        place = (share * rows + row).to(tl.int64) * (tl.num_programs(0) * BLOCK_N) + block * BLOCK_N
-        total += tl.load(shared + place[:, None] + tl.arange(0, BLOCK_N)[None, :], mask=real, other=0.0)
-    if BIAS:
-        total += tl.load(bias + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row[:, None] * end + column[None, :], total, mask=real & inside)
+        keep(more, further, rows, out, bias, column, end, BIAS)
 
 
 # --- launches --------------------------------------------------------------------------------------------------------
@@ -187,18 +154,11 @@ def linears(x: Tensor, weights: list[Tensor], biases: list[Tensor], tiles: Tiles
     if rows == 1:
         one_row_kernel[(blocks,)](x, tuple(weights), held, outs, columns, inner, x.stride(1), **widths, **options)
         return list(outs)
-    size = (tiles.shares, rows, blocks * tiles.columns) if tiles.shares > 1 else (1,)
-    shared = torch.empty(size, dtype=torch.float32, device=x.device)
     first, more = row_blocks(rows)
-    few_rows_kernel[(blocks, tiles.shares)](
-        x, tuple(weights), held, outs, columns, shared, rows, inner, x.stride(0), x.stride(1),
-        ROWS=first, MORE=more, SHARES=tiles.shares, **widths, **options,
+    few_rows_kernel[(blocks,)](
+        x, tuple(weights), held, outs, columns, rows, inner, x.stride(0), x.stride(1), ROWS=first, MORE=more,
+        **widths, **options,
     )  # fmt: skip
-    if tiles.shares > 1:
-        shares_kernel[(blocks, triton.cdiv(rows, SUMMED))](
-            shared, held, outs, columns, rows,
-            ROWS=SUMMED, BLOCK_N=tiles.columns, SHARES=tiles.shares, BIAS=bool(biases), num_warps=4,
-        )  # fmt: skip
     return list(outs)
 
 

@@ -90,17 +90,6 @@ def test_groups(rows, columns, inner, with_bias):
 
 
 @interpreted
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("shares", [2, 3, 5])
-@pytest.mark.parametrize("rows", [2, 69])
-def test_shares(rows, shares, with_bias):
-    """Of 4 blocks: the last of three or five shares has none."""
-    from hf_longspec.modeling.fast_triton_linear_longspec import Tiles
-
-    check(rows, (40, 7, 33), 100, torch.float16, with_bias, Tiles(16, 32, shares, 4, 3))
-
-
-@interpreted
 @pytest.mark.parametrize("rows", [1, 6])
 def test_inputs_of_any_strides(rows):
     from hf_longspec.modeling.fast_triton_linear_longspec import linears
