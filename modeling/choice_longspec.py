@@ -18,7 +18,7 @@ from .copies_longspec import AGREEMENT, Report
 from .tree_longspec import TreeForm
 
 STEPS, NODES = (0, 1, 2, 3, 5), 32  # levels and verified nodes of the forms that guess
-LEAST = 0.15  # of a CPU, which has no arithmetic to spare
+LEAST = 0.06  # of a CPU, where a node costs some hundredth parts of what the target's weights cost to read
 
 KEPT, TRIES = (
     5,

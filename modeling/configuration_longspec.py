@@ -89,6 +89,7 @@ class LongSpecConfig(PreTrainedConfig):
     Args:
         vocab_size, hidden_size, intermediate_size, hidden_act, mlp_bias, num_attention_heads, num_key_value_heads,
         head_dim, rms_norm_eps, rope_parameters, max_position_embeddings: as in the target, see `from_target`.
+        num_hidden_layers (`int`): 1; 0 for a draft without weights, whose guesses are copied from the text.
         window (`int`): reach of the draft's own self-attention in tokens, the current one included.
         target_model_type (`str`): `model_type` of the target's text config.
         target_num_hidden_layers (`int`): number of decoder layers of the target.
@@ -199,10 +200,19 @@ class LongSpecConfig(PreTrainedConfig):
         likely = self.acceptance
         if not likely or not all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in likely):
             raise ValueError(f"`acceptance` must be one number from 0 to 1 for each level, got {likely!r}")
+        if self.num_hidden_layers not in (0, 1):
+            raise ValueError(f"`num_hidden_layers` must be 1, or 0 without a draft, got {self.num_hidden_layers!r}")
+        if self.num_hidden_layers == 0 and (self.tree_shape not in ("auto", ()) or self.target_hidden_state):
+            raise ValueError(
+                f'a draft without a layer needs tree_shape="auto" or (), and target_hidden_state=False, got '
+                f"{self.tree_shape!r} and {self.target_hidden_state!r}"
+            )
         self.check_tree(TREE if self.tree_shape == "auto" else self.tree_shape)
 
     def tree_on(self, device: Any) -> tuple[int, ...]:
         """Return the nodes of each level of the deepest trees of a draft that runs on `device`."""
+        if self.num_hidden_layers == 0:
+            return ()
         if self.tree_shape == "auto":
             return CPU_TREE if device.type == "cpu" else TREE
         assert isinstance(self.tree_shape, (tuple, list)), "`check` has looked"

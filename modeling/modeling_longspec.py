@@ -107,17 +107,12 @@ class LongSpecForCausalLM(PreTrainedModel):
         # not of the class: transformers would mix its own `generate` in, by a twin class whose objects pickle refuses
         self.generate = refuse
         self.generation_config = GenerationConfig.from_model_config(config)  # other programs read it
-        self.self_attn = LongSpecSelfAttention(config)
-        self.cross_attn = LongSpecCrossAttention(config)
-        self.mlp = LongSpecMLP(config)
-        self.input_layernorm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_self_attention_layernorm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_cross_attention_layernorm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.hidden_layernorm, self.hidden_proj = None, None
-        if config.target_hidden_state:
-            self.hidden_layernorm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.hidden_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.norm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps) if config.final_norm else nn.Identity()
+        self.hidden_layernorm: nn.Module | None = None
+        self.hidden_proj: nn.Linear | None = None
+        if config.num_hidden_layers:
+            self._add_layer(config)
+        else:  # tells device and format, as weights do
+            self.no_layer = nn.Parameter(torch.empty(0))
         ids = None if config.draft_vocab_size is None else torch.arange(config.draft_vocab_size)
         self.register_buffer("draft_vocab", ids)
         self._head_rows = HeadRows()
@@ -125,6 +120,26 @@ class LongSpecForCausalLM(PreTrainedModel):
         self._frequencies = {torch.device("cpu"): rope_frequencies(config)}
         self._engines = Engines()
         self.post_init()
+
+    def _add_layer(self, config: LongSpecConfig) -> None:
+        self.self_attn = LongSpecSelfAttention(config)
+        self.cross_attn = LongSpecCrossAttention(config)
+        self.mlp = LongSpecMLP(config)
+        self.input_layernorm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_self_attention_layernorm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_cross_attention_layernorm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.target_hidden_state:
+            self.hidden_layernorm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.hidden_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.norm = LongSpecRMSNorm(config.hidden_size, config.rms_norm_eps) if config.final_norm else nn.Identity()
+
+    @classmethod
+    def without_layer(cls, target: PreTrainedModel, **fields: Any) -> LongSpecForCausalLM:
+        """Make a draft with no weights for `target`: it guesses what the text itself has had before.
+
+        fields: of its config. Raises `ValueError` as `LongSpecConfig.from_target` does.
+        """
+        return cls(LongSpecConfig.from_target(target.config, **({"num_hidden_layers": 0} | fields)))
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
