@@ -62,7 +62,7 @@ class Written(NamedTuple):
         room = -(-(length + min(max(more, SPARE), LONGEST)) // ROOM) * ROOM
         kept = torch.zeros(batch, room, dtype=torch.int32, device=device)
         kept[:, :length] = ids.clamp(-1, 2**31 - 1)
-        lengths = torch.full((batch,), length, device=device)
+        lengths = torch.full((batch,), length, dtype=torch.long, device=device)
         likely = torch.tensor(AGREEMENT, dtype=torch.float32, device=device).log()
         found = find(kept, lengths, count)
         report = torch.zeros(batch, len(Report._fields), dtype=torch.long, device=device)

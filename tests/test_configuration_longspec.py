@@ -74,7 +74,7 @@ def test_fields_override_the_targets():
 
 def test_defaults():
     config = LongSpecConfig.from_target(family_config("llama", vocab_size=100))
-    assert (config.window, config.tree_shape, config.verify_tokens) == (512, None, None)
+    assert (config.window, config.tree_shape, config.verify_tokens) == (512, "auto", None)
     assert (config.attention_backend, config.final_norm, config.profile) == ("auto", False, False)
 
 
@@ -215,10 +215,10 @@ def test_target_that_cannot_be_served(config, message):
         ("verify_tokens", 1.5, r"`verify_tokens` must be None or a positive integer, got 1\.5"),
         ("tree_shape", (0,), "widths must be at least 1, got 0 at level 1"),
         ("tree_shape", (2, -3), "widths must be at least 1, got -3 at level 2"),
-        ("tree_shape", (2, 2.0), r"must be a tuple of integers, one width a level, got \(2, 2\.0\)"),
-        ("tree_shape", (True,), r"must be a tuple of integers, one width a level, got \(True,\)"),
-        ("tree_shape", "44", "must be a tuple of integers, one width a level, got '44'"),
-        ("tree_shape", 4, "must be a tuple of integers, one width a level, got 4"),
+        ("tree_shape", (2, 2.0), r"must be .auto. or a tuple of integers, one width a level, got \(2, 2\.0\)"),
+        ("tree_shape", (True,), r"must be .auto. or a tuple of integers, one width a level, got \(True,\)"),
+        ("tree_shape", "44", "must be .auto. or a tuple of integers, one width a level, got '44'"),
+        ("tree_shape", 4, "must be .auto. or a tuple of integers, one width a level, got 4"),
         ("tree_shape", (14,), "level 1 can have at most 1 parents × 13 tokens = 13 nodes, got 14"),
         ("tree_shape", (3, 40), "level 2 can have at most 3 parents × 13 tokens = 39 nodes, got 40"),
     ],

@@ -32,9 +32,9 @@ def flights(captures, monkeypatch):
         launch(self, *inputs)
 
     def landed(self, call):
-        counts = land(self, call)
-        seen.append(counts[0])
-        return counts
+        outcome = land(self, call)
+        seen.append(outcome.counts[0])
+        return outcome
 
     monkeypatch.setattr(Flights, "launch", launched)
     monkeypatch.setattr(Flights, "land", landed)
@@ -147,8 +147,9 @@ def test_an_interrupt(flights, monkeypatch, target, at):
     def interrupted(self, call):
         if len(landed) == at:
             raise KeyboardInterrupt
-        landed.append(land(self, call)[0])
-        return [landed[-1]]
+        outcome = land(self, call)
+        landed.append(outcome.counts[0])
+        return outcome
 
     with monkeypatch.context() as patch:
         patch.setattr(Flights, "land", interrupted)

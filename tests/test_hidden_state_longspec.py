@@ -51,9 +51,9 @@ class Grown:
     def __init__(self, monkeypatch):
         self.rounds, grow = [], LongSpecCandidateGenerator.grow
 
-        def watched(generator, root, position, cache, levels=None, hidden=None):
+        def watched(generator, root, position, cache, form, hidden=None, written=None):
             given = [None if tensor is None else tensor.clone() for tensor in (root, position, hidden)]
-            tree = grow(generator, root, position, cache, levels, hidden)
+            tree = grow(generator, root, position, cache, form, hidden, written)
             self.rounds.append((*given, tree))
             return tree
 

@@ -65,7 +65,7 @@ def test_config_is_made_from_its_target_and_recipe(name, tmp_path):
     assert config.target_hidden_state == (name in READS_LAYER)
     assert config.draft_vocab_size == GUESSES_AMONG.get(name)
     window = 513 if name in DRAFTS else 512  # what each was trained with
-    assert (config.window, config.final_norm, config.tree_shape) == (window, False, None)
+    assert (config.window, config.final_norm, config.tree_shape) == (window, False, "auto")
 
 
 def test_angles_are_those_of_the_target(name):
