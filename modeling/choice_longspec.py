@@ -24,11 +24,12 @@ KEPT, TRIES = (
     5,
     3,
 )  # times of a form that are kept, and that are enough; the least counts, as other things delay a round
-MEMORY = 0.95  # weight of what was seen before, at each row's round
+MEMORY, LONG_MEMORY = 0.95, 0.995  # weight of what was seen before, at each row's round; from call to call
+FADING = 0.97  # the same with each round, seen or not
 TRUST = 3.0  # rounds that the prior counts for
 LOOK = 32  # rounds after which the deepest form is looked at again, at first; then twice as many
 NOTHING = 0.01  # tokens that do not count
-BETTER = 1.03  # by how much another form must be better
+BETTER = 1.05  # by how much another form must be better
 
 
 def ladder_of(config: LongSpecConfig, device: torch.device) -> list[TreeForm]:
@@ -43,10 +44,14 @@ def ladder_of(config: LongSpecConfig, device: torch.device) -> list[TreeForm]:
 
 
 class Times:
-    """The seconds of rounds, by form, of calls alike: one target, batch, way to pick and about one length."""
+    """What is kept from call to call of calls alike: one target, batch, way to pick and about one length.
+
+    seconds: of the last rounds of each form. drafted: how often the draft's guesses of each level were right.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[TreeForm, deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
+        self.drafted: dict[int, Seen] = defaultdict(Seen)
 
     def add(self, form: TreeForm, seconds: float) -> None:
         self.seconds[form].append(seconds)
@@ -84,8 +89,12 @@ class Seen(NamedTuple):
     total: float = 0.0
     weight: float = 0.0
 
-    def add(self, value: float) -> Seen:
-        return Seen(MEMORY * self.total + value, MEMORY * self.weight + 1.0)
+    def add(self, value: float, memory: float = MEMORY) -> Seen:
+        return Seen(memory * self.total + value, memory * self.weight + 1.0)
+
+    def faded(self) -> Seen:
+        """Return the average as it counts a round later."""
+        return Seen(FADING * self.total, FADING * self.weight)
 
     def mean(self, prior: float) -> float:
         return (self.total + TRUST * prior) / (self.weight + TRUST)
@@ -94,18 +103,25 @@ class Seen(NamedTuple):
 class Chooser:
     """Choose the form of each round of one call; `form` is the next one's."""
 
-    def __init__(self, ladder: Sequence[TreeForm], prior: Sequence[float], times: Times, batch: int):
-        """ladder: no guesses first, the deepest last; one form alone is always chosen. prior: of `acceptance`."""
-        self.ladder, self.times = tuple(ladder), times
+    def __init__(
+        self, ladder: Sequence[TreeForm], prior: Sequence[float], times: Times, batch: int, fresh: bool = True
+    ):
+        """ladder: no guesses first, the deepest last; one form alone is always chosen. prior: of `acceptance`.
+
+        fresh: whether reports are of the round that they come with, so that it is known how many tokens agree now.
+        """
+        self.ladder, self.times, self.fresh = tuple(ladder), times, fresh
         self.deepest = max(form.levels for form in ladder)  # levels
         levels = max(len(form.shape) for form in ladder)
-        self.prior = [prior[min(level, len(prior) - 1)] for level in range(levels)]
+        self.prior = [times.drafted[level].mean(prior[min(level, len(prior) - 1)]) for level in range(levels)]
         self.drafted = [Seen()] * levels  # how often guesses of each level are right where a copy is not
         self.copied = [Seen()] * len(AGREEMENT)  # how often a copy is right, by the number of tokens that agree
         self.same = [1] * batch  # how many tokens of each row agree; −1 where it has stopped
+        self.spread = [0.0] * len(AGREEMENT)  # how often so many have agreed lately
         self.form = self.ladder[-1]
         self.rounds = 0  # since the form was last another one
         self.left: TreeForm | None = None  # the form that was left to look at the deepest
+        self.looked = (0.0, 0.0)  # tokens and seconds of rounds that looked
         self.patience = LOOK
         if len(self.ladder) > 1:
             self._choose()
@@ -115,11 +131,17 @@ class Chooser:
         if len(self.ladder) == 1:
             return
         self.times.add(outcome.form, seconds)
+        self.drafted = [seen.faded() for seen in self.drafted]
+        if outcome.form == self.ladder[-1]:
+            written = sum(count for count, resting in zip(outcome.counts, stopped, strict=True) if not resting)
+            self.looked = self.looked[0] + written, self.looked[1] + seconds
         for row, (report, resting) in enumerate(zip(outcome.reports or (), stopped, strict=False)):
             if resting or report is None:
                 self.same[row] = -1 if resting else self.same[row]
                 continue
             self.same[row] = report.now
+            self.spread = [MEMORY * share for share in self.spread]
+            self.spread[min(report.now, len(AGREEMENT) - 1)] += 1.0
             if report.wrote and report.rung >= 0:
                 self._accepted(report)
         self.rounds += 1
@@ -134,7 +156,9 @@ class Chooser:
             self.copied[same] = self.copied[same].add(float(step < report.agreed))
         levels = len(self.ladder[report.rung].shape)
         for level in range(report.agreed, min(levels, report.wrote)):
-            self.drafted[level] = self.drafted[level].add(float(report.wrote - 1 > level))
+            right = float(report.wrote - 1 > level)
+            self.drafted[level] = self.drafted[level].add(right)
+            self.times.drafted[level] = self.times.drafted[level].add(right, LONG_MEMORY)
 
     def tokens(self, form: TreeForm, same: int) -> float:
         """Return how many tokens a round of this form should write of a row of which so many tokens agree."""
@@ -152,8 +176,10 @@ class Chooser:
         """Return the tokens a second of all rows that rounds of this form should write; 0 if their time is unknown."""
         if (seconds := self.times.of(form)) is None:
             return 0.0
-        rows = Counter(same for same in self.same if same >= 0)
-        return sum(number * self.tokens(form, same) for same, number in rows.items()) / seconds
+        states: dict[int, float] = dict(Counter(same for same in self.same if same >= 0))
+        if not self.fresh and any(self.spread):
+            states = {same: share for same, share in enumerate(self.spread) if share > NOTHING}
+        return sum(share * self.tokens(form, same) for same, share in states.items()) / seconds
 
     def _choose(self) -> None:
         """Keep to a form, but for a better one; look at the deepest now and then, which tells of all levels."""
@@ -166,13 +192,15 @@ class Chooser:
         rates = {other: self.rate(other) for other in self.ladder}
         best = max(self.ladder, key=rates.__getitem__)
         if self.left is not None:
+            if self.looked[0] > self.looked[1] * rates[self.left] and best == self.left:
+                return  # one more round of what goes better than thought
             self.patience = 2 * self.patience if best == self.left else LOOK  # whether it was worth a look
             self.left = None
             self._take(best)
         elif rates[best] > BETTER * rates[form]:
             self._take(best)
         elif self.rounds >= self.patience and form != deepest:
-            self.left = form
+            self.left, self.looked = form, (0.0, 0.0)
             self._take(deepest)
 
     def _take(self, form: TreeForm) -> None:

@@ -97,8 +97,6 @@ def find(ids: Tensor, lengths: Tensor, count: int) -> Found:
     ids: (B, room), of which `lengths` (B,) are the texts. At most len(AGREEMENT) − 1 tokens are compared. What
     followed a place just before the end is repeated.
     """
-    if ids.device.type == "cpu":  # where a length is no wait for the device
-        ids = ids[:, : int(lengths.max())]
     room, most = ids.shape[1], min(len(AGREEMENT), ids.shape[1])
     index = torch.arange(room, device=ids.device)
     last = ids.gather(1, (lengths[:, None] - 1 - index[:most]).clamp(min=0))

@@ -114,7 +114,8 @@ def assisted_decoding(
                 copies = deepest if len(ladder) > 1 or ladder[0].copies else 0
                 prompt = read_prompt(target, text, sampler, cache, generator, config, model_kwargs, copies)
             times = draft.times_of(target, text.batch, cache.length, sampler.plan.by_argmax)
-            chooser = Chooser(ladder, draft.config.acceptance, times, text.batch)
+            fresh = bound.device.type == "cpu"
+            chooser = Chooser(ladder, draft.config.acceptance, times, text.batch, fresh)
             call = Call(target, text, sampler, cache, generator, backend, engine, positions, clock, *prompt, chooser)
             with decoding(target):
                 call = engine.begin(call, synced_gpus)

@@ -41,7 +41,7 @@ def drafted(written: Written, shape: tuple[int, ...], seed: int) -> TokenTree:
     level = Level.of_root(torch.zeros(batch, dtype=torch.long, device=device))
     levels = [level]
     for width in shape:
-        logits = torch.randn(batch, level.tokens.shape[1], 3, generator=generator).to(device)
+        logits = torch.randn(batch, level.tokens.shape[1], 5, generator=generator).to(device)
         level = best_children(logits, level.scores, width)
         levels.append(level)
     return TokenTree.from_levels(levels, torch.tensor(levels_above(shape), device=device))
