@@ -27,7 +27,8 @@ KEPT, TRIES = (
 MEMORY, LONG_MEMORY = 0.95, 0.995  # weight of what was seen before, at each row's round; from call to call
 FADING = 0.97  # the same with each round, seen or not
 TRUST = 3.0  # rounds that the prior counts for
-LOOK = 32  # rounds after which the deepest form is looked at again, at first; then twice as many
+# Rounds after which the deepest form is looked at again: at first, and at last, twice as many each time.
+LOOK, MOST_PATIENCE = 32, 128
 NOTHING = 0.01  # tokens that do not count
 BETTER = 1.05  # by how much another form must be better
 
@@ -194,7 +195,8 @@ class Chooser:
         if self.left is not None:
             if self.looked[0] > self.looked[1] * rates[self.left] and best == self.left:
                 return  # one more round of what goes better than thought
-            self.patience = 2 * self.patience if best == self.left else LOOK  # whether it was worth a look
+            # whether it was worth a look
+            self.patience = min(2 * self.patience, MOST_PATIENCE) if best == self.left else LOOK
             self.left = None
             self._take(best)
         elif rates[best] > BETTER * rates[form]:

@@ -11,6 +11,7 @@ from observation import differences, observe
 from probes import Streamed
 from texts import prompt_of
 from transformers import DynamicCache
+from tree_cases import rest_slow
 
 from hf_longspec import LongSpecConfig, LongSpecForCausalLM
 from hf_longspec.evaluation.tiny_models import tiny_model
@@ -32,6 +33,7 @@ SETTINGS = {
     "penalties": {"do_sample": True, "repetition_penalty": 1.3, "no_repeat_ngram_size": 4, "top_p": 0.9},
 }
 PAIRS = [(name, setting) for name in FIELDS for setting in SETTINGS]
+QUICK = [("auto", "penalties"), ("a pruned tree and copies", "sampled"), ("copies, few nodes", "greedy")]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def assert_same(target, draft, seed=3, **options):
     return calls[1]
 
 
-@pytest.mark.parametrize("name, setting", PAIRS)
+@pytest.mark.parametrize("name, setting", rest_slow(PAIRS, QUICK))
 @pytest.mark.parametrize("batch", [1, 3])
 def test_text_and_generator(llama, engine, batch, name, setting):
     draft = tiny_draft(llama, **FIELDS[name])
