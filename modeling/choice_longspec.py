@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -20,10 +21,7 @@ from .tree_longspec import TreeForm
 STEPS, NODES = (0, 1, 2, 3, 5), 32  # levels and verified nodes of the forms that guess
 LEAST = 0.06  # of a CPU, where a node costs some hundredth parts of what the target's weights cost to read
 
-KEPT, TRIES = (
-    5,
-    3,
-)  # times of a form that are kept, and that are enough; the least counts, as other things delay a round
+KEPT, TRIES = 8, 3  # times of a form that are kept, and that are enough
 MEMORY, LONG_MEMORY = 0.95, 0.995  # weight of what was seen before, at each row's round; from call to call
 FADING = 0.97  # the same with each round, seen or not
 TRUST = 3.0  # rounds that the prior counts for
@@ -61,15 +59,20 @@ class Times:
         """Tell whether there are enough times of a form: its first rounds may wait for a compiler or for a capture."""
         return len(self.seconds.get(form, ())) >= TRIES
 
+    def _usual(self, form: TreeForm) -> float:
+        """Return the mean, but for rounds that waited for a compiler, a capture or another program."""
+        times = list(self.seconds[form])
+        return fmean(seconds for seconds in times if seconds <= 2 * min(times))
+
     def of(self, form: TreeForm) -> float | None:
         """Return the seconds of a round of this form: measured, or drawn from two others by the number of levels.
 
         None where fewer than two forms are known.
         """
         if self.known(form):
-            return min(self.seconds[form])
+            return self._usual(form)
         others = [other for other in list(self.seconds) if self.known(other)]
-        known = sorted((len(other.shape), min(self.seconds[other])) for other in others)
+        known = sorted((len(other.shape), self._usual(other)) for other in others)
         if len(known) < 2 or known[0][0] == known[-1][0]:
             return None
         (few, low), (many, high) = known[0], known[-1]
