@@ -31,12 +31,15 @@ NOTHING = 0.01  # tokens that do not count
 BETTER = 1.05  # by how much another form must be better
 
 
-def ladder_of(config: LongSpecConfig, device: torch.device) -> list[TreeForm]:
-    """Return the forms that the trees of a call on `device` may have."""
+def ladder_of(config: LongSpecConfig, device: torch.device, together: bool = False) -> list[TreeForm]:
+    """Return the forms that the trees of a call on `device` may have.
+
+    together: several ranks gather weights level by level, so that all have to grow alike: just the deepest tree.
+    """
     shape, auto = config.tree_on(device), config.tree_shape == "auto"
     copies = (COPIES if auto else 0) if config.copy_tokens is None else config.copy_tokens
-    if not auto:
-        return [TreeForm(shape, copies, config.verify_tokens)]
+    if not auto or together:
+        return [TreeForm(shape, copies if not auto else 0, config.verify_tokens)]
     verified, least = config.verify_tokens or NODES, LEAST if device.type == "cpu" else 0.0
     steps = [levels for levels in STEPS if levels <= len(shape)]
     return [TreeForm(())] + [TreeForm(shape[:levels], copies, verified, least) for levels in steps]

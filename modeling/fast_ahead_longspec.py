@@ -123,7 +123,8 @@ class Flights:
         if self.grounded or len(self.rounds) == MOST_AHEAD:
             return False
         assert call.text.stops is not None, "see `Ends.of`"
-        return not self.rounds or call.text.lengths[0] + len(self.rounds) * self.steps < call.text.stops.longest
+        unread = sum(flight.steps for flight in self.rounds)
+        return not self.rounds or call.text.lengths[0] + unread < call.text.stops.longest
 
     def launch(self, call: Call, table: Tensor) -> None:
         """Send the table of a round that was just launched on its way to the host."""

@@ -74,7 +74,7 @@ def assisted_decoding(
         check_inputs(input_ids, generation_config, model_kwargs)
         bound = draft.bind(target)
         backend = choose_backend(draft, target, bound)
-        ladder, config = ladder_of(draft.config, bound.device), generation_config
+        ladder, config = ladder_of(draft.config, bound.device, synced_gpus), generation_config
         deepest, largest = (max(getattr(form, size) for form in ladder) for size in ("levels", "nodes"))
         positions = Positions(target, model_kwargs, config.max_length + deepest)
         if synced_gpus and positions.differ:

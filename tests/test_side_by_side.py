@@ -5,7 +5,9 @@ import torch
 from helpers import tiny_draft, tiny_target
 from transformers.generation.streamers import BaseStreamer
 
+from hf_longspec.evaluation import report
 from hf_longspec.evaluation.side_by_side import Run, Stopwatch, Verdict, judge, run, warm_up
+from hf_longspec.modeling.tree_longspec import TreeForm
 
 
 class Recorder(BaseStreamer):
@@ -98,3 +100,14 @@ def test_tie_is_within_twice_the_noise():
     assert Verdict(3, gap=0.2, noise=0.1).tie
     assert not Verdict(3, gap=0.21, noise=0.1).tie
     assert not Verdict(3, gap=0.0, noise=None).tie
+
+
+def test_what_was_chosen_is_told_in_one_line():
+    forms = [TreeForm((2, 3), 4), TreeForm((2, 3), 4), TreeForm(()), TreeForm((1,)), TreeForm((), 5)]
+    run = Run([1], 1.0, 1.0, accept_lengths=[3, 4, 1, 2, 6], trees=forms)
+    told = report.chosen(run)
+    assert told.endswith(
+        "2 levels and copies in 2 rounds (τ 3.50), nothing in 1 round (τ 1.00), 1 level in 1 round (τ 2.00), "
+        "copies in 1 round (τ 6.00)"
+    )
+    assert report.chosen(Run([1], 1.0, 1.0)) == "" and "\n" not in told

@@ -102,6 +102,7 @@ def show(
         verdict = side_by_side.judge(target, inputs, plain.tokens, speculative.tokens, sampled=sampled)
     console.rule()
     console.print(report.table(plain, speculative, draft.state_bytes))
+    console.print(report.chosen(speculative), soft_wrap=True)
     if profile:
         console.print(report.phases(speculative))
     console.print(report.sentence(verdict, len(plain.tokens), number_format), soft_wrap=True)

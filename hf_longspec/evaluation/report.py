@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from statistics import median
+from statistics import fmean, median
 
 from rich.console import Console
 from rich.table import Table
@@ -53,6 +53,20 @@ def phases(speculative: Run) -> Table:
     for name, seconds in speculative.phase_seconds.items():
         rows.add_row(name, f"{sum(seconds):.3f}", "" if name == "prefill" else f"{1000 * median(seconds):.1f}")
     return rows
+
+
+def chosen(speculative: Run) -> str:
+    """Return, in one line, how many rounds had which kind of tree, and what these wrote; empty without rounds."""
+    kinds: dict[str, list[int]] = {}
+    for form, tokens in zip(speculative.trees, speculative.accept_lengths, strict=True):
+        levels = f"{len(form.shape)} level{'s' * (len(form.shape) > 1)}" if form.shape else ""
+        parts = [part for part in (levels, "copies" if form.copies else "") if part]
+        kinds.setdefault(" and ".join(parts) or "nothing", []).append(tokens)
+    told = [
+        f"{kind} in {len(written)} round{'s' * (len(written) > 1)} (τ {fmean(written):.2f})"
+        for kind, written in sorted(kinds.items(), key=lambda item: -len(item[1]))
+    ]
+    return f"guessed, by what rounds cost and write here: {', '.join(told)}" if told else ""
 
 
 def sentence(verdict: Verdict, tokens: int, dtype: str) -> Text:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from hf_longspec.modeling.interface_longspec import CACHE
+from hf_longspec.modeling.tree_longspec import TreeForm
 
 # The target's rounding noise is measured over so many tokens before the place where two texts part.
 NOISE_TOKENS = 64
@@ -34,6 +35,7 @@ class Run:
     prefill_seconds: float
     decode_seconds: float
     accept_lengths: list[int] = field(default_factory=list)
+    trees: list[TreeForm] = field(default_factory=list)
     phase_seconds: dict[str, list[float]] = field(default_factory=dict)
 
     @property
@@ -114,6 +116,7 @@ def run(
         prefill_seconds=watch.times[0] - start,
         decode_seconds=watch.times[-1] - watch.times[0],
         accept_lengths=[] if draft is None else output.accept_lengths[0],
+        trees=[] if draft is None else output.trees[0],
         phase_seconds=(draft is not None and output.phase_seconds) or {},
     )
 
