@@ -689,4 +689,37 @@ CORE_FAULTS = [
         new="pass",
         tests=("test_hidden_state_longspec.py::test_the_target_is_left_without_hooks",),
     ),
+    # --- copies and choices ------------------------------------------------------------------------------------------
+    Fault(
+        name="a-copy-of-itself",
+        file="modeling/copies_longspec.py",
+        what="the end of the text is found as the place where its last tokens stand",
+        old="index < lengths[:, None] - 1",
+        new="index < lengths[:, None]",
+        tests=("test_copies_longspec.py::test_what_followed",),
+    ),
+    Fault(
+        name="a-branch-repeats-the-draft",
+        file="modeling/copies_longspec.py",
+        what="a branch begins with the tokens that the nodes above it have",
+        old="node, depth = torch.where(agrees, child, node), depth + agrees",
+        new="node = torch.where(agrees, child, node)",
+        tests=("test_copies_longspec.py::test_a_branch",),
+    ),
+    Fault(
+        name="unwritten-tokens-agree",
+        file="modeling/copies_longspec.py",
+        what="tokens behind those that were written count as right copies",
+        old=" & (steps[:most] < counts[:, None])",
+        new="",
+        tests=("test_copies_longspec.py::test_texts_go_on",),
+    ),
+    Fault(
+        name="a-capture-is-a-cost",
+        file="modeling/choice_longspec.py",
+        what="rounds that waited for a capture count as what a form costs",
+        old=" if seconds <= 2 * min(times))",
+        new=")",
+        tests=("test_choice_longspec.py::test_a_capture_does_not_count",),
+    ),
 ]

@@ -326,4 +326,12 @@ FAST_FAULTS = [
         new="value_row + begin[:, None] * value_s",
         tests=("test_fast_triton_tree_longspec.py::test_moves_read_before_they_write",),
     ),
+    Fault(
+        name="joined-nodes-of-one-score",
+        file="modeling/fast_triton_copies_longspec.py",
+        what="of joined nodes with one score the later is kept",
+        old="(n[None, :] < n[:, None])",
+        new="(n[None, :] > n[:, None])",
+        tests=("test_fast_triton_copies_longspec.py",),
+    ),
 ]

@@ -74,6 +74,8 @@ def check_join(device: str, shape: tuple[int, ...], copies: int, verified: int |
     for seed in range(6):
         written = text_of(3, 20, form.levels, device, seed)
         tree = drafted(written, shape, seed)
+        if seed % 2:  # of nodes with one score the first stay
+            tree = tree._replace(scores=tree.scores.round())
         ours, theirs = join_copy(tree, written, form, VOCAB), kernels().fused_join(tree, written, form, VOCAB)
         assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.parents, theirs.parents)
         torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-5, atol=1e-5)
