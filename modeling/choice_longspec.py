@@ -24,7 +24,7 @@ LEAST = 0.06  # of a CPU, where a node costs some hundredth parts of what the ta
 KEPT, TRIES = 8, 3  # times of a form that are kept, and that are enough
 MEMORY, LONG_MEMORY = 0.95, 0.995  # weight of what was seen before, at each row's round; from call to call
 FADING = 0.97  # the same with each round, seen or not
-TRUST = 3.0  # rounds that the prior counts for
+TRUST = 3.0  # rounds that the prior counts for, at first
 # Rounds after which the deepest form is looked at again: at first, and at last, twice as many each time.
 LOOK, MOST_PATIENCE = 32, 128
 NOTHING = 0.01  # tokens that do not count
@@ -38,11 +38,35 @@ def ladder_of(config: LongSpecConfig, device: torch.device, together: bool = Fal
     """
     shape, auto = config.tree_on(device), config.tree_shape == "auto"
     copies = (COPIES if auto else 0) if config.copy_tokens is None else config.copy_tokens
-    if not auto or together:
-        return [TreeForm(shape, copies if not auto else 0, config.verify_tokens)]
+    if not auto:
+        return [TreeForm(shape, copies, config.verify_tokens)]
     verified, least = config.verify_tokens or NODES, LEAST if device.type == "cpu" else 0.0
+    if together:
+        return [TreeForm(shape, copies, verified)]
     steps = [levels for levels in STEPS if levels <= len(shape)]
     return [TreeForm(())] + [TreeForm(shape[:levels], copies, verified, least) for levels in steps]
+
+
+class Seen(NamedTuple):
+    """A decayed average: sum and weight. What it begins with decays as well."""
+
+    total: float
+    weight: float
+
+    @classmethod
+    def of(cls, prior: float) -> Seen:
+        return cls(TRUST * prior, TRUST)
+
+    def add(self, value: float, memory: float = MEMORY) -> Seen:
+        return Seen(memory * self.total + value, memory * self.weight + 1.0)
+
+    def faded(self) -> Seen:
+        """Return the average as it counts a round later: the less, the longer nothing was seen, but not nothing."""
+        return Seen(FADING * self.total, FADING * self.weight) if self.weight > TRUST else self
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.weight
 
 
 class Times:
@@ -53,7 +77,7 @@ class Times:
 
     def __init__(self) -> None:
         self.seconds: dict[TreeForm, deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
-        self.drafted: dict[int, Seen] = defaultdict(Seen)
+        self.drafted: dict[int, Seen] = {}
 
     def add(self, form: TreeForm, seconds: float) -> None:
         self.seconds[form].append(seconds)
@@ -90,23 +114,6 @@ class Outcome(NamedTuple):
     reports: list[Report | None] | None
 
 
-class Seen(NamedTuple):
-    """A decayed average: sum and weight."""
-
-    total: float = 0.0
-    weight: float = 0.0
-
-    def add(self, value: float, memory: float = MEMORY) -> Seen:
-        return Seen(memory * self.total + value, memory * self.weight + 1.0)
-
-    def faded(self) -> Seen:
-        """Return the average as it counts a round later."""
-        return Seen(FADING * self.total, FADING * self.weight)
-
-    def mean(self, prior: float) -> float:
-        return (self.total + TRUST * prior) / (self.weight + TRUST)
-
-
 class Chooser:
     """Choose the form of each round of one call; `form` is the next one's."""
 
@@ -120,9 +127,11 @@ class Chooser:
         self.ladder, self.times, self.fresh = tuple(ladder), times, fresh
         self.deepest = max(form.levels for form in ladder)  # levels
         levels = max(len(form.shape) for form in ladder)
-        self.prior = [times.drafted[level].mean(prior[min(level, len(prior) - 1)]) for level in range(levels)]
-        self.drafted = [Seen()] * levels  # how often guesses of each level are right where a copy is not
-        self.copied = [Seen()] * len(AGREEMENT)  # how often a copy is right, by the number of tokens that agree
+        for level in range(levels):
+            times.drafted.setdefault(level, Seen.of(prior[min(level, len(prior) - 1)]))
+        # how often guesses of each level are right where a copy is not; and a copy, by the number of tokens that agree
+        self.drafted = [Seen.of(times.drafted[level].mean) for level in range(levels)]
+        self.copied = [Seen.of(share) for share in AGREEMENT]
         self.same = [1] * batch  # how many tokens of each row agree; −1 where it has stopped
         self.spread = [0.0] * len(AGREEMENT)  # how often so many have agreed lately
         self.form = self.ladder[-1]
@@ -194,8 +203,8 @@ class Chooser:
         for untried in (deepest, self.ladder[0]):
             if not self.times.known(untried):
                 return self._take(untried)
-        self.likely = [seen.mean(prior) for seen, prior in zip(self.drafted, self.prior, strict=True)]
-        self.copies = [seen.mean(prior) for seen, prior in zip(self.copied, AGREEMENT, strict=True)]
+        self.likely = [seen.mean for seen in self.drafted]
+        self.copies = [seen.mean for seen in self.copied]
         rates = {other: self.rate(other) for other in self.ladder}
         best = max(self.ladder, key=rates.__getitem__)
         if self.left is not None:

@@ -65,6 +65,17 @@ def test_long_paths_are_accepted():
     assert len(steps) >= 20 and sum(length >= 3 for length in longest) > len(longest) / 3, longest
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_copies_are_accepted():
+    """In some steps more tokens than the draft's own levels could give."""
+    steps = [step for seed in range(600) if (step := draw(seed)).copy_tokens and step.tree != "auto"]
+    steps = [step for step in steps if refusal_of(step) is None and "dict" in step.outputs and step.new_tokens >= 14]
+    longest = [max((max(row, default=0) for row in with_draft(step).accept_lengths), default=0) for step in steps]
+    beyond = sum(length > len(step.tree) + 1 for step, length in zip(steps, longest, strict=True))
+    assert len(steps) >= 40 and beyond > len(steps) / 10, (beyond, len(steps))
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
 @pytest.mark.parametrize("seed", range(2))
 def test_random_chats(family, seed):
@@ -120,6 +131,7 @@ def test_the_walk_comes_everywhere():
     assert {step.cache for step in served} == {"none", "passed", "without config", "prefix"}
     assert {step.prompt for step in served} == {"ids", "embeds", "ids and embeds"}
     assert sum(bool(step.asked) for step in steps) >= 30
+    assert sum(step.tree == "auto" for step in served) >= 50 and sum(bool(step.copy_tokens) for step in served) >= 80
 
 
 def test_a_difference_is_reported_as_a_call_that_repeats_it(monkeypatch):

@@ -19,6 +19,8 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
+from hf_longspec.modeling.choice_longspec import Chooser
+
 WORLD = 2
 TIMEOUT = datetime.timedelta(seconds=60)
 LONG, SHORT = {"max_new_tokens": 25}, {"max_new_tokens": 6}
@@ -46,12 +48,13 @@ class Calls:
             hook.remove()
 
 
-def compare(rank, target, *options_of_ranks, do_sample=False, **shared):
+def compare(rank, target, *options_of_ranks, do_sample=False, tree=None, **shared):
     """What plain and assisted `generate` leave on this rank; each rank has its own prompt and options."""
+    draft = tiny_draft(target, window=8, **({"tree_shape": (13, 20)} if tree is None else tree))
     options = {"pad_token_id": 0, "do_sample": do_sample, "return_dict_in_generate": True, **shared}
     options |= options_of_ranks[rank]
     runs = []
-    for assistant in ({}, {"assistant_model": tiny_draft(target, window=8, tree_shape=(13, 20))}):
+    for assistant in ({}, {"assistant_model": draft}):
         torch.manual_seed(rank)
         calls = Calls(target)
         out = target.generate(prompt_of(5 + 7 * rank), **options, **assistant)
@@ -81,7 +84,7 @@ def stopped_by_eos(rank, folder):
     return compare(rank, target, LONG | {"eos_token_id": int(text[0, 8])}, LONG, synced_gpus=True)
 
 
-def fsdp(rank, folder, reshard=None, apart=False):
+def fsdp(rank, folder, reshard=None, apart=False, tree=None):
     """Nobody says `synced_gpus` here: `generate` sees that the target is sharded."""
     target = tiny_target("llama")
     for module in target.model.layers:
@@ -90,7 +93,17 @@ def fsdp(rank, folder, reshard=None, apart=False):
         fully_shard(target.model.embed_tokens)
         fully_shard(target.lm_head)
     fully_shard(target, **({} if reshard is None else {"reshard_after_forward": reshard}))
-    return compare(rank, target, SHORT, LONG)
+    return compare(rank, target, SHORT, LONG, tree=tree)
+
+
+def chosen_apart(rank, folder):
+    """Ranks that time their rounds would choose other trees than each other, and grow them to other depths."""
+    choose = Chooser._choose
+    Chooser._choose = lambda chooser: chooser._take(chooser.ladder[-rank])
+    try:
+        return fsdp(rank, folder, reshard=True, apart=True, tree={"tree_shape": "auto"})
+    finally:
+        Chooser._choose = choose
 
 
 def tensor_parallel(rank, folder):
@@ -111,6 +124,8 @@ CASES = {
     "fsdp": (fsdp, {}),
     "fsdp, sharded again after each forward": (fsdp, {"reshard": True}),
     "fsdp, embedding and head apart": (fsdp, {"reshard": True, "apart": True}),
+    "fsdp, copies": (fsdp, {"reshard": True, "tree": {"tree_shape": (13, 20), "copy_tokens": 6}}),
+    "fsdp, trees chosen while decoding": (chosen_apart, {}),
 }
 TENSOR_PARALLEL = {"tensor parallel": (tensor_parallel, {})}
 

@@ -121,7 +121,8 @@ def look(step: Step, **assistant: Any) -> Seen:
 
 def draft_of(step: Step) -> Any:
     layer = {} if step.target_layer is None else {"target_layer": step.target_layer}
-    own = {"window": step.window, "tree_shape": step.tree, "verify_tokens": step.verify_tokens, **layer}
+    tree = {"tree_shape": step.tree, "verify_tokens": step.verify_tokens, "copy_tokens": step.copy_tokens}
+    own = {"window": step.window, **tree, **layer}
     return tiny_draft(target_of(step.family), attention_backend=step.backend, **own)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from contract_rows import allowed
+from helpers import VOCAB
 from probes import AfterTokens, Counting, Interrupting, Machine, Noisy, Streamed, WhenSure, tiny_tokenizer
 from transformers import LogitsProcessorList, StoppingCriteriaList, SynthIDTextWatermarkingConfig, WatermarkingConfig
 
@@ -45,6 +46,7 @@ PROCESSORS: dict[str, Callable[[Told], Options]] = {
     "encoder_no_repeat_ngram_size": lambda told: {"encoder_no_repeat_ngram_size": 2},
     "bad_words_ids": lambda told: {"bad_words_ids": [[3], [4, 5]]},
     "sequence_bias": lambda told: {"sequence_bias": [[[5], -3.0], [[3, 4], 6.0]]},
+    "a cycle": lambda told: {"sequence_bias": [[[token, 2 + (token - 1) % 4], 30.0] for token in range(VOCAB)]},
     "suppress_tokens": lambda told: {"suppress_tokens": [3, 9]},
     "begin_suppress_tokens": lambda told: {"begin_suppress_tokens": [2, 4, 6, 8]},
     "min_new_tokens": lambda told: {"min_new_tokens": 6},

@@ -14,6 +14,7 @@ FAMILIES = ["llama", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "phi3 
 FAMILIES += ["granite", "exaone4", "smollm3", "glm4", "stablelm", "gpt_neox", "qwen3_moe", "starcoder2"]
 TREES = [(), (1,), (1, 1, 1, 1), (2, 3), (4, 8, 8), (3, 1, 9)]
 FULL_TREES = [(13, 60), (13, 100, 30), (13, 40, 40, 20)]  # hold every next token, so that paths are accepted
+COPIES = [0, 1, 3, 6, 24]
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class Step:
     seed: int = 0
     family: str = "llama"
     attention: str | None = None
-    tree: tuple[int, ...] = (13, 60)
+    tree: tuple[int, ...] | str = (13, 60)
     verify_tokens: int | None = None
+    copy_tokens: int | None = None
     window: int = 8
     target_layer: int | None = None
     backend: str = "auto"
@@ -78,12 +80,17 @@ def draw(seed: int) -> Step:
     sampler = dice.choice(["greedy", "greedy", *SAMPLERS])
     eos = tuple(dice.sample(range(2, VOCAB), dice.choice([0, 0, 1, 1, 3])))
     processors = some(set(PROCESSORS) - (set() if eos else {"exponential_decay_length_penalty"}), 2)
+    trees = dice.choice([["auto"], TREES, TREES, FULL_TREES, FULL_TREES, FULL_TREES])
+    copies = seldom(lambda: dice.choice(COPIES), None)
+    if (copies or trees == ["auto"]) and dice.random() < 0.4:  # something to copy
+        processors = tuple(sorted({*processors[:1], "a cycle"}))
     return Step(
         seed=seed,
         family=dice.choice(FAMILIES),
         attention=seldom(lambda: "eager", None),
-        tree=dice.choice(TREES if dice.random() < 0.4 else FULL_TREES),
+        tree=dice.choice(trees),
         verify_tokens=seldom(lambda: dice.choice([1, 2, 7, 40]), None, 0.2),
+        copy_tokens=copies,
         window=dice.choice([1, 3, 8, 64]),
         target_layer=seldom(lambda: dice.randrange(4), None, 0.2),
         backend=dice.choice(["auto", "eager"]),
