@@ -44,7 +44,7 @@ def test_all_published_drafts(name, pickled, shards, tmp_path):
     assert set(ours) == set(weights) - UNUSED
     assert all(torch.equal(ours[key], weights[key]) for key in ours)
     fields = draft.config
-    assert (fields.window, fields.tree_shape, fields.target_layer) == (513, None, 1)
+    assert (fields.window, fields.tree_shape, fields.target_layer) == (513, "auto", 1)
     assert (fields.head_dim, fields.final_norm, fields.mlp_bias) == (8, False, False)
     assert fields.rope_parameters.get("factor") == config.get("rope_scaling", {}).get("factor")
     assert (draft.config.target_model_type, draft.config.rms_norm_eps) == (
