@@ -162,7 +162,8 @@ class LongSpecConfig(PreTrainedConfig):
             self.tree_shape = tuple(self.tree_shape)
         if self.tree_shape is None:  # of drafts saved by earlier code
             self.tree_shape = "auto"
-        self.acceptance = tuple(self.acceptance)
+        if isinstance(self.acceptance, list):
+            self.acceptance = tuple(self.acceptance)
         super().__post_init__(**kwargs)
         self.check()
 
@@ -197,9 +198,9 @@ class LongSpecConfig(PreTrainedConfig):
             raise ValueError(f"`draft_vocab_size` must be None or in 1..{self.vocab_size}, got {size!r}")
         if self.copy_tokens is not None and (not _is_int(self.copy_tokens) or self.copy_tokens < 0):
             raise ValueError(f"`copy_tokens` must be None or an integer of at least 0, got {self.copy_tokens!r}")
-        likely = self.acceptance
+        likely = self.acceptance if isinstance(self.acceptance, (tuple, list)) else ()
         if not likely or not all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in likely):
-            raise ValueError(f"`acceptance` must be one number from 0 to 1 for each level, got {likely!r}")
+            raise ValueError(f"`acceptance` must be one number from 0 to 1 for each level, got {self.acceptance!r}")
         if self.num_hidden_layers not in (0, 1):
             raise ValueError(f"`num_hidden_layers` must be 1, or 0 without a draft, got {self.num_hidden_layers!r}")
         if self.num_hidden_layers == 0 and (self.tree_shape not in ("auto", ()) or self.target_hidden_state):

@@ -190,6 +190,8 @@ BAD = [
     ({"copy_tokens": True}, "`copy_tokens` must be"),
     ({"acceptance": (2,)}, "`acceptance` must be"),
     ({"acceptance": ()}, "`acceptance` must be"),
+    ({"acceptance": 0.5}, "`acceptance` must be"),
+    ({"acceptance": "high"}, "`acceptance` must be"),
     ({"num_hidden_layers": 2}, "`num_hidden_layers` must be"),
     ({"num_hidden_layers": 0, "tree_shape": (2,)}, "a draft without a layer"),
 ]
