@@ -334,4 +334,28 @@ FAST_FAULTS = [
         new="(n[None, :] > n[:, None])",
         tests=("test_fast_triton_copies_longspec.py",),
     ),
+    Fault(
+        name="graphs-of-another-form",
+        file="modeling/fast_graphs_longspec.py",
+        what="forms with as many levels share a graph, so that some trees lack their copies",
+        old="key = phase, call.form",
+        new="key = phase, call.form._replace(copies=0, verified=None)",
+        tests=("test_fast_ahead_longspec.py::test_forms_that_change_from_round_to_round",),
+    ),
+    Fault(
+        name="form-of-a-later-round",
+        file="modeling/fast_ahead_longspec.py",
+        what="a round that lands tells the form of the one that is launched next",
+        old="return Outcome(counts, form, [row.report])",
+        new="return Outcome(counts, call.form, [row.report])",
+        tests=("test_fast_ahead_longspec.py::test_forms_that_change_from_round_to_round",),
+    ),
+    Fault(
+        name="reports-get-lost",
+        file="modeling/fast_ahead_longspec.py",
+        what="rounds ahead of the host tell nothing of copies",
+        old="return walk.reporting(roots.written), ended",
+        new="return walk, ended",
+        tests=("test_fast_ahead_longspec.py::test_forms_that_change_from_round_to_round",),
+    ),
 ]

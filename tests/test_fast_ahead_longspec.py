@@ -3,6 +3,7 @@
 CUDA graphs are played from tapes here, see tapes.py.
 """
 
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,8 @@ from texts import prompt_of
 from transformers import DynamicCache, StoppingCriteriaList
 
 from hf_longspec.evaluation.tiny_models import tiny_model
-from hf_longspec.modeling import call_longspec, fast_engine_longspec
+from hf_longspec.modeling import call_longspec, choice_longspec, fast_engine_longspec
+from hf_longspec.modeling.choice_longspec import Chooser
 from hf_longspec.modeling.fast_ahead_longspec import Ends, Flights, up_to_the_end
 from hf_longspec.modeling.verification_longspec import Accepted, Walk
 
@@ -240,6 +242,33 @@ def test_fewer_nodes_than_levels_are_verified(flights, monkeypatch, target, veri
     for seed in range(2):
         assert_same(target, draft, prompt_of(9), seed, do_sample=do_sample)
     assert flights.count("up") > 6
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_forms_that_change_from_round_to_round(flights, captures, monkeypatch, target, do_sample):
+    """A round that lands tells the form that it was launched with, and reports what the round before it wrote."""
+    monkeypatch.setattr(fast_engine_longspec, "draws_on", lambda device: True)
+    monkeypatch.setattr(choice_longspec, "LEAST", 0.0)
+    dice, launched, learned = random.Random(do_sample), [], []
+    launch, learn = Flights.launch, Chooser.learn
+    monkeypatch.setattr(Chooser, "_choose", lambda self: self._take(dice.choice(self.ladder)))
+    monkeypatch.setattr(
+        Flights, "launch", lambda self, call, table: launched.append(call) or launch(self, call, table)
+    )
+    monkeypatch.setattr(
+        Chooser, "learn", lambda self, outcome, *told: learned.append(outcome) or learn(self, outcome, *told)
+    )
+    draft = tiny_draft(target, tree_shape="auto")
+    for seed in range(4):
+        launched.clear()
+        learned.clear()
+        assert_same(target, draft, prompt_of(9, seed=seed), seed, do_sample=do_sample, max_new_tokens=40)
+        assert [outcome.form for outcome in learned] == [call.form for call in launched][: len(learned)]
+        ladder = launched[0].chooser.ladder
+        for before, after in zip(learned, learned[1:], strict=False):
+            (report,) = after.reports
+            assert (report.wrote, ladder[report.rung]) == (before.counts[0], before.form)
+    assert len({call.form for call in launched}) == len(ladder) == 5 and len(captures) == sum(captures) >= 5
 
 
 @pytest.mark.parametrize("new", [16, 24])

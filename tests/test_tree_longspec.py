@@ -12,6 +12,7 @@ from level_cases import DTYPES, LEVELS, check, check_draft_vocabulary, check_imp
 from hf_longspec.modeling.tree_longspec import (
     Level,
     TokenTree,
+    TreeForm,
     ancestor_mask,
     best_children,
     children,
@@ -249,6 +250,26 @@ def test_random_trees_against_plain_python(seed):
         for index, token in enumerate(kept):
             seen = [kept[other] for other in pruned_mask[row, index].nonzero().flatten().tolist()]
             assert seen == sorted(100 * row + node for node in lineage(parents[row], token - 100 * row))
+
+
+@pytest.mark.parametrize(
+    "form, levels, nodes, steps",
+    [
+        (TreeForm(()), 0, 1, 1),
+        (TreeForm((), 6), 6, 7, 7),
+        (TreeForm((4, 8)), 2, 13, 3),
+        (TreeForm((4, 8), 6), 8, 19, 9),
+        (TreeForm((4, 8), 6, 10), 8, 10, 9),
+        (TreeForm((4, 8), 6, 5), 8, 5, 5),  # no path has more nodes than there are
+        (TreeForm((4, 8), 6, 99), 8, 19, 9),
+    ],
+)
+def test_forms(form, levels, nodes, steps):
+    """Their sizes; and that forms within fewer levels are no deeper, for copies may begin below the last level."""
+    assert (form.levels, form.nodes, form.steps) == (levels, nodes, steps)
+    for most in range(12):
+        within = form.within(most)
+        assert within == form if most >= levels else within.levels <= most and within.shape == form.shape[:most]
 
 
 # --- the best children of a level ------------------------------------------------------------------------------------
