@@ -200,11 +200,11 @@ class Chooser:
     def _choose(self) -> None:
         """Keep to a form, but for a better one; look at the deepest now and then, which tells of all levels."""
         deepest, form = self.ladder[-1], self.form
+        self.likely = [seen.mean for seen in self.drafted]
+        self.copies = [seen.mean for seen in self.copied]
         for untried in (deepest, self.ladder[0]):
             if not self.times.known(untried):
                 return self._take(untried)
-        self.likely = [seen.mean for seen in self.drafted]
-        self.copies = [seen.mean for seen in self.copied]
         rates = {other: self.rate(other) for other in self.ladder}
         best = max(self.ladder, key=rates.__getitem__)
         if self.left is not None:

@@ -59,7 +59,7 @@ class Written(NamedTuple):
     def of(cls, ids: Tensor, more: int, count: int, device: torch.device) -> Written:
         """Begin with texts (B, L) that may grow by `more` tokens; count: the most tokens to copy at once."""
         batch, length = ids.shape
-        room = -(-(length + min(max(more, SPARE), LONGEST)) // ROOM) * ROOM
+        room = room_for(length + min(max(more, SPARE), LONGEST))
         kept = torch.zeros(batch, room, dtype=torch.int32, device=device)
         kept[:, :length] = ids.clamp(-1, 2**31 - 1)
         lengths = torch.full((batch,), length, dtype=torch.long, device=device)
@@ -68,6 +68,11 @@ class Written(NamedTuple):
         report = torch.zeros(batch, len(Report._fields), dtype=torch.long, device=device)
         report[:, -1] = found.same
         return cls(kept, lengths, likely, found, report)
+
+
+def room_for(tokens: int) -> int:
+    """Return the size of a buffer that holds so many tokens of a text."""
+    return -(-tokens // ROOM) * ROOM
 
 
 def append(written: Written, tokens: Tensor, path: Tensor, counts: Tensor, newest: Tensor, rung: int) -> None:

@@ -47,11 +47,10 @@ class Ends(NamedTuple):
 class Flight(NamedTuple):
     """A round that is launched: its table (see `Walk`) on the way to the host, and what tells that it has come.
 
-    form: of its tree, whose paths have so many steps.
+    form: of its tree.
     """
 
     form: TreeForm
-    steps: int
     table: Tensor
     come: torch.cuda.Event | None
 
@@ -123,27 +122,27 @@ class Flights:
         if self.grounded or len(self.rounds) == MOST_AHEAD:
             return False
         assert call.text.stops is not None, "see `Ends.of`"
-        unread = sum(flight.steps for flight in self.rounds)
+        unread = sum(flight.form.steps for flight in self.rounds)
         return not self.rounds or call.text.lengths[0] + unread < call.text.stops.longest
 
     def launch(self, call: Call, table: Tensor) -> None:
         """Send the table of a round that was just launched on its way to the host."""
-        call.cache.placement, steps = None, call.form.steps
+        call.cache.placement = None
         if self.device.type != "cuda":
-            self.rounds.append(Flight(call.form, steps, table.clone(), None))
+            self.rounds.append(Flight(call.form, table.clone(), None))
             return
         host = torch.empty(table.shape, dtype=table.dtype, device="cpu", pin_memory=True)
         host.copy_(table, non_blocking=True)
         come = torch.cuda.Event()
         come.record(torch.cuda.current_stream(self.device))
-        self.rounds.append(Flight(call.form, steps, host, come))
+        self.rounds.append(Flight(call.form, host, come))
 
     def land(self, call: Call) -> Outcome:
         """Read the round that was launched first, and write its tokens."""
-        form, steps, table, come = self.rounds.popleft()
+        form, table, come = self.rounds.popleft()
         if come is not None:
             come.synchronize()
-        row = RowWalk.of(table[0].tolist(), steps)
+        row = RowWalk.of(table[0].tolist(), form.steps)
         count = len(row.nodes)
         self.grounded = not count and not call.text.finished
         paths = [[0]]

@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from .call_longspec import Call
+from .copies_longspec import SPARE, room_for
 from .fast_processors_longspec import Texts, begin, follow, on_device
 from .sampling_longspec import IMPOSSIBLE, largest
 from .tree_longspec import TokenTree
 from .verification_longspec import Accepted, Verified, Walk
-
-# Tokens: buffers of texts are multiples of ROOM, so that calls of about one length share graphs, with some to spare.
-ROOM, SPARE = 4096, 512
 
 
 class Drawing(NamedTuple):
@@ -43,7 +41,7 @@ class Drawing(NamedTuple):
         """Make what the next rounds of a call need; without noise. fused: whether kernels may draw, where they can."""
         text, device = call.text, call.text.device
         spare = max(SPARE, 2 * call.chooser.deepest + 2)
-        room = -(-(max(text.lengths) + spare) // ROOM) * ROOM
+        room = room_for(max(text.lengths) + spare)
         ids = torch.zeros(text.batch, room, dtype=torch.long, device=device)
         texts = Texts(ids, torch.tensor(text.lengths, device=device))
         origin, prompt = torch.tensor([text.lengths[0] - call.cache.lengths[0], text.prompt], device=device)
@@ -64,11 +62,6 @@ class Drawing(NamedTuple):
     def has_room(self, call: Call, levels: int) -> bool:
         """Tell whether a walk of so many levels fits behind the longest text."""
         return max(call.text.lengths) + levels < self.ids.shape[1]
-
-
-def drawn_paths(call: Call, tree: TokenTree, verified: Verified, drawing: Drawing) -> Walk:
-    """Do as `draw_paths` does, and report."""
-    return draw_paths(call, tree, verified, drawing).reporting(call.roots.written)
 
 
 def draw_paths(call: Call, tree: TokenTree, verified: Verified, drawing: Drawing) -> Walk:

@@ -23,7 +23,7 @@ from .configuration_longspec import LongSpecConfig
 from .engine_longspec import Backend, Demand, Engine
 from .fast_ahead_longspec import MOST_AHEAD, Ends, Flights, can_fly, drawn_round, whole_round
 from .fast_choose_longspec import resolve_backend
-from .fast_draw_longspec import Drawing, drawn_paths
+from .fast_draw_longspec import Drawing, draw_paths
 from .fast_graphs_longspec import Graphs, Settled, captured_values, graphs_misfit, plain
 from .fast_processors_longspec import are_on_device
 from .tree_longspec import TokenTree
@@ -49,7 +49,7 @@ class FastEngine(Engine):
         self.drawing: Drawing | None = None  # of this call
         self.drawn = Settled()  # the drawing's tensors, but for the noise
         self.noise: Tensor | None = None
-        self.drawn_with: Any = None  # what the graph of `drawn_paths` has taken from its drawing
+        self.drawn_with: Any = None  # what the graph of `draw_paths` has taken from its drawing
         self.astray = False  # whether the host has picked tokens that the drawing does not know
         self.unsure = 0  # rounds of this call in which kernels did not know a token
         self.flights: Flights | None = None  # where this call's rounds run ahead of the host
@@ -132,8 +132,8 @@ class FastEngine(Engine):
 
     def draw(self, call: Call, tree: TokenTree, verified: Verified) -> tuple[Walk, list[RowWalk]] | None:
         drawing = self._drawing(call, 0)
-        walk = self.run(drawn_paths, call, tree, verified, drawing)
-        walks = walk.on_host()
+        walk = self.run(draw_paths, call, tree, verified, drawing)
+        walks = walk.on_host(call.roots.written)
         self.astray = not all(row.nodes for row in walks)
         self.unsure += self.astray
         return None if self.astray else (walk, walks)
@@ -169,13 +169,13 @@ class FastEngine(Engine):
             kept = self.noise
             forbidden = kept is not None and kept.is_inference() and not torch.is_inference_mode_enabled()
             if kept is None or kept.shape != form or forbidden:
-                self.graphs.drop(drawn_paths, drawn_round)
+                self.graphs.drop(draw_paths, drawn_round)
                 self.noise = kept = None  # before as much is taken again
                 self.noise = kept = torch.empty(form, dtype=torch.float32, device=text.device)
             noise.keep_in(kept)
             drawing = drawing._replace(noise=kept)
         if (drawn_with := plain(drawing)) != self.drawn_with:
-            self.graphs.drop(drawn_paths, drawn_round)
+            self.graphs.drop(draw_paths, drawn_round)
         self.drawn_with, self.astray = drawn_with, False
         return drawing
 

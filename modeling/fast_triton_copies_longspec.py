@@ -10,13 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .copies_longspec import AGREEMENT, Written, join_copy
+from .copies_longspec import AGREEMENT, Report, Written, join_copy
 from .fast_triton_attention_longspec import tl, triton
 from .tree_longspec import TokenTree, TreeForm
 
 CHUNK = 2048  # tokens of a text in a program
 MOST_NODES = 128  # of a tree with its branch; nodes are ranked by comparing each with each
 MOST_SAME = len(AGREEMENT) - 1
+FIELDS = tl.constexpr(len(Report._fields))
 
 
 @triton.jit
@@ -37,10 +38,11 @@ def append_kernel(
     place = length + step
     tl.store(ids + row * room + place, token.to(tl.int32), mask=(step < count) & (place < room))
     tl.store(lengths + row, tl.minimum(length + count, room - 1))
-    tl.store(report + row * 5, row * 0 + rung)
-    tl.store(report + row * 5 + 1, tl.load(same + row))
-    tl.store(report + row * 5 + 2, agreed.to(tl.int64))
-    tl.store(report + row * 5 + 3, count)
+    told = report + row * FIELDS
+    tl.store(told, row * 0 + rung)  # a host's 1 is a constant, which has no format
+    tl.store(told + 1, tl.load(same + row))
+    tl.store(told + 2, agreed.to(tl.int64))
+    tl.store(told + 3, count)
 
 
 @triton.jit
@@ -76,7 +78,7 @@ def found_kernel(
     token = tl.load(ids + row * room + ahead).to(tl.int64)
     tl.store(found + row * copied + step, tl.where(key > 0, token, -1), mask=step < copied)
     tl.store(same + row, key // room)
-    tl.store(report + row * 5 + 4, key // room)
+    tl.store(report + row * FIELDS + 4, key // room)
 
 
 @triton.jit

@@ -136,15 +136,15 @@ def few_rows_kernel(
 # --- launches --------------------------------------------------------------------------------------------------------
 
 
-def linears(x: Tensor, weights: list[Tensor], biases: list[Tensor], tiles: Tiles | None = None) -> list[Tensor]:
+def linears(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
     """Multiply x (M, K), M at most 96, by each weight (N, K), contiguous: (M, N) each, summed in float32.
 
-    biases: (N,) for each weight, or none at all; tiles: None for those of `tiles_of`.
+    biases: (N,) for each weight, or none at all.
     """
     rows, inner = x.shape
     columns = tuple(weight.shape[0] for weight in weights)
     assert all(weight.shape[1] == inner and weight.is_contiguous() for weight in weights)
-    tiles = tiles or tiles_of(rows, inner, sum(columns))
+    tiles = tiles_of(rows, inner, sum(columns))
     outs = tuple(torch.empty(rows, n, dtype=x.dtype, device=x.device) for n in columns)
     blocks = sum(triton.cdiv(n, tiles.columns) for n in columns)
     # without biases, pointers that one variant of each kernel does not read

@@ -188,7 +188,7 @@ def decode_round(call: Call) -> Outcome:
         with clock("accept"):
             if call.sampler.plan.by_argmax:
                 found = engine.run(find_paths, call, tree, verified)
-                walks = found.on_host()
+                walks = found.on_host(call.roots.written)
             elif call.sampler.plan.drawn and (drawn := engine.draw(call, tree, verified)) is not None:
                 found, walks = drawn
             along = along_walk(walks, verified, text) if walks else step_by_step(tree, verified, call.sampler, text)
@@ -230,7 +230,7 @@ def find_paths(call: Call, tree: TokenTree, verified: Verified) -> Walk:
     picks = logits.argmax(dim=-1).to(tree.parents.device)
     if call.text.padding is not None:
         picks = picks.masked_fill(call.roots.stopped[:, None], call.text.padding)
-    return walk(tree, verified.ancestors, verified.depths, picks).reporting(call.roots.written)
+    return walk(tree, verified.ancestors, verified.depths, picks)
 
 
 def commit(call: Call, tree: TokenTree, accepted: Accepted, hidden: Tensor | None) -> None:

@@ -20,7 +20,7 @@ from .tree_longspec import TreeForm
 
 @dataclass
 class LongSpecOutput(GenerateDecoderOnlyOutput):
-    """What `generate` returns with `return_dict_in_generate`, and two fields more.
+    """What `generate` returns with `return_dict_in_generate`, and three fields more.
 
     accept_lengths: for each row, the number of tokens that each round emitted; the first token is in no round.
     trees: for each row, the form of the tree of each of these rounds.

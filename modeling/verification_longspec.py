@@ -85,13 +85,13 @@ class Walk(NamedTuple):
     accepted: Accepted
     table: Tensor
 
-    def on_host(self) -> list[RowWalk]:
-        """Read the walks in one transfer, the round's only wait for the device."""
-        table = self.table
+    def on_host(self, written: Written | None = None) -> list[RowWalk]:
+        """Read the walks, and what `written` reports, in one transfer: the round's only wait for the device."""
+        table = sent = self.reporting(written).table
         if table.device.type == "cuda":
             table = torch.empty(table.shape, dtype=table.dtype, device="cpu", pin_memory=True)
-            table.copy_(self.table, non_blocking=True)
-            torch.cuda.current_stream(self.table.device).synchronize()
+            table.copy_(sent, non_blocking=True)
+            torch.cuda.current_stream(sent.device).synchronize()
         steps = self.accepted.path.shape[1]
         return [RowWalk.of(row, steps) for row in table.tolist()]
 

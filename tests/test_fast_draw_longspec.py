@@ -16,7 +16,7 @@ from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process as stock
 from tree_cases import rest_slow
 
-from hf_longspec.modeling import fast_draw_longspec, fast_engine_longspec
+from hf_longspec.modeling import copies_longspec, fast_draw_longspec, fast_engine_longspec
 from hf_longspec.modeling.fast_draw_longspec import Drawing
 from hf_longspec.modeling.fast_engine_longspec import FastEngine
 from hf_longspec.modeling.sampling_longspec import largest
@@ -60,7 +60,7 @@ def target():
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch):
     """Texts of a few tokens need no room for thousands, through which n-grams are looked for."""
-    monkeypatch.setattr(fast_draw_longspec, "ROOM", 128)
+    monkeypatch.setattr(copies_longspec, "ROOM", 128)
     monkeypatch.setattr(fast_draw_longspec, "SPARE", 64)
 
 
@@ -460,7 +460,7 @@ def test_buffers_grow(request, monkeypatch, target, rounds, shape, taped):
     captures = request.getfixturevalue("captures") if taped else []
     made, of = [], Drawing.of
     monkeypatch.setattr(Drawing, "of", lambda *inputs: made.append(of(*inputs)) or made[-1])
-    monkeypatch.setattr(fast_draw_longspec, "ROOM", 8)
+    monkeypatch.setattr(copies_longspec, "ROOM", 8)
     monkeypatch.setattr(fast_draw_longspec, "SPARE", len(shape) + 1)
     draft = tiny_draft(target, tree_shape=shape)
     for batch in (1, 4):
