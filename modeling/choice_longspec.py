@@ -111,7 +111,7 @@ class Outcome(NamedTuple):
 
     counts: list[int]
     form: TreeForm
-    reports: list[Report | None] | None
+    reports: Sequence[Report | None]
 
 
 class Chooser:
@@ -151,7 +151,7 @@ class Chooser:
         if outcome.form == self.ladder[-1]:
             written = sum(count for count, resting in zip(outcome.counts, stopped, strict=True) if not resting)
             self.looked = self.looked[0] + written, self.looked[1] + seconds
-        for row, (report, resting) in enumerate(zip(outcome.reports or (), stopped, strict=False)):
+        for row, (report, resting) in enumerate(zip(outcome.reports, stopped, strict=False)):
             if resting or report is None:
                 self.same[row] = -1 if resting else self.same[row]
                 continue

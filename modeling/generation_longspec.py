@@ -203,8 +203,8 @@ def decode_round(call: Call) -> Outcome:
             engine.run(commit, call, tree, accepted, verified.hidden)
             cache.end_round(counts)
     call.sampler.forget(text.slowest)
-    reports = [row.report for row in walks] or None
-    if (written := call.roots.written) is not None and written.report.device.type == "cpu":  # no wait for a device
+    written, reports = call.roots.written, [row.report for row in walks]
+    if written is not None and (not walks or written.report.device.type == "cpu"):  # nothing to wait for
         reports = [Report(*row) for row in written.report.tolist()]
     return Outcome(counts, call.form, reports)
 
@@ -266,7 +266,7 @@ def read_anew(call: Call) -> Outcome:
     if roots.written is not None:
         ones = torch.ones_like(roots.tokens)
         call.backend.append(roots.written, roots.stump.tokens, ones[:, None] - 1, ones, roots.tokens, call.rung)
-    return Outcome([1] * text.batch, TreeForm(()), None)
+    return Outcome([1] * text.batch, TreeForm(()), [])
 
 
 def choose_backend(draft: Any, target: PreTrainedModel, bound: BoundTarget) -> Backend:

@@ -135,7 +135,7 @@ def test_one_form_is_always_chosen():
     form = TreeForm((2, 3), 5, 7)
     chooser = Chooser([form], (0.7,), Times(), 1)
     for _ in range(5):
-        chooser.learn(Outcome([1], form, None), [False], 1.0)
+        chooser.learn(Outcome([1], form, []), [False], 1.0)
         assert chooser.form == form and not chooser.times.seconds
 
 
