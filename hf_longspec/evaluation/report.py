@@ -66,7 +66,8 @@ def chosen(speculative: Run) -> str:
         f"{kind} in {len(written)} round{'s' * (len(written) > 1)} (τ {fmean(written):.2f})"
         for kind, written in sorted(kinds.items(), key=lambda item: -len(item[1]))
     ]
-    return f"guessed, by what rounds cost and write here: {', '.join(told)}" if told else ""
+    why = ", by what rounds cost and write here" * (len(told) > 1)
+    return f"guessed{why}: {', '.join(told)}" if told else ""
 
 
 def sentence(verdict: Verdict, tokens: int, dtype: str) -> Text:
